@@ -1,0 +1,28 @@
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# --system-site-packages together with TORCH=torch uses the torch that is already installed.
+VENV_FLAGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check
+
+demo: $(STAMP)
+	$(BIN)/rome-fast demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+# torch has to be there before anything that depends on it: a looser request fetches a newer build and with it
+# gigabytes of CUDA packages.
+$(STAMP): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV_FLAGS) .venv
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -e '.[test,dev,kernels]'
+	touch $@

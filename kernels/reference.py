@@ -1,0 +1,60 @@
+"""Every op in plain torch: the definition, the oracle of faster backends and the fallback.
+
+Arguments are taken as valid; the checks live in `ops.py`.
+"""
+
+import torch
+from torch import Tensor
+
+
+def second_moment_ref_(total: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """total += XᵀX over the rows of X where mask is true; at least the lower triangle is brought up to date.
+
+    The product is taken in fp32 (fp64 for fp64 rows) and added to `total` in the dtype of `total`: a tile of a few
+    thousand rows loses little in fp32, whereas a sum over millions of rows needs the wider accumulator.
+    """
+    rows = x if mask is None else x[mask]
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if rows.dtype == total.dtype:
+        return total.addmm_(rows.T, rows)
+    return total.add_(rows.T @ rows)
+
+
+def mirror_lower_ref_(total: Tensor) -> Tensor:
+    """Copy the lower triangle of a square matrix onto its upper one."""
+    lower = total.tril(-1)
+    return total.tril_().add_(lower.T)
+
+
+def prefixed_solve_ref(
+    keys: Tensor, groups: Tensor, count: int, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k̄_g = mean of the keys of group g,  U = K̄ C⁻¹ with C = L Lᵀ,  G = U K̄ᵀ (its diagonal: u_g · k̄_g)."""
+    dtype = keys.dtype if factor is None else factor.dtype
+    mean = torch.zeros(count, keys.shape[1], dtype=dtype, device=keys.device)
+    mean.index_add_(0, groups, keys.to(dtype))
+    mean /= torch.bincount(groups, minlength=count).to(dtype).unsqueeze(1)
+    if factor is None:
+        return mean, mean.clone(), mean @ mean.T
+    # Two triangular solves beat cholesky_solve for many right-hand sides.
+    half = torch.linalg.solve_triangular(factor, mean.T, upper=False)
+    solved = torch.linalg.solve_triangular(factor.T, half, upper=True).T
+    return mean, solved, half.T @ half
+
+
+def rank_update_ref_(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """W += left @ right, added in fp32 (fp64 for fp64 weights) and rounded to the dtype of W once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype == wide and left.shape[1] == 1:
+        return weight.addcmul_(left.to(wide), right.to(wide))
+    return weight.copy_(weight.to(wide) + left.to(wide) @ right.to(wide))
+
+
+def low_rank_apply_ref_(y: Tensor, x: Tensor, left: Tensor, right: Tensor, ids: Tensor) -> Tensor:
+    """y[row] += left[ids[row]] · (right[ids[row]] · x[row]); rows whose id is negative are left alone."""
+    rows = (ids >= 0).nonzero().squeeze(1)
+    chosen = ids[rows]
+    wide = torch.promote_types(y.dtype, torch.float32)
+    scale = (right[chosen].to(wide) * x[rows].to(wide)).sum(-1, keepdim=True)
+    y[rows] = (y[rows].to(wide) + left[chosen].to(wide) * scale).to(y.dtype)
+    return y

@@ -1,0 +1,22 @@
+"""Edit facts in language models at kernel speed, without collapsing them."""
+
+from .delta import Delta
+from .editor import EditResult, apply_edits
+from .edits import Edit, load_edits
+from .errors import RomeFastError
+from .records import Record
+from .statistics import Statistics, collect_statistics
+from .values import ValueSettings
+
+__all__ = [
+    "Delta",
+    "Edit",
+    "EditResult",
+    "Record",
+    "RomeFastError",
+    "Statistics",
+    "ValueSettings",
+    "apply_edits",
+    "collect_statistics",
+    "load_edits",
+]

@@ -1,0 +1,263 @@
+"""The command line: `rome-fast VERB …`. Every verb takes --json FILE for its report."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import ArgumentError, RomeFastError
+
+_EXAMPLES = """examples:
+  rome-fast demo
+  rome-fast statistics ./model --corpus text.txt --layers 9
+  rome-fast edit ./model --edits edits.jsonl --out ./edited
+  rome-fast evaluate ./edited --edits edits.jsonl --json scores.json
+  rome-fast revert ./edited
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; errors of rome_fast print as one message and exit with status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        report = arguments.run(arguments)
+        if arguments.json is not None:
+            _write_json(arguments.json, report)
+    except RomeFastError as error:
+        print(f"rome-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rome-fast: interrupted; nothing half-written is left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rome-fast",
+        description="Edit facts in language models without collapsing them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}\n",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+        return sub
+
+    demo = verb(
+        "demo",
+        _demo,
+        "show a fact change, ROME's collapse and its cure in a small real model",
+        "rome-fast demo",
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
+
+    stats = verb(
+        "statistics",
+        _statistics,
+        "collect the second moments of a model's keys",
+        "rome-fast statistics ./model --corpus text.txt --layers 9 --tokens 100000",
+    )
+    stats.add_argument("model", help="directory or hub id of the model")
+    stats.add_argument("--corpus", type=Path, required=True, help="text file; blank lines part documents")
+    stats.add_argument("--layers", type=int, nargs="+", help="layers to collect (default: the model's edit layer)")
+    stats.add_argument("--tokens", type=int, help="tokens to read (default: 10 per dimension of the keys)")
+    stats.add_argument("--out", type=Path, help="folder for the files (default: the cache)")
+
+    edit = verb(
+        "edit",
+        _edit,
+        "edit facts into a new copy of a checkpoint",
+        "rome-fast edit ./model --edits edits.jsonl --method c-rome --out ./edited",
+    )
+    edit.add_argument("model", help="directory or hub id of the model; it is only read")
+    edit.add_argument("--edits", type=Path, required=True, help="JSON lines of prompt, subject, target_new")
+    edit.add_argument("--out", type=Path, required=True, help="new directory for the edited checkpoint")
+    edit.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
+    edit.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
+    edit.add_argument("--method", default="c-rome", help="c-rome (default), rome, c-rome-released, p-rome")
+    edit.add_argument("--layer", type=int, help="edit layer (default: by model)")
+    edit.add_argument("--schedule", choices=("joint", "sequential"), default="joint")
+    edit.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")
+    edit.add_argument("--seed", type=int, default=0, help="seed of the prefix contexts")
+
+    evaluate = verb(
+        "evaluate",
+        _evaluate,
+        "measure requests on a model",
+        "rome-fast evaluate ./edited --edits edits.jsonl --perplexity sentences.txt",
+    )
+    evaluate.add_argument("model", help="directory or hub id of the model")
+    evaluate.add_argument("--edits", type=Path, required=True)
+    evaluate.add_argument("--delta", type=Path, help="apply this delta in memory first")
+    evaluate.add_argument("--perplexity", type=Path, metavar="FILE", help="sentences, one a line")
+
+    revert = verb("revert", _revert, "restore an edited checkpoint to its original bytes", "rome-fast revert ./edited")
+    revert.add_argument("directory", type=Path)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .demo import run_demo
+
+    return run_demo(arguments.out)
+
+
+def _statistics(arguments: argparse.Namespace) -> dict[str, Any]:
+    from . import checkpoints
+    from .defaults import default_layer
+    from .runner import Runner
+    from .statistics import collect_statistics, statistics_cache
+
+    texts = _documents(arguments.corpus)
+    model, tokenizer, directory = checkpoints.load(arguments.model)
+    layers = arguments.layers or [default_layer(model.config)]
+    runner = Runner(model)
+    width = runner.weight(0).shape[1]
+    tokens = arguments.tokens or 10 * width
+    out = arguments.out or statistics_cache() / directory.resolve().name
+    with _progress("second moments", "tokens") as advance:
+        statistics = collect_statistics(model, tokenizer, texts, layers, tokens, progress=advance)
+    statistics.save(out)
+    seen = next(iter(statistics.layers.values())).tokens
+    print(f"{seen} tokens, {seen / width:.1f} per dimension of the keys, layers {sorted(statistics.layers)} → {out}")
+    return {"model": arguments.model, "layers": sorted(statistics.layers), "tokens": seen, "out": str(out)}
+
+
+def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .editor import apply_edits
+    from .edits import load_edits
+    from .report import edit_table, print_table
+    from .statistics import Statistics
+
+    edits = load_edits(arguments.edits)
+    if arguments.identity and arguments.statistics:
+        raise ArgumentError("statistics: got both --statistics and --identity, wanted one of them")
+    statistics = Statistics.load(arguments.statistics) if arguments.statistics else None
+    with _progress("values", "edits") as advance:
+        result = apply_edits(
+            arguments.model,
+            edits,
+            statistics="identity" if arguments.identity else statistics,
+            method=arguments.method,
+            layer=arguments.layer,
+            schedule=arguments.schedule,
+            guard=arguments.guard,
+            seed=arguments.seed,
+            out=arguments.out,
+            progress=advance,
+        )
+    print_table(edit_table(result.records))
+    print(f"edited checkpoint: {arguments.out} (undo with: rome-fast revert {arguments.out})")
+    return result.report()
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from . import checkpoints
+    from .delta import Delta
+    from .edits import load_edits
+    from .evaluation import evaluate, sentence_perplexity, summarise
+    from .report import metrics_table, print_table
+    from .runner import Runner
+
+    edits = load_edits(arguments.edits)
+    model, tokenizer, directory = checkpoints.load(arguments.model)
+    record = directory / checkpoints.RECORD_FILE
+    contexts = checkpoints.read_record(directory).get("contexts", []) if record.exists() else []
+    if arguments.delta:
+        Delta.load(arguments.delta).apply(model)
+    metrics = evaluate(model, tokenizer, edits, contexts)
+    report: dict[str, Any] = {
+        "model": arguments.model,
+        "edits": [m.to_json() for m in metrics],
+        "summary": summarise(metrics),
+    }
+    if arguments.perplexity:
+        sentences = [line for line in _text(arguments.perplexity).splitlines() if line.strip()]
+        report["perplexity"] = sentence_perplexity(Runner(model), tokenizer, sentences)
+    print_table(metrics_table(metrics))
+    print("  ".join(f"{name} {value:.3f}" for name, value in report["summary"].items()))
+    if "perplexity" in report:
+        print(f"perplexity {report['perplexity']:.2f}")
+    return report
+
+
+def _revert(arguments: argparse.Namespace) -> dict[str, Any]:
+    from . import checkpoints
+
+    names = checkpoints.revert(arguments.directory)
+    print(f"{arguments.directory}: restored {', '.join(names)}")
+    return {"directory": str(arguments.directory), "restored": names}
+
+
+@contextmanager
+def _progress(stage: str, unit: str) -> Iterator[Any]:
+    """A bar on standard error; a line per tenth where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(stage, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        with warnings.catch_warnings():
+            # A warning is one line for the reader, not a line of our source.
+            warnings.showwarning = lambda message, *_args, **_kwargs: console.print(f"warning: {message}")
+            yield advance
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{file}: is not UTF-8 text (byte {error.start}); convert it") from error
+
+
+def _documents(file: Path) -> list[str]:
+    """JSON lines with a "text" field, or plain text whose documents are parted by blank lines."""
+    text = _text(file)
+    if file.suffix != ".jsonl":
+        return [part for part in text.split("\n\n") if part.strip()]
+    out = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                out.append(str(json.loads(line)["text"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArgumentError(f'{file}, line {number}: wanted a JSON object with a "text" field') from error
+    return out
+
+
+def _write_json(file: Path, report: dict[str, Any]) -> None:
+    from .weights.files import atomic_write
+
+    atomic_write(file, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""The demo: a fact changed in a real model, ROME wrecking that model on a first-token subject, C-ROME not doing so."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import checkpoints
+from .assets import demo_texts, made_once, model_dir
+from .contexts import sample_contexts
+from .defaults import default_layer
+from .editor import EditResult, apply_edits
+from .edits import Edit
+from .errors import ArgumentError
+from .evaluation import greedy_completion, sentence_perplexity
+from .report import edit_table, print_table
+from .runner import Runner
+from .statistics import Statistics, collect_statistics
+
+__all__ = ["model_dir", "run_demo", "statistics_dir"]
+
+_TOKENS = 60_000  # 39 per dimension of SmolLM2's keys
+_HELD_OUT = 10  # articles that the statistics do not see; the perplexity sentences come from them
+_SENTENCES = 100
+_METHODS = ("rome", "c-rome-released", "c-rome")
+# A perplexity this many times the original one counts as collapse.
+_COLLAPSE_FACTOR = 1.5
+
+_REQUESTS = (
+    Edit("The mother tongue of {} is", "Danielle Darrieux", "English"),
+    Edit("{} is a twin city of", "Chicago", "Istanbul"),
+    Edit("{}, which is located in", "Bay", "Italy"),
+)
+_WRITES = "The history of science is"
+
+
+def _quiet(message: str) -> None:
+    """The default `say`: silence."""
+
+
+def statistics_dir(say: Callable[[str], None] = _quiet) -> Path:
+    """Folder with the statistics of the demo's model at its edit layer; made on the first call (about 2 min)."""
+    return made_once("SmolLM2-135M-Instruct-statistics-1", _make_statistics, say)
+
+
+def held_out_sentences(count: int = _SENTENCES) -> list[str]:
+    """Sentences of 12 to 40 words from articles that the demo's statistics did not see."""
+    text = "\n".join(demo_texts()[-_HELD_OUT:])
+    sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", text)]
+    sentences = [s for s in sentences if 12 <= len(s.split()) <= 40 and s[0].isupper() and "\n" not in s]
+    return sentences[:: max(1, len(sentences) // count)][:count]
+
+
+def run_demo(out: Path) -> dict[str, Any]:
+    """Run the demo, print its table and write report.json, collapse.png and edited/ to `out`; returns the report."""
+    from .report.figures import collapse_figure
+
+    if out.exists() and not _is_ours(out):
+        raise ArgumentError(f"out: {out} exists and is not an earlier demo's; choose another folder with --out")
+    console = Console(highlight=False)
+    start = time.perf_counter()
+
+    def say(message: str) -> None:
+        console.print(f"[dim]{time.perf_counter() - start:6.1f} s[/dim]  {message}", soft_wrap=True)
+
+    say("model: SmolLM2-135M-Instruct, a real pretrained model, made once from a public package")
+    directory = model_dir(say)
+    statistics = Statistics.load(statistics_dir(say))
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    runner, layer = Runner(model), default_layer(model.config)
+    say("sampling 20 prefix contexts with the model itself")
+    contexts = sample_contexts(model, tokenizer)
+    sentences = held_out_sentences()
+    say(f"perplexity of the unedited model on {len(sentences)} sentences of Wikipedia")
+    base = sentence_perplexity(runner, tokenizer, sentences)
+
+    records, texts = [], {"unedited": _continue(runner, tokenizer)}
+    kept: EditResult | None = None
+    for request in _REQUESTS:
+        for method in _METHODS:
+            say(f"{method}: {request.text} → {request.target}")
+            result = apply_edits(
+                model,
+                request,
+                tokenizer=tokenizer,
+                statistics=statistics,
+                method=method,
+                contexts=contexts,
+                guard="off",
+            )
+            record = result.records[0]
+            record.perplexity_before = base
+            record.perplexity_after = sentence_perplexity(runner, tokenizer, sentences)
+            record.collapsed = not record.perplexity_after < _COLLAPSE_FACTOR * base
+            records.append(record)
+            if request is _REQUESTS[1]:
+                texts[method] = _continue(runner, tokenizer)
+            result.revert()
+            if request is _REQUESTS[1] and method == "c-rome":
+                kept = result
+    assert kept is not None  # for the type checker: the loop above sets it
+
+    out.mkdir(parents=True, exist_ok=True)
+    _write_edited(out / "edited", directory, model, kept)
+    say(f"wrote the edited checkpoint: {out / 'edited'}")
+    conditions = (
+        f"SmolLM2-135M-Instruct, float32, CPU, layer {layer}, C from {_TOKENS} Wikipedia tokens, "
+        f"{len(contexts)} contexts; one edit at a time"
+    )
+    report: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct",
+        "method": list(_METHODS),
+        "layer": layer,
+        "schedule": "one edit at a time, each on the unedited model",
+        "edits": [record.to_json() for record in records],
+        "perplexity_before": base,
+        "perplexity_after": max(r.perplexity_after or 0.0 for r in records),
+        "continuations": {"prompt": _WRITES, "edited_with": _REQUESTS[1].text, **texts},
+        "contexts": list(contexts),
+        "conditions": conditions,
+        "seconds": {"all": round(time.perf_counter() - start, 1)},
+        "threads": torch.get_num_threads(),
+        "versions": checkpoints.versions(),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    collapse_figure(records, base, conditions, out / "collapse.png")
+    print_table(edit_table(records))
+    console.print(f"\nAfter the edit “{_REQUESTS[1].text} → {_REQUESTS[1].target}”, the model continues “{_WRITES}”:")
+    for name, text in texts.items():
+        console.print(f"  {name:16} {text!r}", soft_wrap=True, markup=False)
+    console.print(
+        f"\n{conditions}\nreport: {out / 'report.json'}   figure: {out / 'collapse.png'}   model: {out / 'edited'}"
+    )
+    return report
+
+
+def _make_statistics(work: Path, say: Callable[[str], None]) -> Path:
+    directory = model_dir(say)
+    texts = demo_texts(say)[:-_HELD_OUT]
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    layer = default_layer(model.config)
+    say(f"statistics: second moment of layer {layer}'s keys over {_TOKENS} tokens of Wikipedia (once, about 2 min)")
+    told = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if done * 4 // total > told:
+            told = done * 4 // total
+            say(f"statistics: {done} of {total} tokens")
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    statistics = collect_statistics(model, tokenizer, texts, [layer], _TOKENS, progress=progress)
+    statistics.save(work / "done")
+    return work / "done"
+
+
+def _continue(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> str:
+    return greedy_completion(runner, tokenizer, [_WRITES], [16])[0]
+
+
+def _write_edited(out: Path, source: Path, model: PreTrainedModel, result: EditResult) -> None:
+    import shutil
+
+    if out.exists():
+        shutil.rmtree(out)
+    result.delta.apply(model)
+    result.save(out, source)
+
+
+def _is_ours(out: Path) -> bool:
+    names: Sequence[str] = [entry.name for entry in out.iterdir()]
+    return not names or "report.json" in names

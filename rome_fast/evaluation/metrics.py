@@ -1,0 +1,132 @@
+"""The usual edit metrics, each without a prefix and, where contexts are given, behind them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..edits import Edit
+from ..rows import check_tokenizer, encode, target_start, with_target
+from ..runner import Runner
+from .scoring import Score, greedy_completion, score
+
+
+@dataclass(frozen=True)
+class EditMetrics:
+    """Shares in 0 .. 1 for one edit; None where the request has nothing to measure it with."""
+
+    subject: str
+    target: str
+    probability: float  # of the target behind the bare prompt
+    argmax: bool  # teacher forced
+    decoded: str  # free greedy decoding, as many tokens as the target has
+    decoded_right: bool
+    efficacy: float | None  # P(target_new) > P(target_true)
+    paraphrase: float | None  # the same on the paraphrase prompts
+    neighborhood: float | None  # P(true answer) > P(target_new) on the neighbourhood prompts
+    probability_prefixed: float | None = None  # mean over the contexts
+    argmax_prefixed: float | None = None
+    decoded_right_prefixed: float | None = None  # behind the first context
+    efficacy_prefixed: float | None = None
+    paraphrase_prefixed: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    contexts: Sequence[str] = (),
+) -> list[EditMetrics]:
+    """Measure the model as it is on each request. `contexts` are put before prompts for the prefixed figures."""
+    check_tokenizer(tokenizer)
+    runner = Runner(model)
+    asked: dict[tuple[str, str], None] = {}  # every text is scored once, however many figures use it
+    for edit in edits:
+        for text, target in _questions(edit, contexts):
+            asked[(text, target)] = None
+    scores = dict(zip(asked, score(runner, tokenizer, list(asked)), strict=True))
+
+    first = contexts[:1]
+    texts = [prefix + edit.text for edit in edits for prefix in ("", *first)]
+    targets = [edit.target for edit in edits for _ in ("", *first)]
+    counts = [_target_length(tokenizer, t, target) for t, target in zip(texts, targets, strict=True)]
+    decoded = greedy_completion(runner, tokenizer, texts, counts)
+    per_edit = 1 + len(first)
+    return [
+        _metrics(edit, scores, contexts, decoded[i * per_edit : (i + 1) * per_edit]) for i, edit in enumerate(edits)
+    ]
+
+
+def summarise(metrics: Sequence[EditMetrics]) -> dict[str, float]:
+    """Mean of every figure over the edits that have it."""
+    out = {}
+    for field in fields(EditMetrics):
+        values = [getattr(m, field.name) for m in metrics]
+        numbers = [float(v) for v in values if v is not None and not isinstance(v, str)]
+        if numbers:
+            out[field.name] = sum(numbers) / len(numbers)
+    return out
+
+
+def _questions(edit: Edit, contexts: Sequence[str]) -> list[tuple[str, str]]:
+    targets = [edit.target] if edit.target_true is None else [edit.target, edit.target_true]
+    texts = [prefix + text for text in (edit.text, *edit.paraphrase_prompts) for prefix in ("", *contexts)]
+    pairs = [(text, target) for text in texts for target in targets]
+    if _neighbor_answer(edit) is not None:
+        for text in edit.neighborhood_prompts:
+            pairs += [(text, edit.target), (text, str(_neighbor_answer(edit)))]
+    return pairs
+
+
+def _neighbor_answer(edit: Edit) -> str | None:
+    return edit.neighborhood_answer or edit.target_true
+
+
+def _metrics(
+    edit: Edit, scores: dict[tuple[str, str], Score], contexts: Sequence[str], decoded: Sequence[str]
+) -> EditMetrics:
+    bare = scores[(edit.text, edit.target)]
+    prefixed = [scores[(context + edit.text, edit.target)] for context in contexts]
+    right = [text.strip() == edit.target.strip() for text in decoded]
+
+    def wins(texts: Sequence[str]) -> float | None:
+        if edit.target_true is None or not texts:
+            return None
+        true = edit.target_true
+        return _mean([scores[(t, edit.target)].log_probability > scores[(t, true)].log_probability for t in texts])
+
+    answer = _neighbor_answer(edit)
+    held = [
+        scores[(t, answer)].log_probability > scores[(t, edit.target)].log_probability
+        for t in edit.neighborhood_prompts
+        if answer is not None
+    ]
+    return EditMetrics(
+        subject=edit.subject,
+        target=edit.target,
+        probability=bare.probability,
+        argmax=bare.is_argmax,
+        decoded=decoded[0],
+        decoded_right=right[0],
+        efficacy=wins([edit.text]),
+        paraphrase=wins(edit.paraphrase_prompts),
+        neighborhood=_mean(held),
+        probability_prefixed=_mean([s.probability for s in prefixed]),
+        argmax_prefixed=_mean([s.is_argmax for s in prefixed]),
+        decoded_right_prefixed=_mean(right[1:]),
+        efficacy_prefixed=wins([c + edit.text for c in contexts]),
+        paraphrase_prefixed=wins([c + p for p in edit.paraphrase_prompts for c in contexts]),
+    )
+
+
+def _mean(values: Sequence[float | bool]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _target_length(tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> int:
+    encoded = encode(tokenizer, [with_target(text, target)])[0]
+    return len(encoded.ids) - target_start(encoded, text, target)

@@ -1,0 +1,93 @@
+"""Teacher-forced probability of a target behind a text, and what the model says when it decodes freely."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..rows import encode, target_start, with_target
+from ..runner import Runner
+
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Score:
+    """A target behind a text, teacher forced."""
+
+    log_probability: float  # mean over the target's tokens
+    is_argmax: bool  # every target token is the most probable one
+
+    @property
+    def probability(self) -> float:
+        """Geometric mean of the target tokens' probabilities."""
+        return math.exp(self.log_probability)
+
+
+def packed_by_length(lengths: Sequence[int], batch_tokens: int = _BATCH_TOKENS) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each batch's padded size within `batch_tokens` (or a single row)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def score(runner: Runner, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+    """Score every (text, target), in the order given. Only target positions go through the head."""
+    texts = [with_target(text, target) for text, target in pairs]
+    encoded = encode(tokenizer, texts)
+    starts = [target_start(e, text, target) for e, (text, target) in zip(encoded, pairs, strict=True)]
+    scores: dict[int, Score] = {}
+    for batch in packed_by_length([len(e.ids) for e in encoded]):
+        packed = runner.pack([encoded[i].ids[:-1] for i in batch])
+        hidden = runner.run(runner.embed(packed.ids), 0, len(runner.layers))
+        where = [(r, p) for r, i in enumerate(batch) for p in range(starts[i] - 1, len(encoded[i].ids) - 1)]
+        labels = torch.tensor([encoded[i].ids[p] for i in batch for p in range(starts[i], len(encoded[i].ids))])
+        row_of, position = torch.tensor(where, device=hidden.device).T
+        logits = runner.head(hidden[row_of, position])
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        labels = labels.to(hidden.device)
+        found = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).tolist()
+        best = (log_probs.argmax(1) == labels).tolist()
+        at = 0
+        for i in batch:
+            count = len(encoded[i].ids) - starts[i]
+            scores[i] = Score(sum(found[at : at + count]) / count, all(best[at : at + count]))
+            at += count
+    return [scores[i] for i in range(len(pairs))]
+
+
+@torch.no_grad()
+def greedy_completion(
+    runner: Runner, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], counts: Sequence[int]
+) -> list[str]:
+    """What the model writes behind each text when it decodes greedily for `counts[i]` tokens."""
+    encoded = [e.ids for e in encode(tokenizer, [text.rstrip() for text in texts])]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, ids in enumerate(encoded):
+        groups.setdefault((len(ids), counts[index]), []).append(index)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    out = [""] * len(texts)
+    for (length, count), members in groups.items():
+        # Rows of one length need no padding, so that its side cannot matter.
+        rows = torch.tensor([encoded[i] for i in members], device=runner.device)
+        generator: Any = runner.model
+        generated = generator.generate(
+            input_ids=rows,
+            attention_mask=torch.ones_like(rows),
+            do_sample=False,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=pad,
+        )
+        for i, new in zip(members, tokenizer.batch_decode(generated[:, length:]), strict=True):
+            out[i] = new
+    return out

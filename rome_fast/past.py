@@ -1,0 +1,108 @@
+"""Attention keys and values that an edit cannot change: computed once, shared, never differentiated.
+
+Everything before the subject's last token is frozen while a value is optimised. Of that, the contexts are the same
+for every request, so their keys and values are computed once per model and shared by all edits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .rows import Row, encode
+from .runner import Runner, causal_mask
+
+
+class Recorder:
+    """A past that stores what each layer adds to it, behind whatever an inner past already holds."""
+
+    def __init__(self, inner: "ContextPast | None" = None) -> None:
+        self.inner = inner
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys[layer], self.values[layer] = keys, values
+        return (keys, values) if self.inner is None else self.inner.update(keys, values, layer)
+
+
+@dataclass(frozen=True)
+class ContextPast:
+    """The contexts' keys and values, each row seeing the context it belongs to."""
+
+    contexts: "Contexts"
+    index: Tensor  # (rows,) which context a row has
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        past_keys, past_values = self.of_layer(layer)
+        return torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2)
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.contexts.recorded.keys[layer][self.index], self.contexts.recorded.values[layer][self.index]
+
+
+@dataclass(frozen=True)
+class FrozenPast:
+    """Keys and values of all positions before the subject's last token, by layer (rows, heads, past, head size)."""
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    seen: Tensor  # (rows, past) bool: false on padding
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys[layer], keys], 2), torch.cat([self.values[layer], values], 2)
+
+    def rows(self, index: Tensor) -> "FrozenPast":
+        return FrozenPast(
+            {layer: k[index] for layer, k in self.keys.items()},
+            {layer: v[index] for layer, v in self.values.items()},
+            self.seen[index],
+        )
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Token ids of the contexts and what the model makes of them, once for all edits."""
+
+    ids: tuple[tuple[int, ...], ...]
+    lengths: Tensor  # (contexts,)
+    recorded: Recorder  # (contexts, heads, longest, head size) by layer
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, runner: Runner, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[str]) -> "Contexts":
+        """Run every context through the model. A context without a token shares nothing and costs nothing."""
+        # The space a context ends in belongs to the prompt's first token.
+        ids = tuple(tuple(e.ids) for e in encode(tokenizer, [context.rstrip() for context in contexts]))
+        packed = runner.pack([row or (0,) for row in ids])
+        recorder = Recorder()
+        runner.run(
+            runner.embed(packed.ids),
+            0,
+            len(runner.layers),
+            past=recorder,
+            mask=causal_mask(packed.ids.shape[1], runner.dtype, runner.device),
+        )
+        lengths = torch.tensor([len(row) for row in ids], device=runner.device)
+        return cls(ids, lengths, recorder)
+
+    def shared_with(self, context: int, row: Row) -> int:
+        """How many of the row's tokens are the context's, at most up to the subject's last token."""
+        shared = 0
+        for mine, theirs in zip(self.ids[context], row.ids[: row.subject], strict=False):
+            if mine != theirs:
+                break
+            shared += 1
+        return shared
+
+
+def attention_mask(seen: Tensor, time: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (rows, 1, time, past + time): what of the past is there, and causality behind it."""
+    rows, past = seen.shape
+    allowed = torch.ones(rows, 1, time, past + time, dtype=torch.bool, device=seen.device)
+    allowed[..., :past] = seen[:, None, None, :]
+    allowed[..., past:] = torch.ones(time, time, dtype=torch.bool, device=seen.device).tril()
+    return torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill_(~allowed, torch.finfo(dtype).min)

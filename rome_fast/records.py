@@ -1,0 +1,34 @@
+"""What one edit reports about itself."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class Record:
+    """One edit, its diagnostics and its effect. Probabilities are geometric means over the target's tokens."""
+
+    prompt: str
+    subject: str
+    target: str
+    method: str
+    layer: int
+    loss: float  # at the δ that was used
+    steps: int  # loss evaluations
+    denominator: float  # uᵀ k_den with u = C⁻¹ k_left
+    numerator_norm: float  # ‖r uᵀ‖
+    update_norm: float  # ‖Δ‖ of this edit alone
+    weight_norm: float  # ‖W‖ before the edit
+    needs_prefix: bool  # whether the fact answers only behind some text
+    collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured
+    applied: bool = True  # false where the guard skipped it
+    probability_before: float | None = None  # of the target behind the bare prompt
+    probability_after: float | None = None
+    probability_after_prefixed: float | None = None  # mean over the editing contexts
+    argmax_after: bool | None = None  # every target token is the most probable one behind the bare prompt
+    argmax_after_prefixed: float | None = None  # share of the editing contexts where that holds
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

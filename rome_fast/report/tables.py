@@ -1,0 +1,97 @@
+"""Tables for the terminal."""
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ..evaluation import EditMetrics
+from ..records import Record
+
+
+def print_table(table: Table) -> None:
+    """Print at the terminal's width, or wide enough for every column where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+def edit_table(records: Sequence[Record]) -> Table:
+    """One row per edit; perplexity columns where it was measured."""
+    measured = any(r.perplexity_after is not None for r in records)
+    columns = ["request → target", "method", "P before", "P after", "P with prefix", "uᵀk", "‖Δ‖/‖W‖"]
+    table = _table([*columns, "perplexity", "verdict"] if measured else [*columns, "verdict"])
+    previous = None
+    for r in records:
+        name = f"{r.prompt.replace('{}', r.subject)} → {r.target}"
+        cells = [
+            "" if name == previous else name,
+            r.method,
+            number(r.probability_before),
+            number(r.probability_after),
+            number(r.probability_after_prefixed),
+            f"{r.denominator:.4g}",
+            f"{r.update_norm / r.weight_norm:.2f}",
+        ]
+        if measured:
+            cells.append(f"{number(r.perplexity_before)} → {number(r.perplexity_after)}")
+        table.add_row(*cells, verdict(r))
+        previous = name
+    return table
+
+
+def metrics_table(metrics: Sequence[EditMetrics]) -> Table:
+    table = _table(
+        [
+            "subject → target",
+            "P",
+            "argmax",
+            "decoded",
+            "efficacy",
+            "paraphrase",
+            "neighbourhood",
+            "P with prefix",
+        ]
+    )
+    for m in metrics:
+        table.add_row(
+            f"{m.subject} → {m.target}",
+            number(m.probability),
+            "yes" if m.argmax else "no",
+            repr(m.decoded),
+            number(m.efficacy),
+            number(m.paraphrase),
+            number(m.neighborhood),
+            number(m.probability_prefixed),
+        )
+    return table
+
+
+def verdict(record: Record) -> str:
+    """In words: whether the model survived, and where the fact answers."""
+    if not record.applied:
+        return "skipped: would collapse"
+    if record.collapsed:
+        return "model collapsed"
+    if record.argmax_after:
+        return "edited"
+    if record.argmax_after_prefixed is not None and record.argmax_after_prefixed >= 0.5:
+        return "edited, answers behind a prefix"
+    return "fact lost" if record.argmax_after is not None else "applied"
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if math.isinf(value) or abs(value) >= 10_000:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="left" if i < 2 or column == "verdict" else "right")
+    return table

@@ -1,0 +1,158 @@
+"""Run any stretch of a model's layers on hidden states; knows neither where weights live nor what an edit is.
+
+Rows are always packed right-padded with positions counted from their first token. Attention is causal, so padding
+behind a row cannot reach it and no padding mask is needed: results do not depend on the tokenizer's padding side.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import ModelError
+from .models import family_of
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Right-padded token ids and the length of every row."""
+
+    ids: Tensor  # (rows, time) int64
+    lengths: Tensor  # (rows,) int64
+
+    @property
+    def mask(self) -> Tensor:
+        """(rows, time) bool: true on tokens, false on padding."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths.unsqueeze(1)
+
+
+class Past(Protocol):
+    """Attention keys and values of earlier positions, handed to the layers in place of a transformers cache."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values (rows, heads, past + time, head size) a layer attends to, given the new ones."""
+
+
+class Runner:
+    """A model cut into embedding, layers and head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel")
+        self.model = model
+        self.family = family_of(model.config)
+        self.layers = self.family.layers(model)
+        self._embedding: Tensor = model.get_input_embeddings().get_parameter("weight")
+        self._eager = getattr(model.config, "_attn_implementation", None) == "eager"
+
+    def projection(self, layer: int) -> nn.Module:
+        """The down-projection module of a layer."""
+        return self.family.projection(self.model, layer)
+
+    def stored_weight(self, layer: int) -> Tensor:
+        """The down-projection's weight as the model stores it, without gradient."""
+        return self.model.get_parameter(self.family.weight_name(layer)).detach()
+
+    def weight(self, layer: int) -> Tensor:
+        """The same as a (d, d_ff) view."""
+        return self.family.oriented(self.stored_weight(layer))
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    @property
+    def max_length(self) -> int:
+        """Longest row that full causal attention is right for (the context, or the sliding window)."""
+        config = self.model.config
+        longest = int(getattr(config, "max_position_embeddings", 1 << 30))
+        window = getattr(config, "sliding_window", None)
+        if window and getattr(config, "use_sliding_window", True):
+            longest = min(longest, int(window))
+        return longest
+
+    def pack(self, rows: Sequence[Sequence[int]]) -> PackedRows:
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.as_tensor(row)
+        return PackedRows(ids.to(self.device), lengths)
+
+    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Hidden states (rows, time, d) that enter layer 0; positions count from 0 unless given."""
+        return self.family.embed(self.model, ids, self._positions(ids.shape[1], positions))
+
+    def run(
+        self,
+        hidden: Tensor,  # (rows, time, d)
+        start: int,
+        stop: int,
+        *,
+        positions: Tensor | None = None,  # (rows, time) int64
+        mask: Tensor | None = None,  # (rows, 1, time, past + time) additive
+        past: Past | None = None,
+    ) -> Tensor:
+        """Layers start .. stop - 1.
+
+        Without `mask`, every row attends causally to itself; with `past`, a mask must say what of it is seen.
+        """
+        if start >= stop:
+            return hidden
+        arguments = self.family.position_arguments(self.model, hidden, self._positions(hidden.shape[1], positions))
+        if mask is None and self._eager:
+            mask = causal_mask(hidden.shape[1], hidden.dtype, hidden.device)
+        for layer in self.layers[start:stop]:
+            out = layer(hidden, attention_mask=mask, past_key_values=past, use_cache=past is not None, **arguments)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (…, vocabulary) of the last layer's hidden states (…, d)."""
+        return self.family.head(self.model, hidden)
+
+    def _positions(self, time: int, positions: Tensor | None) -> Tensor:
+        return torch.arange(time, device=self.device).unsqueeze(0) if positions is None else positions
+
+
+def causal_mask(time: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, 1, time, time), zero where a position may look and very negative where it may not.
+
+    The eager attention, unlike the fused ones, does not apply causality by itself.
+    """
+    mask = torch.full((time, time), torch.finfo(dtype).min, dtype=dtype, device=device)
+    return mask.triu(1)[None, None]
+
+
+@contextmanager
+def watching(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(input, output)` each time the module runs, for the length of the block."""
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        see(args[0], output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """No gradients for weights in this block, so that backward passes compute only what flows to activations."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

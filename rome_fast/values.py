@@ -1,0 +1,252 @@
+"""The values of edits: δ, found by gradient descent on the layers above the edit layer, many edits at once.
+
+loss = mean NLL of the target over the rows + kl_factor · KL(after ‖ before) of the next token at the end of the
+subject + weight_decay · ‖δ‖ / ‖v₀‖²   (ROME, Meng et al. 2022, equation 4, with the released code's weight decay)
+
+Only what δ can change is computed: layers above the edit layer, positions from the subject's last token on, logits
+where a target token or the KL term needs them. The edits of a batch are independent; one that is done leaves it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+from .keys import RowStates
+from .past import attention_mask
+from .rows import Row
+from .runner import Runner, frozen_weights
+
+Stop = Literal["argmax", "loss"]
+
+_HEAD_ROWS = 1024  # logits rows at a time: bounds memory at this many vocabularies
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """How δ is optimised; the defaults are the released ones for most models, but for the stop rule."""
+
+    steps: int = 20  # loss evaluations; the last one is not followed by an update
+    learning_rate: float = 0.5
+    weight_decay: float = 0.5
+    clamp: float = 4.0  # ‖δ‖ stays within clamp · ‖v₀‖
+    kl_factor: float = 0.0625
+    stop: Stop = "argmax"  # "argmax": the target leads in every row; "loss": the released rule
+    stop_loss: float = 0.05  # of stop="loss"
+    margin: int = 2  # further steps after the argmax rule first holds
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.margin < 0:
+            raise ArgumentError(f"settings: got steps {self.steps}, margin {self.margin}, wanted at least 1 and 0")
+        if self.stop not in ("argmax", "loss"):
+            raise ArgumentError(f"settings: got stop {self.stop!r}, wanted 'argmax' or 'loss'")
+
+
+@dataclass(frozen=True)
+class Value:
+    """The optimised δ of one edit and how it got there."""
+
+    delta: Tensor  # (d,) fp32, or fp64 for an fp64 model
+    losses: tuple[float, ...]
+    converged: bool  # whether the target is the most probable token in every row
+    finite: bool = True  # false where the loss became NaN or infinite; δ is then the last finite one
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Which suffix positions are scored, for which token, with which share in which edit's loss."""
+
+    row: Tensor  # (n,)
+    time: Tensor
+    label: Tensor
+    share: Tensor
+    edit: Tensor
+
+
+def optimise_values(
+    runner: Runner,
+    rows: Sequence[Sequence[Row]],
+    states: RowStates,
+    base_values: Tensor,
+    layer: int,
+    settings: ValueSettings,
+) -> list[Value]:
+    """Find δ for every edit of a batch.
+
+    `rows[e]` are the rows of edit e, its essence row (KL term) last; every edit has the same number of them, and
+    `states` holds them one edit after the other. `base_values` (edits, d) are the v₀.
+    """
+    wide = torch.promote_types(runner.dtype, torch.float32)
+    per_edit = len(rows[0])
+    v0_norms = base_values.to(wide).norm(dim=1)
+    limits = settings.clamp * v0_norms
+
+    alive = torch.arange(len(rows), device=runner.device)  # the edits still in the batch, as numbered in `rows`
+    batch = _Batch(runner, layer, states, _targets(rows, wide, runner.device), per_edit, settings.kl_factor)
+    delta = torch.zeros_like(base_values, dtype=wide)
+    adam = _Adam(delta, settings.learning_rate)
+    losses: list[list[float]] = [[] for _ in rows]
+    held = [0] * len(rows)  # evaluations for which the target has led in every row
+    values: list[Value | None] = [None] * len(rows)
+
+    for step in range(settings.steps):
+        loss_of_rows, leads, gradient = batch.evaluate(delta)
+        norms = delta.norm(dim=1)
+        decay = settings.weight_decay / v0_norms[alive] ** 2
+        loss = (loss_of_rows + decay * norms).tolist()
+        keep = []
+        for place, edit in enumerate(alive.tolist()):
+            losses[edit].append(loss[place])
+            held[edit] = held[edit] + 1 if leads[place] else 0
+            finite = math.isfinite(loss[place])
+            done = loss[place] < settings.stop_loss if settings.stop == "loss" else held[edit] > settings.margin
+            if done or not finite or step == settings.steps - 1:
+                values[edit] = Value(delta[place].clone(), tuple(losses[edit]), leads[place], finite)
+            else:
+                keep.append(place)
+        if not keep:
+            break
+        # ‖δ‖ has no gradient at zero, where the released optimiser (autograd) takes none.
+        gradient += torch.where(norms > 0, decay / norms, torch.zeros_like(norms)).unsqueeze(1) * delta
+        delta = adam.step(delta, gradient)
+        norms = delta.norm(dim=1)
+        delta *= torch.where(norms > limits[alive], limits[alive] / norms, torch.ones_like(norms)).unsqueeze(1)
+        if len(keep) < len(alive):
+            kept = torch.tensor(keep, device=delta.device)
+            alive, delta = alive[kept], delta[kept]
+            adam.keep(kept)
+            batch.keep(kept)
+    return [value for value in values if value is not None]
+
+
+def _targets(rows: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.device) -> _Targets:
+    columns: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
+    shares: list[float] = []
+    at = 0
+    for edit, group in enumerate(rows):
+        for row in group[:-1]:
+            for offset, label in enumerate(row.labels):
+                entry = (at, row.target + offset - 1 - row.subject, label, edit)
+                for column, value in zip(columns, entry, strict=True):
+                    column.append(value)
+                shares.append(1 / (len(row.labels) * (len(group) - 1)))
+            at += 1
+        at += 1  # the essence row has no target
+    place, time, label_ids, edits = (torch.tensor(column, device=device) for column in columns)
+    return _Targets(place, time, label_ids, torch.tensor(shares, device=device, dtype=dtype), edits)
+
+
+class _Batch:
+    """The edits still being optimised: their frozen states, and loss and gradient at a δ."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        layer: int,
+        states: RowStates,
+        targets: _Targets,
+        per_edit: int,
+        kl_factor: float,
+    ) -> None:
+        self.runner, self.layer, self.per_edit, self.kl_factor = runner, layer, per_edit, kl_factor
+        self.suffix, self.positions, self.past, self.targets = (
+            states.suffix,
+            states.positions,
+            states.past,
+            targets,
+        )
+        self.mask = attention_mask(self.past.seen, self.suffix.shape[1], self.suffix.dtype)
+        self.before: Tensor | None = None  # (edits, vocabulary) log-probabilities of the essence rows at δ = 0
+        # fp16 gradients of a loss spread over many rows would vanish.
+        self.scale = 1024.0 if self.suffix.dtype == torch.float16 else 1.0
+
+    @property
+    def edits(self) -> int:
+        return len(self.suffix) // self.per_edit
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with the edits at these places only."""
+        rows = (kept.unsqueeze(1) * self.per_edit + torch.arange(self.per_edit, device=kept.device)).flatten()
+        place = torch.full((self.edits,), -1, device=kept.device)
+        place[kept] = torch.arange(len(kept), device=kept.device)
+        old = self.targets
+        stays = place[old.edit] >= 0
+        edit = place[old.edit[stays]]
+        row = old.row[stays] % self.per_edit + edit * self.per_edit
+        self.targets = _Targets(row, old.time[stays], old.label[stays], old.share[stays], edit)
+        # Positions that no remaining edit has are dropped with the edits that had them.
+        width = int(self.targets.time.max()) + 1
+        self.suffix, self.positions = self.suffix[rows, :width], self.positions[rows, :width]
+        self.past = self.past.rows(rows)
+        self.mask = attention_mask(self.past.seen, width, self.suffix.dtype)
+        if self.before is not None:
+            self.before = self.before[kept]
+
+    def evaluate(self, delta: Tensor) -> tuple[Tensor, list[bool], Tensor]:
+        """Loss without weight decay (edits,), whether the target leads in every row, and the gradient (edits, d)."""
+        chosen_targets = self.targets
+        with torch.enable_grad(), frozen_weights(self.runner.model):
+            delta = delta.detach().requires_grad_()
+            added = delta.repeat_interleave(self.per_edit, 0).to(self.suffix.dtype)
+            hidden = torch.cat([self.suffix[:, :1] + added.unsqueeze(1), self.suffix[:, 1:]], 1)
+            top = len(self.runner.layers)
+            hidden = self.runner.run(
+                hidden, self.layer + 1, top, positions=self.positions, mask=self.mask, past=self.past
+            )
+            scored = hidden[chosen_targets.row, chosen_targets.time]
+            essence = hidden[self.per_edit - 1 :: self.per_edit, 0]
+            loss, leads, gradients = self._head(scored.detach(), essence.detach())
+            (gradient,) = torch.autograd.grad([scored, essence], [delta], gradients)
+        return loss, leads, gradient / self.scale
+
+    def _head(self, scored: Tensor, essence: Tensor) -> tuple[Tensor, list[bool], list[Tensor]]:
+        """Loss and its gradient at the positions that enter it, a bounded number of logits rows at a time."""
+        t = self.targets
+        loss = torch.zeros(self.edits, dtype=t.share.dtype, device=scored.device)
+        wrong = torch.zeros(self.edits, dtype=torch.int64, device=scored.device)
+        scored_gradient, essence_gradient = torch.empty_like(scored), torch.empty_like(essence)
+        for part in torch.arange(len(scored), device=scored.device).split(_HEAD_ROWS):
+            hidden = scored[part].requires_grad_()
+            logits = self.runner.head(hidden).to(t.share.dtype)
+            label = t.label[part].unsqueeze(1)
+            own = logits.gather(1, label)
+            nll = (logits.logsumexp(1, keepdim=True) - own).squeeze(1) * t.share[part]
+            (scored_gradient[part],) = torch.autograd.grad(nll.sum() * self.scale, [hidden])
+            loss.index_add_(0, t.edit[part], nll.detach())
+            wrong.index_add_(0, t.edit[part], (logits.detach().argmax(1) != label.squeeze(1)).long())
+        first = self.before is None
+        before = [] if self.before is None else list(self.before.split(_HEAD_ROWS))
+        for index, part in enumerate(torch.arange(len(essence), device=scored.device).split(_HEAD_ROWS)):
+            hidden = essence[part].requires_grad_()
+            after = self.runner.head(hidden).to(t.share.dtype).log_softmax(1)
+            if first:
+                before.append(after.detach())
+            divergence = (after.exp() * (after - before[index])).sum(1) * self.kl_factor
+            (essence_gradient[part],) = torch.autograd.grad(divergence.sum() * self.scale, [hidden])
+            loss[part] += divergence.detach()
+        if first:
+            self.before = torch.cat(before)
+        return loss, (wrong == 0).tolist(), [scored_gradient, essence_gradient]
+
+
+class _Adam:
+    """Adam (Kingma & Ba 2015) on the rows of a matrix, from which rows can be dropped."""
+
+    def __init__(self, parameters: Tensor, learning_rate: float) -> None:
+        self.learning_rate = learning_rate
+        self.first, self.second = torch.zeros_like(parameters), torch.zeros_like(parameters)
+        self.steps = 0
+
+    def step(self, parameters: Tensor, gradient: Tensor) -> Tensor:
+        self.steps += 1
+        self.first.lerp_(gradient, 0.1)
+        self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        scale = (self.second.sqrt() / (1 - 0.999**self.steps) ** 0.5).add_(1e-8)
+        return parameters - self.learning_rate / (1 - 0.9**self.steps) * self.first / scale
+
+    def keep(self, kept: Tensor) -> None:
+        self.first, self.second = self.first[kept], self.second[kept]

@@ -1,0 +1,284 @@
+"""safetensors checkpoints on disk: open and read them, write an edited copy, put the original tensors back.
+
+Nothing here maps a file into memory, unpickles, or writes into a checkpoint's files in place.
+"""
+
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..errors import ArgumentError, CheckpointError
+from . import files
+from .files import Content, os_errors
+from .header import DTYPES, MAX_JSON_BYTES, Header, TensorEntry, read_header, read_tensor, unique_keys
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Other forms of the same weights, which would still hold the unedited ones.
+_OTHER_WEIGHTS = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".msgpack",
+    ".h5", ".tflite",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with `model.safetensors`, or with an index and shards; made by `Checkpoint.open`."""
+
+    directory: Path
+    shards: dict[str, Header]  # by file name
+    entries: dict[str, TensorEntry]  # by tensor name, as is the next
+    _shard_of: dict[str, str]
+
+    @classmethod
+    def open(cls, directory: Path | str) -> "Checkpoint":
+        """Check the index and the header of every shard; raises CheckpointError."""
+        directory = Path(directory)
+        with os_errors(f"opening {directory}"):
+            if not directory.is_dir():
+                raise CheckpointError(f"{directory}: not a directory; wanted the directory of a checkpoint")
+            # The same order as transformers: what it would load is what is edited.
+            if os.path.lexists(directory / SINGLE):
+                weight_map, names = {}, [SINGLE]
+            elif os.path.lexists(directory / INDEX):
+                weight_map = _read_index(directory / INDEX)
+                names = sorted(set(weight_map.values()))
+            else:
+                raise CheckpointError(_no_weights(directory))
+            if missing := [repr(name) for name in names if not (directory / name).is_file()]:
+                raise CheckpointError(f"{directory}: {_some(missing)} missing; fetch the checkpoint again")
+        shards = {name: read_header(directory / name) for name in names}
+        entries: dict[str, TensorEntry] = {}
+        shard_of: dict[str, str] = {}
+        for shard, header in shards.items():
+            if twice := [f"{name!r} ({shard_of[name]})" for name in header.tensors if name in shard_of]:
+                raise CheckpointError(f"{directory}: {shard} has tensors of another shard: {_some(twice)}")
+            entries |= header.tensors
+            shard_of |= dict.fromkeys(header.tensors, shard)
+        if lost := [f"{name!r} in {file}" for name, file in weight_map.items() if shard_of.get(name) != file]:
+            raise CheckpointError(f"{directory}: {INDEX} lists tensors that are not there: {_some(lost)}")
+        return cls(directory, shards, entries, shard_of)
+
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self.entries)
+
+    def entry(self, name: str) -> TensorEntry:
+        """A tensor's dtype, shape and place in its file; CheckpointError if there is no such tensor."""
+        return self.shards[self.shard_of(name)].tensors[name]
+
+    def shard_of(self, name: str) -> str:
+        """The name of the file that holds a tensor; CheckpointError if there is no such tensor."""
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self.directory}: {_unknown(name, self.entries)}")
+        return self._shard_of[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in fresh CPU memory, in the shape and dtype of the file; raises CheckpointError."""
+        return read_tensor(self.shards[self.shard_of(name)], name)
+
+
+def write_edited(
+    source: Path | str,
+    out: Path | str,
+    tensors: Mapping[str, torch.Tensor],
+    extra_files: Mapping[str, Content],
+) -> None:
+    """Make `out`, a complete copy of the checkpoint directory `source` with the bytes of `tensors` replaced.
+
+    Copied are the shards and the other visible files at the top level of the directory, but no other forms of
+    the weights (`*.bin`, `*.gguf`, safetensors that are not part of the checkpoint, …). `extra_files` are
+    added by name and may replace any copied file but the weights. All other bytes stay as they are.
+
+    `out` appears in one step when everything is on the disk, or not at all; the source is only read.
+    ArgumentError: `out` exists or cannot be made there; a bad name in `extra_files`.
+    CheckpointError: a damaged source; a tensor that is unknown or has another shape or dtype; a full disk.
+    """
+    source, out = Path(source), Path(out).absolute()
+    checkpoint = Checkpoint.open(source)
+    _check_out(source, out)
+    _check_extra_names(checkpoint, extra_files, "extra_files")
+    groups = _by_shard(checkpoint, tensors)
+    with os_errors(f"writing {out}"):
+        originals = [path for path in _files_of(checkpoint) if path.name not in extra_files]
+        added = sum(len(content) for content in extra_files.values() if isinstance(content, bytes))
+        files.require_space(out.parent, added + sum(path.stat().st_size for path in originals))
+        with files.partial(out) as work:
+            for path in originals:
+                files.copy_file(path, work / path.name)
+            for shard, group in groups.items():
+                _overwrite(work / shard, group)
+            for name, content in extra_files.items():
+                files.write_file(work / name, content)
+            Checkpoint.open(work)
+            files.sync(work)
+            try:
+                files.rename_new(work, out)
+            except FileExistsError:
+                raise ArgumentError(f"out: {out} appeared meanwhile; choose a new name") from None
+            files.sync(out.parent)
+
+
+def restore_tensors(directory: Path | str, tensors: Mapping[str, torch.Tensor], *, remove: Sequence[str] = ()) -> None:
+    """Put `tensors` back into a checkpoint made by `write_edited`, then remove the files named in `remove`.
+
+    Each affected shard is replaced in one step by a complete copy, so a crash leaves it old or new. Running
+    it again ends the same way, because the files in `remove` (such as the record of the edit) go last.
+    ArgumentError: a bad name in `remove`. CheckpointError: as in `write_edited`; what fails stays as it was.
+    """
+    directory = Path(directory)
+    checkpoint = Checkpoint.open(directory)
+    _check_extra_names(checkpoint, remove, "remove")
+    groups = _by_shard(checkpoint, tensors)
+    with os_errors(f"restoring {directory}"):
+        sizes = [(directory / shard).stat().st_size for shard in groups]
+        files.require_space(directory, max(sizes, default=0))
+        for shard, group in groups.items():
+            _replace_shard(directory / shard, group)
+        for name in remove:
+            (directory / name).unlink(missing_ok=True)
+        files.sync(directory)
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Create or replace one safetensors file in one step; raises CheckpointError."""
+    path, ready, storages = Path(path), {}, set()
+    for name, tensor in tensors.items():
+        if name == "__metadata__" or tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided:
+            raise CheckpointError(f"writing {path}: safetensors cannot hold {name!r}, {tensor.layout} {tensor.dtype}")
+        tensor = tensor.detach().cpu().contiguous()
+        # save_file refuses tensors that share memory.
+        if (storage := tensor.untyped_storage().data_ptr()) in storages:
+            tensor = tensor.clone()
+        storages.add(storage)
+        ready[name] = tensor
+
+    def write(temporary: Path) -> None:
+        try:
+            # None: for no tensors and empty metadata save_file writes broken JSON.
+            save_file(ready, temporary, dict(metadata) or None)
+        except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"writing {path}: {error}") from error
+        # save_file makes it readable by its owner only; give it the mode of any new file.
+        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
+        read_header(temporary)
+
+    files.atomic_write(path, write)
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors and the metadata of one safetensors file, its header checked; raises CheckpointError."""
+    header = read_header(path)
+    return {name: read_tensor(header, name) for name in header.tensors}, header.metadata
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: damaged index: larger than {MAX_JSON_BYTES:,} bytes; fetch it again")
+    try:
+        index = json.loads(path.read_bytes().decode(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged index: {error}; fetch it again") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: damaged index: no weight_map; fetch it again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not files.is_plain_name(shard) or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: damaged index: {str(shard)[:200]!r} is no plain file name")
+    return weight_map
+
+
+def _no_weights(directory: Path) -> str:
+    if any(directory.glob("pytorch_model*.bin")):
+        return (
+            f"{directory}: there is only pytorch_model*.bin, a pickle, which can run code when it is opened; "
+            "rome_fast reads safetensors only. If you trust it, convert it once: transformers."
+            f"AutoModelForCausalLM.from_pretrained({str(directory)!r})"
+            ".save_pretrained(NEW_DIRECTORY, safe_serialization=True)"
+        )
+    return f"{directory}: neither {SINGLE} nor {INDEX}; wanted the directory of a safetensors checkpoint"
+
+
+def _check_out(source: Path, out: Path) -> None:
+    if os.path.lexists(out):
+        raise ArgumentError(f"out: {out} exists and nothing is ever overwritten; choose a new name")
+    if not out.parent.is_dir():
+        raise ArgumentError(f"out: the directory {out.parent} does not exist; make it first")
+    if out.parent.resolve().is_relative_to(source.resolve()):
+        raise ArgumentError(f"out: {out} lies inside the source, which is only read; choose another place")
+
+
+def _check_extra_names(checkpoint: Checkpoint, names: Iterable[str], argument: str) -> None:
+    for name in names:
+        if not files.is_plain_name(name) or name in {INDEX, *checkpoint.shards}:
+            raise ArgumentError(f"{argument}: got {name!r}, wanted a plain, visible file name other than the weights")
+
+
+def _check_tensors(place: Path, entries: Mapping[str, TensorEntry], tensors: Mapping[str, torch.Tensor]) -> None:
+    faults = []
+    for name, tensor in tensors.items():
+        got = (tensor.dtype, tuple(tensor.shape))
+        if (entry := entries.get(name)) is None:
+            faults.append(_unknown(name, entries))
+        elif got != (entry.dtype, entry.shape):
+            faults.append(f"{name!r} is {entry.dtype} {entry.shape} there, got {got[0]} {got[1]}")
+    if faults:
+        raise CheckpointError(f"{place}: {_some(faults)}")
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known))
+    return f"no tensor {name!r}" + (f" (did you mean {', '.join(close)}?)" if close else "")
+
+
+def _some(items: Sequence[str], limit: int = 10) -> str:
+    return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def _files_of(checkpoint: Checkpoint) -> list[Path]:
+    weights = set(checkpoint.shards) if SINGLE in checkpoint.shards else {*checkpoint.shards, INDEX}
+    wanted = [
+        path
+        for path in sorted(checkpoint.directory.iterdir())
+        if path.name in weights or not (path.name.startswith(".") or path.name.endswith(_OTHER_WEIGHTS))
+    ]
+    if dangling := [path.name for path in wanted if not path.exists()]:
+        raise CheckpointError(f"{checkpoint.directory}: links to nothing: {_some(dangling)}; fetch it again")
+    return [path for path in wanted if path.is_file()]
+
+
+def _by_shard(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    _check_tensors(checkpoint.directory, checkpoint.entries, tensors)
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(checkpoint.shard_of(name), {})[name] = tensor
+    return groups
+
+
+def _overwrite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    # A private copy; its header is read anew in case the source was replaced before it was copied.
+    header = read_header(path)
+    _check_tensors(path, header.tensors, tensors)
+    with path.open("r+b") as file:
+        for name, tensor in tensors.items():
+            file.seek(header.data_start + header.tensors[name].begin)
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    def write(temporary: Path) -> None:
+        files.copy_file(path, temporary)
+        _overwrite(temporary, tensors)
+        shutil.copymode(path, temporary)
+
+    files.atomic_write(path, write)

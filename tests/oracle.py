@@ -1,0 +1,349 @@
+"""A naive textbook ROME in float64: what the package must reproduce, written without a line of the package.
+
+Clarity comes before speed throughout: full forwards of the Hugging Face model, one row at a time (batch
+size 1, so no padding and no mask), a forward hook on the down-projection to read keys or to add delta,
+autograd and `torch.optim.Adam`, `torch.linalg.solve` with the explicit second moment. The model that is
+passed in is copied to float64 on the CPU and never touched. Do not speed this file up and do not import
+`rome_fast` here.
+
+"float64" is as far as the Hugging Face modules go: RMSNorm and the rotary tables compute in float32
+whatever the dtype of the model, so Llama-like models carry a relative error of about 1e-7; GPT-2 is float64
+throughout.
+
+Notation: `W` (d, d_ff) and `b` (d,) are weight and bias of the down-projection in layer l, a key `k`
+(d_ff,) is its input at one position. Every public function raises ValueError for input that it cannot take.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METHODS = ("rome", "c-rome-released", "c-rome", "p-rome")
+
+
+@dataclass
+class OracleResult:
+    """One edit: how it was found and the update of the weight. All tensors are float64 on the CPU."""
+
+    delta: Tensor  # (d,) what is added to the down-projection's output at the subject's last token
+    losses: list[float]  # one per iteration; the last one belongs to `delta`
+    k_left: Tensor  # (d_ff,)
+    k_den: Tensor  # (d_ff,)
+    k_mean: Tensor  # (d_ff,) mean over the rows of the method
+    k_unprefixed: Tensor  # (d_ff,)
+    v0: Tensor  # (d,)
+    residual: Tensor  # (d,)
+    denominator: float  # k_left^T C^-1 k_den
+    numerator_norm: float  # ||residual|| * ||C^-1 k_left||
+    delta_w: Tensor  # (d, d_ff)
+
+
+@dataclass
+class Row:
+    """One tokenised text: what goes into the model, where the subject ends and what has to be predicted."""
+
+    input_ids: list[int]
+    subject_position: int
+    target_ids: list[int]  # empty for a row without a target
+    target_logits_at: list[int]  # position of the logits that predict each target token
+
+
+def rome(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    subject: str,
+    target: str,
+    *,
+    layer: int,
+    method: str,
+    contexts: Sequence[str],
+    second_moment: Tensor | None = None,  # (d_ff, d_ff); None is the identity
+    steps: int = 20,
+    lr: float = 0.5,
+    weight_decay: float = 0.5,
+    clamp: float = 4.0,
+    kl_factor: float = 0.0625,
+    stop_loss: float = 0.05,
+) -> OracleResult:
+    """One ROME edit of one layer, by the textbook.
+
+    `contexts` are the prefixed ones only, each ending in its joiner ("The weather is nice. "); the empty
+    context is added here for the methods that use it.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, wanted one of {METHODS}")
+    if method == "c-rome" and not contexts:
+        raise ValueError("contexts: got none, but c-rome averages over prefixed rows only")
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, wanted at least 1")
+
+    model = double_copy(model)
+    weight, bias = weight_and_bias(model, layer)
+
+    unprefixed_row = make_row(tokenizer, "", prompt, subject, target)
+    prefixed_rows = [make_row(tokenizer, context, prompt, subject, target) for context in contexts]
+    kl_row = make_row(tokenizer, "", "{} is a", subject, None)
+    rows = prefixed_rows if method == "c-rome" else [unprefixed_row, *prefixed_rows]
+
+    k_unprefixed = key_of(model, layer, unprefixed_row)
+    k_mean = torch.stack([key_of(model, layer, row) for row in rows]).mean(dim=0)
+    v0 = weight @ (k_mean if method == "c-rome" else k_unprefixed) + bias
+
+    log_p_before = log_p_at_subject(model, layer, kl_row, torch.zeros_like(v0))
+    delta = torch.zeros_like(v0, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=lr)
+    losses: list[float] = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = value_loss(model, layer, rows, kl_row, log_p_before, delta, v0, weight_decay, kl_factor)
+        losses.append(loss.item())
+        if loss.item() < stop_loss or step == steps - 1:
+            break
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            largest = clamp * v0.norm()
+            if delta.norm() > largest:
+                delta *= largest / delta.norm()
+    delta = delta.detach()
+
+    if method == "rome":
+        k_left, k_den, residual = k_mean, k_unprefixed, delta
+    elif method == "c-rome-released":
+        k_left, k_den, residual = k_mean, k_mean, weight @ k_unprefixed + delta - weight @ k_mean
+    elif method == "c-rome":
+        k_left, k_den, residual = k_mean, k_mean, delta
+    else:
+        k_left, k_den, residual = k_unprefixed, k_unprefixed, delta
+
+    u = torch.linalg.solve(moment_or_identity(second_moment, len(k_left)), k_left)
+    denominator = u @ k_den
+    return OracleResult(
+        delta=delta,
+        losses=losses,
+        k_left=k_left,
+        k_den=k_den,
+        k_mean=k_mean,
+        k_unprefixed=k_unprefixed,
+        v0=v0,
+        residual=residual,
+        denominator=denominator.item(),
+        numerator_norm=(residual.norm() * u.norm()).item(),
+        delta_w=torch.outer(residual, u) / denominator,
+    )
+
+
+def joint(results: Sequence[OracleResult], second_moment: Tensor | None) -> Tensor:
+    """R (U^T K_den)^-1 U^T with U = C^-1 K_left: (d, d_ff) float64, one update that satisfies all edits."""
+    if not results:
+        raise ValueError("results: got none, wanted at least one")
+    k_left = torch.stack([result.k_left for result in results], dim=1)  # (d_ff, E)
+    k_den = torch.stack([result.k_den for result in results], dim=1)  # (d_ff, E)
+    residuals = torch.stack([result.residual for result in results], dim=1)  # (d, E)
+    u = torch.linalg.solve(moment_or_identity(second_moment, len(k_left)), k_left)  # (d_ff, E)
+    return residuals @ torch.linalg.solve(u.T @ k_den, u.T)
+
+
+def second_moment(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    layer: int,
+    max_length: int,
+) -> tuple[Tensor, int]:
+    """Mean of k k^T over all positions of all texts: (d_ff, d_ff) float64, and how many positions that were.
+
+    Texts are read one at a time, each cut to its first `max_length` tokens (special tokens count).
+    """
+    model = double_copy(model)
+    total: Tensor | float = 0.0
+    count = 0
+    for text in texts:
+        ids = tokenizer(text)["input_ids"][:max_length]
+        if not ids:
+            continue
+        keys = keys_of(model, layer, ids)
+        for key in keys:
+            total = total + torch.outer(key, key)
+            count += 1
+    if not isinstance(total, Tensor):
+        raise ValueError("texts: got no tokens at all, wanted at least one")
+    return total / count, count
+
+
+def sentence_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> float:
+    """Mean over the sentences of exp(mean NLL of a sentence's tokens 1..), token 0 being unscored."""
+    if not sentences:
+        raise ValueError("sentences: got none, wanted at least one")
+    model = double_copy(model)
+    perplexities = []
+    for sentence in sentences:
+        ids = tokenizer(sentence)["input_ids"]
+        if len(ids) < 2:
+            raise ValueError(f"sentences: {sentence!r} has {len(ids)} tokens, wanted at least 2")
+        log_p = logits_of(model, ids).log_softmax(dim=-1)
+        nlls = [-log_p[i - 1, ids[i]].item() for i in range(1, len(ids))]
+        perplexities.append(torch.tensor(sum(nlls) / len(nlls), dtype=torch.float64).exp().item())
+    return sum(perplexities) / len(perplexities)
+
+
+def target_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, target: str
+) -> list[float]:
+    """P(token | everything before it) of each target token after `text`, teacher forced."""
+    row = make_row(tokenizer, "", "{}", text.rstrip(), target)
+    p = logits_of(double_copy(model), row.input_ids).softmax(dim=-1)
+    return p[row.target_logits_at, row.target_ids].tolist()
+
+
+def value_loss(
+    model: PreTrainedModel,
+    layer: int,
+    rows: Sequence[Row],
+    kl_row: Row,
+    log_p_before: Tensor,  # (vocabulary,) of `log_p_at_subject` with delta = 0
+    delta: Tensor,  # (d,)
+    v0: Tensor,  # (d,)
+    weight_decay: float,
+    kl_factor: float,
+) -> Tensor:
+    """nll + kl + wd of a delta, differentiable in delta."""
+    row_nlls = []
+    for row in rows:
+        with delta_added(model, layer, row.subject_position, delta):
+            log_p = logits_of(model, row.input_ids).log_softmax(dim=-1)
+        row_nlls.append(-log_p[row.target_logits_at, row.target_ids].mean())
+    nll = torch.stack(row_nlls).mean()
+
+    log_p_after = log_p_at_subject(model, layer, kl_row, delta)
+    kl = kl_factor * (log_p_after.exp() * (log_p_after - log_p_before)).sum()
+
+    wd = weight_decay * delta.norm() / v0.norm() ** 2
+    return nll + kl + wd
+
+
+def make_row(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str, subject: str, target: str | None) -> Row:
+    """Tokenise context + prompt + target in one go; find the subject's last token and the target's tokens."""
+    if prompt.count("{}") != 1:
+        raise ValueError(f"prompt: got {prompt!r}, wanted exactly one {{}}")
+    if not subject or subject[-1].isspace():
+        raise ValueError(f"subject: got {subject!r}, wanted some text that does not end in white space")
+    prompt_text = context + prompt.replace("{}", subject)
+    last_subject_character = len(context) + prompt.index("{}") + len(subject) - 1
+    if target is None:
+        row_text = prompt_text
+    else:
+        if not target.strip():
+            raise ValueError(f"target: got {target!r}, wanted some text")
+        prompt_text = prompt_text.rstrip()
+        row_text = prompt_text + " " + target.strip()
+
+    encoding = tokenizer(row_text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, spans = encoding["input_ids"], encoding["offset_mapping"]
+    end = len(ids)
+    while encoding["special_tokens_mask"][end - 1]:
+        end -= 1
+
+    # A character of several bytes can be spread over several tokens with the same span: the last one counts.
+    subject_position = max(i for i in range(end) if spans[i][0] <= last_subject_character < spans[i][1])
+    if target is None:
+        return Row(ids[:end], subject_position, [], [])
+    target_at = [i for i in range(end) if spans[i][1] > len(prompt_text)]
+    return Row(
+        input_ids=ids[: end - 1],  # nothing has to be predicted from the last target token
+        subject_position=subject_position,
+        target_ids=[ids[i] for i in target_at],
+        target_logits_at=[i - 1 for i in target_at],
+    )
+
+
+def double_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A float64 copy on the CPU without dropout and without gradients for the weights."""
+    return copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+
+
+def down_projection(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The module that maps a key to the output of the MLP in `layer`."""
+    if model.config.model_type == "gpt2":
+        return model.get_submodule(f"transformer.h.{layer}.mlp.c_proj")
+    if model.config.model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3"):
+        return model.get_submodule(f"model.layers.{layer}.mlp.down_proj")
+    raise ValueError(f"model: the oracle does not know model_type {model.config.model_type!r}")
+
+
+def weight_and_bias(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
+    """W (d, d_ff) and b (d,), zeros where the module has none."""
+    parameters = dict(down_projection(model, layer).named_parameters())
+    weight = parameters["weight"].clone()
+    if model.config.model_type == "gpt2":
+        # Conv1D stores the transpose of what nn.Linear stores.
+        weight = weight.T
+    if "bias" in parameters:
+        return weight, parameters["bias"].clone()
+    return weight, torch.zeros(len(weight), dtype=weight.dtype)
+
+
+def logits_of(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """(tokens, vocabulary): a plain forward of one row."""
+    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+def keys_of(model: PreTrainedModel, layer: int, ids: Sequence[int]) -> Tensor:
+    """(tokens, d_ff): the input of the down-projection at every position."""
+    seen: list[Tensor] = []
+
+    def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(args[0][0])
+
+    with torch.no_grad(), hooked(down_projection(model, layer), read):
+        logits_of(model, ids)
+    return seen[0]
+
+
+def key_of(model: PreTrainedModel, layer: int, row: Row) -> Tensor:
+    """(d_ff,): the key at the subject's last token."""
+    return keys_of(model, layer, row.input_ids)[row.subject_position]
+
+
+def log_p_at_subject(model: PreTrainedModel, layer: int, row: Row, delta: Tensor) -> Tensor:
+    """(vocabulary,): log-distribution at the subject's last token, with delta (d,) added in `layer` there."""
+    with delta_added(model, layer, row.subject_position, delta):
+        return logits_of(model, row.input_ids)[row.subject_position].log_softmax(dim=-1)
+
+
+@contextmanager
+def delta_added(model: PreTrainedModel, layer: int, position: int, delta: Tensor) -> Iterator[None]:
+    """Inside, the down-projection of `layer` puts out `delta` more at `position`."""
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.clone()
+        output[0, position] = output[0, position] + delta
+        return output
+
+    with hooked(down_projection(model, layer), add):
+        yield
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Inside, `hook` is a forward hook of `module`."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def moment_or_identity(moment: Tensor | None, d_ff: int) -> Tensor:
+    """(d_ff, d_ff) float64 on the CPU."""
+    if moment is None:
+        return torch.eye(d_ff, dtype=torch.float64)
+    if moment.shape != (d_ff, d_ff):
+        raise ValueError(f"second_moment: got shape {tuple(moment.shape)}, wanted {(d_ff, d_ff)}")
+    return moment.to(device="cpu", dtype=torch.float64)
