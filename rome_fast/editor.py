@@ -3,12 +3,10 @@
 edits → rows → keys, values → method → Delta → guard → weights
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,25 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import checkpoints
 from .contexts import sample_contexts
 from .defaults import default_layer, default_settings
-from .delta import Delta, LowRank
+from .delta import Delta
 from .edits import Edit, find_conflicts
 from .errors import ArgumentError, ModelError, StatisticsError
 from .evaluation import score
-from .guard import Guard, check_guard, judge, predicts_collapse
-from .kernels import prefixed_solve
-from .keys import ContextRow, run_to_layer
-from .methods import Factors, RomeVariant, close, residual, variant
-from .past import Contexts
+from .flow import Clock, Flow, Progress, Unconverged, tokenise
+from .guard import Guard, check_guard
+from .methods import variant
 from .records import Record
-from .rows import check_tokenizer, edit_rows, essence_row, needs_prefix
+from .rows import check_tokenizer
 from .runner import Runner
 from .statistics import Statistics
-from .values import Value, ValueSettings, optimise_values
-
-_BATCH = 8
-
-Progress = Callable[[int, int], None]
-"""Called with (edits done, edits in all)."""
+from .values import ValueSettings
 
 
 @dataclass
@@ -60,6 +51,8 @@ class EditResult:
         `source` is the checkpoint the model was loaded from, by default the one it says itself.
         """
         checkpoints.check_new(out)
+        if not self.delta.updates:
+            raise ArgumentError("out: no edit was applied, so there is no edited model to write")
         directory = checkpoints.resolve(source or self.model.config._name_or_path)
         checkpoints.write(directory, out, self.model, self.delta, self.report())
 
@@ -89,7 +82,9 @@ def apply_edits(
     schedule: Literal["joint", "sequential"] = "joint",
     contexts: Sequence[str] | None = None,
     settings: ValueSettings | None = None,
+    batch_size: int = 1,
     guard: Guard = "raise",
+    unconverged: Unconverged = "skip",
     seed: int = 0,
     measure: bool = True,
     out: str | Path | None = None,
@@ -102,7 +97,8 @@ def apply_edits(
             edited, and `result.revert()` restores it. Or the directory (or hub id) of a checkpoint, which is only
             read; the edited one is written to `out`.
         edits: one or more requests. With `schedule="joint"` one closed-form update satisfies all of them; with
-            "sequential" each is made on the model as edited so far. Either way one Delta comes out.
+            "sequential" `batch_size` of them at a time, each batch on the model as edited so far. Either way one
+            Delta comes out.
         tokenizer: the model's fast tokenizer; not needed for a checkpoint, which has its own.
         statistics: second moments of this model's keys, "identity" for C = I, or None to look in the cache.
         method: "c-rome", "rome", "c-rome-released" or "p-rome".
@@ -111,6 +107,8 @@ def apply_edits(
         settings: how δ is optimised; default by model.
         guard: what to do with an edit predicted to collapse the model, before anything is written: "raise",
             "warn", "skip" (leave that edit out) or "off".
+        unconverged: what to do with an edit whose target leads in less than half of its rows at the end: "skip"
+            (leave it out, with a warning), "write" or "raise". One whose loss is not finite is never written.
         measure: whether to fill the records' probabilities (two forward passes over each edit's texts).
         out: a new directory for the edited checkpoint.
 
@@ -125,6 +123,10 @@ def apply_edits(
     check_guard(guard)
     if schedule not in ("joint", "sequential"):
         raise ArgumentError(f"schedule: got {schedule!r}, wanted 'joint' or 'sequential'")
+    if unconverged not in get_args(Unconverged):
+        raise ArgumentError(f"unconverged: got {unconverged!r}, wanted one of {', '.join(get_args(Unconverged))}")
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
     if out is not None:
         checkpoints.check_new(out)
     if isinstance(model, PreTrainedModel):
@@ -143,7 +145,7 @@ def apply_edits(
     factor = _cholesky_factor(runner, layer, statistics)
     settings = settings or default_settings(model.config)
 
-    clock = _Clock()
+    clock = Clock()
     delta = Delta({})
     training = model.training
     model.eval()
@@ -152,13 +154,16 @@ def apply_edits(
             chosen = tuple(sample_contexts(model, tokenizer, seed=seed) if contexts is None else contexts)
             _check_contexts(chosen)
         with clock("rows"):
-            requests = [_tokenise(runner, tokenizer, edit, chosen, how) for edit in edits]
+            requests = [tokenise(runner, tokenizer, edit, chosen, how) for edit in edits]
         with clock("measure"):
             before = _probabilities(runner, tokenizer, edits) if measure else None
-        flow = _Flow(runner, tokenizer, layer, how, chosen, factor, settings, guard, clock, progress, len(edits))
+        flow = Flow(
+            runner, tokenizer, layer, how, chosen, factor, settings, guard, unconverged, clock, progress, len(edits)
+        )
         records: list[Record] = []
-        for group in [requests] if schedule == "joint" else [[request] for request in requests]:
-            step, made = flow.solve(group)
+        size = len(requests) if schedule == "joint" else batch_size
+        for start in range(0, len(requests), size):
+            step, made = flow.solve(requests[start : start + size])
             records += made
             if step is not None:
                 # Applied afresh from the original weights, so that each parameter is rounded once.
@@ -182,135 +187,6 @@ def apply_edits(
     return result
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One edit, tokenised."""
-
-    edit: Edit
-    rows: list[ContextRow]  # the unprefixed one first where the method uses it; the essence row last
-    needs_prefix: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Requests of like shape share a batch with little padding: tokens from the subject's end on, and before."""
-        row = self.rows[0].row
-        return (len(row.inputs) - row.subject, row.subject)
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """Keys, values and δ of one request."""
-
-    keys: Tensor  # (rows, d_ff): those k̄ is the mean of; the unprefixed one first where the method uses it
-    unprefixed_value: Tensor  # (d,): W k of the first row
-    mean_value: Tensor  # (d,): W k̄
-    value: Value
-
-
-@dataclass
-class _Flow:
-    """Everything that stays the same from one group of edits to the next."""
-
-    runner: Runner
-    tokenizer: PreTrainedTokenizerBase
-    layer: int
-    how: RomeVariant
-    contexts: Sequence[str]
-    factor: Tensor | None
-    settings: ValueSettings
-    guard: Guard
-    clock: "_Clock"
-    progress: Progress | None
-    total: int
-    done: int = 0
-
-    def solve(self, group: Sequence[_Request]) -> tuple[Delta | None, list[Record]]:
-        """One closed-form update for the group, as a Delta; None where the guard skips every edit of it."""
-        solved = self._keys_and_values(group)
-        with self.clock("update"):
-            factors = self._close(solved)
-            records = [self._record(*each, factors, i) for i, each in enumerate(zip(group, solved, strict=True))]
-            kept = judge(records, self.guard)
-            for record, keep in zip(records, kept, strict=True):
-                record.applied = keep
-            if not any(kept):
-                return None, records
-            if not all(kept):
-                factors = self._close([s for s, keep in zip(solved, kept, strict=True) if keep])
-            wide = torch.promote_types(self.runner.dtype, torch.float32)
-            update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
-        return Delta({self.runner.family.weight_name(self.layer): update}), records
-
-    def _keys_and_values(self, group: Sequence[_Request]) -> list[_Solved]:
-        with self.clock("keys"):
-            contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts])
-        order = sorted(range(len(group)), key=lambda i: group[i].shape)
-        solved: dict[int, _Solved] = {}
-        for start in range(0, len(order), _BATCH):
-            places = order[start : start + _BATCH]
-            solved.update(zip(places, self._solve_batch(contexts, [group[i] for i in places]), strict=True))
-        return [solved[i] for i in range(len(group))]
-
-    def _solve_batch(self, contexts: Contexts, batch: Sequence[_Request]) -> list[_Solved]:
-        with self.clock("keys"):
-            states = run_to_layer(self.runner, contexts, [row for r in batch for row in r.rows], self.layer)
-            # The essence row, last of each request, belongs to no mean.
-            keys = states.keys.unflatten(0, (len(batch), -1))[:, :-1]
-            row_values = states.values.unflatten(0, (len(batch), -1))[:, :-1]
-            mean_values = row_values.mean(1)
-        with self.clock("values"):
-            base = mean_values if self.how.rows == "prefixed" else row_values[:, 0]
-            rows = [[r.row for r in request.rows] for request in batch]
-            values = optimise_values(self.runner, rows, states, base, self.layer, self.settings)
-        self.done += len(batch)
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-        return [_Solved(keys[i], row_values[i, 0], mean_values[i], value) for i, value in enumerate(values)]
-
-    def _close(self, solved: Sequence[_Solved]) -> Factors:
-        wide = torch.promote_types(self.runner.dtype, torch.float32)
-        sources = [s.keys[:1] if self.how.left == "unprefixed" else s.keys for s in solved]
-        groups = torch.cat([torch.full((len(k),), i, device=k.device) for i, k in enumerate(sources)])
-        left, u, _ = prefixed_solve(torch.cat(sources).to(wide), groups, len(solved), self.factor)
-        k_den = left if self.how.denominator == self.how.left else torch.stack([s.keys[0] for s in solved])
-        residuals = [
-            residual(self.how, s.value.delta, s.unprefixed_value.to(wide), s.mean_value.to(wide)) for s in solved
-        ]
-        return close(u, k_den, torch.stack(residuals))
-
-    def _record(self, request: _Request, solved: _Solved, factors: Factors, index: int) -> Record:
-        weight = self.runner.weight(self.layer)
-        weight_norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        update_norm = float(factors.update_norms[index])
-        return Record(
-            prompt=request.edit.prompt,
-            subject=request.edit.subject,
-            target=request.edit.target,
-            method=self.how.name,
-            layer=self.layer,
-            loss=solved.value.losses[-1],
-            steps=len(solved.value.losses),
-            denominator=float(factors.denominators[index]),
-            numerator_norm=float(factors.numerator_norms[index]),
-            update_norm=update_norm,
-            weight_norm=weight_norm,
-            needs_prefix=request.needs_prefix,
-            collapsed=predicts_collapse(update_norm, weight_norm),
-        )
-
-
-def _tokenise(
-    runner: Runner, tokenizer: PreTrainedTokenizerBase, edit: Edit, contexts: Sequence[str], how: RomeVariant
-) -> _Request:
-    unprefixed, *prefixed = edit_rows(tokenizer, edit, ["", *contexts], max_length=runner.max_length)
-    # Context 0 is the empty one.
-    rows = [ContextRow(row, i) for i, row in enumerate([unprefixed, *prefixed])]
-    if how.rows == "prefixed":
-        rows = rows[1:]
-    essence = ContextRow(essence_row(tokenizer, edit), 0)
-    return _Request(edit, [*rows, essence], needs_prefix(unprefixed))
-
-
 def _checked_layer(runner: Runner, layer: int | None) -> int:
     count = len(runner.layers)
     if layer is None:
@@ -323,7 +199,9 @@ def _checked_layer(runner: Runner, layer: int | None) -> int:
 def _check_weights(runner: Runner, layer: int) -> None:
     """NaN anywhere makes every later figure meaningless; name the parameter before any work is done."""
     for name, parameter in runner.model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        # One read of the weights: a sum is finite unless an element is not, or it overflows, which is looked into.
+        total = parameter.detach().sum(dtype=torch.promote_types(parameter.dtype, torch.float32))
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"model: {name} contains NaN or infinity; load an undamaged checkpoint")
     weight = runner.stored_weight(layer)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
@@ -378,18 +256,3 @@ def _fill_probabilities(
         record.argmax_after = bare.is_argmax
         record.probability_after_prefixed = sum(s.probability for s in prefixed) / len(prefixed)
         record.argmax_after_prefixed = sum(s.is_argmax for s in prefixed) / len(prefixed)
-
-
-class _Clock:
-    """Wall seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -15,13 +15,14 @@ class Record:
     layer: int
     loss: float  # at the δ that was used
     steps: int  # loss evaluations
+    converged: bool  # whether the target leads in at least half of the rows at that δ
     denominator: float  # uᵀ k_den with u = C⁻¹ k_left
     numerator_norm: float  # ‖r uᵀ‖
     update_norm: float  # ‖Δ‖ of this edit alone
     weight_norm: float  # ‖W‖ before the edit
     needs_prefix: bool  # whether the fact answers only behind some text
     collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured
-    applied: bool = True  # false where the guard skipped it
+    applied: bool = True  # false where it was left out, by the guard or because it did not converge
     probability_before: float | None = None  # of the target behind the bare prompt
     probability_after: float | None = None
     probability_after_prefixed: float | None = None  # mean over the editing contexts

@@ -8,7 +8,7 @@ where a target token or the KL term needs them. The edits of a batch are indepen
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from .runner import Runner, frozen_weights
 
 Stop = Literal["argmax", "loss"]
 
-_HEAD_ROWS = 1024  # logits rows at a time: bounds memory at this many vocabularies
+_HEAD_ELEMENTS = 1 << 25  # logits at a time, which bounds the memory of the head
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Value:
 
     delta: Tensor  # (d,) fp32, or fp64 for an fp64 model
     losses: tuple[float, ...]
-    converged: bool  # whether the target is the most probable token in every row
-    finite: bool = True  # false where the loss became NaN or infinite; δ is then the last finite one
+    led: float  # share of the target tokens, over all rows, that are the most probable one
+    finite: bool  # false where the loss became NaN or infinite; δ is then zero
 
 
 @dataclass(frozen=True)
@@ -94,23 +94,25 @@ def optimise_values(
     values: list[Value | None] = [None] * len(rows)
 
     for step in range(settings.steps):
-        loss_of_rows, leads, gradient = batch.evaluate(delta)
+        loss_of_rows, led, gradient_of_rows = batch.evaluate(delta)
         norms = delta.norm(dim=1)
         decay = settings.weight_decay / v0_norms[alive] ** 2
         loss = (loss_of_rows + decay * norms).tolist()
         keep = []
         for place, edit in enumerate(alive.tolist()):
             losses[edit].append(loss[place])
-            held[edit] = held[edit] + 1 if leads[place] else 0
+            held[edit] = held[edit] + 1 if led[place] == 1 else 0
             finite = math.isfinite(loss[place])
             done = loss[place] < settings.stop_loss if settings.stop == "loss" else held[edit] > settings.margin
             if done or not finite or step == settings.steps - 1:
-                values[edit] = Value(delta[place].clone(), tuple(losses[edit]), leads[place], finite)
+                found = delta[place].clone() if finite else torch.zeros_like(delta[place])
+                values[edit] = Value(found, tuple(losses[edit]), led[place], finite)
             else:
                 keep.append(place)
         if not keep:
             break
-        # ‖δ‖ has no gradient at zero, where the released optimiser (autograd) takes none.
+        # The norm has no gradient at zero; autograd, which the released code uses, takes it as zero.
+        gradient = gradient_of_rows()
         gradient += torch.where(norms > 0, decay / norms, torch.zeros_like(norms)).unsqueeze(1) * delta
         delta = adam.step(delta, gradient)
         norms = delta.norm(dim=1)
@@ -186,8 +188,11 @@ class _Batch:
         if self.before is not None:
             self.before = self.before[kept]
 
-    def evaluate(self, delta: Tensor) -> tuple[Tensor, list[bool], Tensor]:
-        """Loss without weight decay (edits,), whether the target leads in every row, and the gradient (edits, d)."""
+    def evaluate(self, delta: Tensor) -> tuple[Tensor, list[float], Callable[[], Tensor]]:
+        """Loss without weight decay (edits,), share of target tokens that lead, and the gradient (edits, d) on call.
+
+        The last evaluation of a batch needs no gradient, which is half of the work.
+        """
         chosen_targets = self.targets
         with torch.enable_grad(), frozen_weights(self.runner.model):
             delta = delta.detach().requires_grad_()
@@ -199,17 +204,22 @@ class _Batch:
             )
             scored = hidden[chosen_targets.row, chosen_targets.time]
             essence = hidden[self.per_edit - 1 :: self.per_edit, 0]
-            loss, leads, gradients = self._head(scored.detach(), essence.detach())
-            (gradient,) = torch.autograd.grad([scored, essence], [delta], gradients)
-        return loss, leads, gradient / self.scale
+            loss, led, gradients = self._head(scored.detach(), essence.detach())
 
-    def _head(self, scored: Tensor, essence: Tensor) -> tuple[Tensor, list[bool], list[Tensor]]:
+        def gradient() -> Tensor:
+            with frozen_weights(self.runner.model):
+                return torch.autograd.grad([scored, essence], [delta], gradients)[0] / self.scale
+
+        return loss, led, gradient
+
+    def _head(self, scored: Tensor, essence: Tensor) -> tuple[Tensor, list[float], list[Tensor]]:
         """Loss and its gradient at the positions that enter it, a bounded number of logits rows at a time."""
         t = self.targets
         loss = torch.zeros(self.edits, dtype=t.share.dtype, device=scored.device)
-        wrong = torch.zeros(self.edits, dtype=torch.int64, device=scored.device)
+        right, count = torch.zeros_like(loss), torch.zeros_like(loss)
         scored_gradient, essence_gradient = torch.empty_like(scored), torch.empty_like(essence)
-        for part in torch.arange(len(scored), device=scored.device).split(_HEAD_ROWS):
+        rows = max(1, _HEAD_ELEMENTS // self.runner.model.config.vocab_size)
+        for part in torch.arange(len(scored), device=scored.device).split(rows):
             hidden = scored[part].requires_grad_()
             logits = self.runner.head(hidden).to(t.share.dtype)
             label = t.label[part].unsqueeze(1)
@@ -217,10 +227,11 @@ class _Batch:
             nll = (logits.logsumexp(1, keepdim=True) - own).squeeze(1) * t.share[part]
             (scored_gradient[part],) = torch.autograd.grad(nll.sum() * self.scale, [hidden])
             loss.index_add_(0, t.edit[part], nll.detach())
-            wrong.index_add_(0, t.edit[part], (logits.detach().argmax(1) != label.squeeze(1)).long())
+            right.index_add_(0, t.edit[part], (logits.detach().argmax(1) == label.squeeze(1)).to(right.dtype))
+            count.index_add_(0, t.edit[part], torch.ones_like(t.share[part]))
         first = self.before is None
-        before = [] if self.before is None else list(self.before.split(_HEAD_ROWS))
-        for index, part in enumerate(torch.arange(len(essence), device=scored.device).split(_HEAD_ROWS)):
+        before = [] if self.before is None else list(self.before.split(rows))
+        for index, part in enumerate(torch.arange(len(essence), device=scored.device).split(rows)):
             hidden = essence[part].requires_grad_()
             after = self.runner.head(hidden).to(t.share.dtype).log_softmax(1)
             if first:
@@ -230,7 +241,7 @@ class _Batch:
             loss[part] += divergence.detach()
         if first:
             self.before = torch.cat(before)
-        return loss, (wrong == 0).tolist(), [scored_gradient, essence_gradient]
+        return loss, (right / count).tolist(), [scored_gradient, essence_gradient]
 
 
 class _Adam:

@@ -1,0 +1,100 @@
+"""How many edits to optimise at once: as many as the memory at hand holds, and no out-of-memory error."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from .errors import ModelError
+from .runner import Runner
+
+# Share of the free memory that a batch may plan for; the estimate below is of the larger tensors only.
+_SHARE = 0.5
+# More positions than this at a time no longer make the products faster, on any device measured.
+_MOST_POSITIONS = {"cpu": 2048, "cuda": 16_384}
+
+
+class Shaped(Protocol):
+    """What is asked of a request: how many rows, and positions before and from the subject's last token on."""
+
+    @property
+    def rows(self) -> Sequence[object]: ...
+    @property
+    def suffix(self) -> int: ...
+    @property
+    def before(self) -> int: ...
+
+
+class BatchSizer:
+    """Chooses batch sizes; a batch that does not fit after all is halved and tried again."""
+
+    def __init__(self, runner: Runner, layer: int) -> None:
+        self.runner = runner
+        self.layers = len(runner.layers) - layer - 1
+        self.limit: int | None = None
+
+    def choose(self, waiting: Sequence[Shaped]) -> int:
+        """How many of the waiting requests, in their order, to take into the next batch; at least one."""
+        budget = _SHARE * free_memory(self.runner.device)
+        most = _MOST_POSITIONS.get(self.runner.device.type, 2048)
+        size, suffix, before = 0, 0, 0
+        for request in waiting:
+            suffix, before = max(suffix, request.suffix), max(before, request.before)
+            rows = (size + 1) * len(request.rows)
+            if size and (rows * self._row_bytes(suffix, before) > budget or rows * suffix > most):
+                break
+            size += 1
+        return size if self.limit is None else min(size, self.limit)
+
+    @contextmanager
+    def halving(self, size: int) -> Iterator[None]:
+        """Swallow an out-of-memory error of the block, so that the caller tries again with half as many.
+
+        Raises ModelError, saying what is needed, when a single edit does not fit.
+        """
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise ModelError(
+                    f"one edit does not fit: {error}; free memory on {self.runner.device}, use fewer contexts, or load "
+                    "the model in bfloat16"
+                ) from error
+            self.limit = size // 2
+        if self.runner.device.type == "cuda" and self.limit is not None:
+            torch.cuda.empty_cache()
+
+    def _row_bytes(self, suffix: int, before: int) -> int:
+        """Activations kept for the backward pass, and attention keys and values with their working copies."""
+        config = self.runner.model.config
+        hidden, key_size = self.runner.weight(0).shape
+        heads = config.num_attention_heads
+        shared = getattr(config, "num_key_value_heads", None) or heads
+        per_position = 10 * hidden + 5 * key_size
+        per_attended = 2 * hidden + 4 * hidden * shared // heads
+        size = self.runner.dtype.itemsize
+        return self.layers * size * (suffix * per_position + (before + suffix) * per_attended)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still take on a device, what torch holds in reserve included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: half of the physical memory is the best guess
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU allocator raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

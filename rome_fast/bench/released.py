@@ -1,0 +1,123 @@
+"""The baseline: one edit at a time, the way the released editors work.
+
+All rows padded to one length; full forward passes through every layer and position, full logits, one edit at a time.
+It is the simplest right program for δ and Δ, shares only tokenisation and the closed form with the fast path, and is
+checked against the same oracle, so it also says what the fast path must equal.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..delta import Delta, LowRank
+from ..edits import Edit
+from ..kernels import prefixed_solve
+from ..methods import close, residual, variant
+from ..rows import edit_rows, essence_row
+from ..runner import Runner, frozen_weights
+from ..values import ValueSettings
+
+
+@dataclass(frozen=True)
+class ReleasedEdit:
+    """What the baseline found for one edit."""
+
+    value: Tensor  # (d,) δ
+    losses: tuple[float, ...]
+    delta: Delta
+
+
+def edit_as_released(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Edit,
+    contexts: Sequence[str],
+    *,
+    layer: int,
+    settings: ValueSettings,
+    factor: Tensor | None,
+    method: str = "rome",
+) -> ReleasedEdit:
+    """Compute one edit; the model is not changed. `factor` is the Cholesky factor of C, None for C = I.
+
+    Of `settings`, both stop rules are honoured, so that the shares of algebra and of the rule can be told apart.
+    """
+    runner, how = Runner(model), variant(method)
+    rows = edit_rows(tokenizer, edit, list(contexts) if how.rows == "prefixed" else ["", *contexts])
+    essence = essence_row(tokenizer, edit)
+    packed = runner.pack([row.inputs for row in [*rows, essence]])
+    subjects = torch.tensor([row.subject for row in [*rows, essence]])
+    wide = torch.promote_types(runner.dtype, torch.float32)
+    arguments = {"input_ids": packed.ids, "attention_mask": packed.mask.long(), "use_cache": False}
+    every = torch.arange(len(subjects))
+
+    with torch.no_grad(), _tapped(runner, layer, subjects, None) as seen:
+        model(**arguments)
+    keys, values = seen[0][:-1], seen[1][:-1]
+    mean_value = values.mean(0)
+    base = (mean_value if how.rows == "prefixed" else values[0]).to(wide)
+
+    delta = torch.zeros_like(base, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=settings.learning_rate)
+    before: Tensor | None = None
+    losses: list[float] = []
+    held = 0
+    with torch.enable_grad(), frozen_weights(model):
+        for step in range(settings.steps):
+            with _tapped(runner, layer, subjects, delta):
+                log_probs = model(**arguments).logits.to(wide).log_softmax(-1)
+            after = log_probs[every[-1], subjects[-1]]
+            before = after.detach() if before is None else before
+            nll = torch.zeros((), dtype=wide)
+            leads = True
+            for i, row in enumerate(rows):
+                at = torch.arange(row.target - 1, len(row.ids) - 1)
+                labels = torch.tensor(row.labels)
+                nll = nll - log_probs[i, at, labels].mean() / len(rows)
+                leads = leads and bool((log_probs[i, at].argmax(1) == labels).all())
+            divergence = (after.exp() * (after - before)).sum()
+            loss = nll + settings.kl_factor * divergence + settings.weight_decay * delta.norm() / base.norm() ** 2
+            losses.append(loss.item())
+            held = held + 1 if leads else 0
+            done = losses[-1] < settings.stop_loss if settings.stop == "loss" else held > settings.margin
+            if done or step == settings.steps - 1:
+                break
+            (delta.grad,) = torch.autograd.grad(loss, [delta])
+            optimiser.step()
+            with torch.no_grad():
+                limit = settings.clamp * base.norm()
+                if delta.norm() > limit:
+                    delta *= limit / delta.norm()
+
+    left = keys[:1] if how.left == "unprefixed" else keys
+    group = torch.zeros(len(left), dtype=torch.int64)
+    mean, u, _ = prefixed_solve(left.to(wide), group, 1, factor)
+    k_den = mean if how.denominator == how.left else keys[:1]
+    wanted = residual(how, delta.detach(), values[0].to(wide), mean_value.to(wide))
+    factors = close(u, k_den, wanted.unsqueeze(0))
+    update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
+    return ReleasedEdit(delta.detach(), tuple(losses), Delta({runner.family.weight_name(layer): update}))
+
+
+@contextmanager
+def _tapped(runner: Runner, layer: int, subjects: Tensor, delta: Tensor | None) -> Iterator[list[Tensor]]:
+    """Read keys and values at the subjects, and add δ to the values there, for the length of the block."""
+    seen: list[Tensor] = []
+    every = torch.arange(len(subjects))
+
+    def hook(_module: object, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if delta is None:
+            seen.extend((args[0][every, subjects], output[every, subjects]))
+            return None
+        added = torch.zeros_like(output).index_put((every, subjects), delta.to(output.dtype).expand(len(every), -1))
+        return output + added
+
+    handle = runner.projection(layer).register_forward_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,221 @@
+"""The part of an edit between tokens and weights: keys, values, closed form, guard, for edits made together."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .batches import BatchSizer
+from .delta import Delta, LowRank
+from .edits import Edit
+from .errors import ConvergenceError
+from .guard import Guard, judge, predicts_collapse
+from .kernels import prefixed_solve
+from .keys import ContextRow, run_to_layer
+from .methods import Factors, RomeVariant, close, residual
+from .past import Contexts
+from .records import Record
+from .rows import edit_rows, essence_row, needs_prefix
+from .runner import Runner
+from .values import Value, ValueSettings, optimise_values
+
+Progress = Callable[[int, int], None]
+"""Called with (edits done, edits in all)."""
+
+Unconverged = Literal["skip", "write", "raise"]
+
+
+class ConvergenceWarning(UserWarning):
+    """An edit was left out because its value was not found."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One edit, tokenised."""
+
+    edit: Edit
+    rows: list[ContextRow]  # the unprefixed one first where the method uses it; the essence row last
+    needs_prefix: bool
+
+    @property
+    def suffix(self) -> int:
+        """Positions from the subject's last token on, the same in every row but for odd tokenisations."""
+        return max(len(r.row.inputs) - r.row.subject for r in self.rows)
+
+    @property
+    def before(self) -> int:
+        """Positions before the subject's last token, in the longest row."""
+        return max(r.row.subject for r in self.rows)
+
+
+def tokenise(
+    runner: Runner, tokenizer: PreTrainedTokenizerBase, edit: Edit, contexts: Sequence[str], how: RomeVariant
+) -> Request:
+    """The rows a method needs for an edit; raises EditError for one that cannot be tokenised as it must."""
+    unprefixed, *prefixed = edit_rows(tokenizer, edit, ["", *contexts], max_length=runner.max_length)
+    # Context 0 is the empty one.
+    rows = [ContextRow(row, i) for i, row in enumerate([unprefixed, *prefixed])]
+    if how.rows == "prefixed":
+        rows = rows[1:]
+    essence = ContextRow(essence_row(tokenizer, edit), 0)
+    return Request(edit, [*rows, essence], needs_prefix(unprefixed))
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Keys, values and δ of one request."""
+
+    keys: Tensor  # (rows, d_ff): those k̄ is the mean of; the unprefixed one first where the method uses it
+    unprefixed_value: Tensor  # (d,): W k of the first row
+    mean_value: Tensor  # (d,): W k̄
+    value: Value
+
+
+@dataclass
+class Flow:
+    """Everything that stays the same from one group of edits to the next."""
+
+    runner: Runner
+    tokenizer: PreTrainedTokenizerBase
+    layer: int
+    how: RomeVariant
+    contexts: Sequence[str]
+    factor: Tensor | None
+    settings: ValueSettings
+    guard: Guard
+    unconverged: Unconverged
+    clock: "Clock"
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def solve(self, group: Sequence[Request]) -> tuple[Delta | None, list[Record]]:
+        """One closed-form update for the group, as a Delta; None where every edit of it is left out.
+
+        Raises CollapseError or ConvergenceError where the guard or `unconverged` says so.
+        """
+        solved = self._keys_and_values(group)
+        with self.clock("update"):
+            factors = self._close(solved)
+            records = [self._record(*each, factors, i) for i, each in enumerate(zip(group, solved, strict=True))]
+            self._judge_convergence(records)
+            candidates = [record for record in records if record.applied]
+            for record, keep in zip(candidates, judge(candidates, self.guard), strict=True):
+                record.applied = keep
+            kept = [s for s, record in zip(solved, records, strict=True) if record.applied]
+            if not kept:
+                return None, records
+            if len(kept) < len(solved):
+                factors = self._close(kept)
+            wide = torch.promote_types(self.runner.dtype, torch.float32)
+            update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
+        return Delta({self.runner.family.weight_name(self.layer): update}), records
+
+    def _keys_and_values(self, group: Sequence[Request]) -> list[_Solved]:
+        with self.clock("keys"):
+            contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts])
+        # Requests of like shape share a batch with little padding.
+        order = sorted(range(len(group)), key=lambda i: (group[i].suffix, group[i].before))
+        sizer = BatchSizer(self.runner, self.layer)
+        solved: dict[int, _Solved] = {}
+        start = 0
+        while start < len(order):
+            size = sizer.choose([group[i] for i in order[start:]])
+            places = order[start : start + size]
+            with sizer.halving(size):
+                found = self._solve_batch(contexts, [group[i] for i in places])
+                solved.update(zip(places, found, strict=True))
+                start += size
+                self.done += size
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+        return [solved[i] for i in range(len(group))]
+
+    def _solve_batch(self, contexts: Contexts, batch: Sequence[Request]) -> list[_Solved]:
+        with self.clock("keys"):
+            states = run_to_layer(self.runner, contexts, [row for r in batch for row in r.rows], self.layer)
+            # The essence row, last of each request, belongs to no mean.
+            keys = states.keys.unflatten(0, (len(batch), -1))[:, :-1]
+            row_values = states.values.unflatten(0, (len(batch), -1))[:, :-1]
+            mean_values = row_values.mean(1)
+        with self.clock("values"):
+            base = mean_values if self.how.rows == "prefixed" else row_values[:, 0]
+            rows = [[r.row for r in request.rows] for request in batch]
+            values = optimise_values(self.runner, rows, states, base, self.layer, self.settings)
+        return [_Solved(keys[i], row_values[i, 0], mean_values[i], value) for i, value in enumerate(values)]
+
+    def _close(self, solved: Sequence[_Solved]) -> Factors:
+        wide = torch.promote_types(self.runner.dtype, torch.float32)
+        sources = [s.keys[:1] if self.how.left == "unprefixed" else s.keys for s in solved]
+        groups = torch.cat([torch.full((len(k),), i, device=k.device) for i, k in enumerate(sources)])
+        left, u, _ = prefixed_solve(torch.cat(sources).to(wide), groups, len(solved), self.factor)
+        k_den = left if self.how.denominator == self.how.left else torch.stack([s.keys[0] for s in solved])
+        residuals = [
+            residual(self.how, s.value.delta, s.unprefixed_value.to(wide), s.mean_value.to(wide)) for s in solved
+        ]
+        return close(u, k_den, torch.stack(residuals))
+
+    def _record(self, request: Request, solved: _Solved, factors: Factors, index: int) -> Record:
+        weight_norm = float(torch.linalg.vector_norm(self.runner.weight(self.layer), dtype=torch.float64))
+        update_norm = float(factors.update_norms[index])
+        return Record(
+            prompt=request.edit.prompt,
+            subject=request.edit.subject,
+            target=request.edit.target,
+            method=self.how.name,
+            layer=self.layer,
+            loss=solved.value.losses[-1],
+            steps=len(solved.value.losses),
+            converged=solved.value.finite and solved.value.led >= 0.5,
+            denominator=float(factors.denominators[index]),
+            numerator_norm=float(factors.numerator_norms[index]),
+            update_norm=update_norm,
+            weight_norm=weight_norm,
+            needs_prefix=request.needs_prefix,
+            collapsed=predicts_collapse(update_norm, weight_norm),
+            applied=solved.value.finite,
+        )
+
+    def _judge_convergence(self, records: Sequence[Record]) -> None:
+        broken = [r for r in records if not r.applied]
+        missed = [r for r in records if r.applied and not r.converged]
+        if self.unconverged == "write":
+            missed = []
+        if not broken and not missed:
+            return
+        lines = [f"  {r.subject!r} → {r.target!r}: the loss became {r.loss} at step {r.steps}" for r in broken]
+        lines += [
+            f"  {r.subject!r} → {r.target!r}: the target leads in too few rows, loss {r.loss:.3g}" for r in missed
+        ]
+        what = f"{len(lines)} edit(s) did not converge:\n" + "\n".join(lines)
+        if self.unconverged == "raise" or len(broken) == len(records):
+            raise ConvergenceError(
+                f"{what}\nnothing was written; allow more steps, lower the learning rate, load the model in float32, "
+                "or choose what to do with unconverged='skip' | 'write'"
+            )
+        for record in missed:
+            record.applied = False
+        warnings.warn(
+            f"{what}\nthey were left out; write them with unconverged='write'", ConvergenceWarning, stacklevel=4
+        )
+
+
+class Clock:
+    """Wall seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
