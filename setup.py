@@ -12,5 +12,5 @@ setup(
         *(f"rome_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"rome_fast.kernels": "kernels"},
-    package_data={"rome_fast": ["py.typed"]},
+    package_data={"rome_fast": ["py.typed"], "rome_fast.bench": ["requests.jsonl"]},
 )

@@ -117,7 +117,7 @@ def _make_model(work: Path, say: Say) -> Path:
     gguf = _fetch(_MODEL, work, say)
     say("converting SmolLM2-135M-Instruct to fp32 safetensors (about 40 s)")
     done = work / "done"
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -340,7 +340,7 @@ def _need(*packages: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no log lines of transformers, for the length of the block."""
     from transformers.utils import logging
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .assets import quiet_transformers
 from .delta import Delta
 from .errors import ArgumentError, CheckpointError, ModelError
 from .models import known_model_types
@@ -54,8 +55,9 @@ def load(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, 
     if kind not in known_model_types():
         raise ModelError(f"model: got architecture {kind!r}, wanted one of {', '.join(known_model_types())}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"model: {directory} cannot be loaded: {error}") from error
     return model, tokenizer, directory

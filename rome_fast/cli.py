@@ -105,6 +105,29 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--delta", type=Path, help="apply this delta in memory first")
     evaluate.add_argument("--perplexity", type=Path, metavar="FILE", help="sentences, one a line")
 
+    bench = verb(
+        "bench",
+        _bench,
+        "measure edit throughput, and against an editor written the usual way",
+        "rome-fast bench --baseline --count 8 --threads 1 --json bench.json",
+    )
+    bench.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
+    bench.add_argument("--edits", type=Path, help="requests (default: a small built-in set)")
+    bench.add_argument("--count", type=int, help="how many of them (default: all)")
+    bench.add_argument("--batch", type=int, default=16, help="edits per call (default: 16)")
+    bench.add_argument("--baseline", action="store_true", help="also make the edits as the released editors do")
+    bench.add_argument("--baseline-count", type=int, metavar="N", help="do so for the first N edits only")
+    bench.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
+    bench.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
+    bench.add_argument("--method", default="c-rome")
+    bench.add_argument("--layer", type=int)
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    bench.add_argument("--device", default="cpu")
+    bench.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    bench.add_argument("--sentences", type=Path, help="sentences for perplexity, one a line (default: the demo's)")
+    bench.add_argument("--no-quality", action="store_true", help="leave quality figures out")
+    bench.add_argument("--csv", type=Path, help="append a row to this CSV file")
+
     revert = verb("revert", _revert, "restore an edited checkpoint to its original bytes", "rome-fast revert ./edited")
     revert.add_argument("directory", type=Path)
     return parser
@@ -193,6 +216,12 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if "perplexity" in report:
         print(f"perplexity {report['perplexity']:.2f}")
     return report
+
+
+def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .bench.command import run_bench
+
+    return run_bench(arguments)
 
 
 def _revert(arguments: argparse.Namespace) -> dict[str, Any]:

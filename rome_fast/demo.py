@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoints
 from .assets import demo_texts, made_once, model_dir
@@ -72,8 +72,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     say("model: SmolLM2-135M-Instruct, a real pretrained model, made once from a public package")
     directory = model_dir(say)
     statistics = Statistics.load(statistics_dir(say))
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model, tokenizer, _ = checkpoints.load(directory)
     runner, layer = Runner(model), default_layer(model.config)
     say("sampling 20 prefix contexts with the model itself")
     contexts = sample_contexts(model, tokenizer)
@@ -144,7 +143,7 @@ def run_demo(out: Path) -> dict[str, Any]:
 def _make_statistics(work: Path, say: Callable[[str], None]) -> Path:
     directory = model_dir(say)
     texts = demo_texts(say)[:-_HELD_OUT]
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model, tokenizer, _ = checkpoints.load(directory)
     layer = default_layer(model.config)
     say(f"statistics: second moment of layer {layer}'s keys over {_TOKENS} tokens of Wikipedia (once, about 2 min)")
     told = 0
@@ -155,7 +154,6 @@ def _make_statistics(work: Path, say: Callable[[str], None]) -> Path:
             told = done * 4 // total
             say(f"statistics: {done} of {total} tokens")
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     statistics = collect_statistics(model, tokenizer, texts, [layer], _TOKENS, progress=progress)
     statistics.save(work / "done")
     return work / "done"

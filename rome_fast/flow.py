@@ -113,9 +113,23 @@ class Flow:
                 return None, records
             if len(kept) < len(solved):
                 factors = self._close(kept)
-            wide = torch.promote_types(self.runner.dtype, torch.float32)
-            update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
-        return Delta({self.runner.family.weight_name(self.layer): update}), records
+            return self._delta(factors), records
+
+    def solve_each(self, group: Sequence[Request]) -> list[tuple[Delta, Record]]:
+        """One Delta per edit, as if each were alone; keys and values are still found in batches.
+
+        Neither the guard nor `unconverged` is asked: this is for measuring edits, not for writing them.
+        """
+        out = []
+        for request, solved in zip(group, self._keys_and_values(group), strict=True):
+            factors = self._close([solved])
+            out.append((self._delta(factors), self._record(request, solved, factors, 0)))
+        return out
+
+    def _delta(self, factors: Factors) -> Delta:
+        wide = torch.promote_types(self.runner.dtype, torch.float32)
+        update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
+        return Delta({self.runner.family.weight_name(self.layer): update})
 
     def _keys_and_values(self, group: Sequence[Request]) -> list[_Solved]:
         with self.clock("keys"):

@@ -87,10 +87,7 @@ class Checkpoint:
 
 
 def write_edited(
-    source: Path | str,
-    out: Path | str,
-    tensors: Mapping[str, torch.Tensor],
-    extra_files: Mapping[str, Content],
+    source: Path | str, out: Path | str, tensors: Mapping[str, torch.Tensor], extra_files: Mapping[str, Content]
 ) -> None:
     """Make `out`, a complete copy of the checkpoint directory `source` with the bytes of `tensors` replaced.
 

@@ -24,14 +24,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rome_fast.errors import ArgumentError, CheckpointError
-from rome_fast.weights import (
-    Checkpoint,
-    load_tensors,
-    read_header,
-    restore_tensors,
-    save_tensors,
-    write_edited,
-)
+from rome_fast.weights import Checkpoint, load_tensors, read_header, restore_tensors, save_tensors, write_edited
 from rome_fast.weights import files as files_module
 from rome_fast.weights.files import copy_file, rename_new, sha256_file
 from rome_fast.weights.header import read_tensor
@@ -210,10 +203,7 @@ BAD_HEADERS = {
     "hole at the start": (packed(pair([1, 3], [3, 8]), EIGHT), "'a' at bytes 1 to 3 leaves a hole"),
     "bytes after the last tensor": (packed(one(), EIGHT + b"x"), "take 8 bytes and the file has 9"),
     "data cut": (packed(one(), EIGHT[:-1]), "take 8 bytes and the file has 7"),
-    "a terabyte claimed": (
-        packed(one("U8", [2**40], [0, 2**40])),
-        "take 1,099,511,627,776 bytes and the file has 0",
-    ),
+    "a terabyte claimed": (packed(one("U8", [2**40], [0, 2**40])), "take 1,099,511,627,776 bytes and the file has 0"),
 }
 
 
@@ -254,11 +244,7 @@ def test_what_is_no_file_is_an_error(tmp_path):
 
 
 def test_header_of_a_good_file(tmp_path):
-    tensors = {
-        "a": torch.ones(2, 3, dtype=torch.bfloat16),
-        "empty": torch.ones(0, 5),
-        "scalar": torch.tensor(3),
-    }
+    tensors = {"a": torch.ones(2, 3, dtype=torch.bfloat16), "empty": torch.ones(0, 5), "scalar": torch.tensor(3)}
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     header = read_header(tmp_path / "x.safetensors")
     start, raw = header_json(tmp_path / "x.safetensors")
@@ -271,8 +257,7 @@ def test_header_of_a_good_file(tmp_path):
 
 GOOD_FILES = [
     save(
-        {"a": torch.arange(6).reshape(2, 3).bfloat16(), "b": torch.arange(5.0), "e": torch.ones(0, 3)},
-        {"format": "pt"},
+        {"a": torch.arange(6).reshape(2, 3).bfloat16(), "b": torch.arange(5.0), "e": torch.ones(0, 3)}, {"format": "pt"}
     ),
     save({"scalar": torch.tensor(3), "mask": torch.tensor([True, False])}),
     packed({}),
@@ -282,26 +267,7 @@ ODD = [
     "\ud800", "x" * 1000, [], [0], [0, 8], [[0]], [1] * 100, [2**62, 2**62], [0, 2**63],
     {}, {"dtype": "F32"}, {"a": {}},
 ]  # fmt: skip
-FRAGMENTS = [
-    '"a":',
-    "-",
-    "{",
-    "}",
-    "[",
-    "]",
-    ",",
-    " ",
-    "null",
-    "\\ud800",
-    "\\",
-    "1e9",
-    "9" * 30,
-    "NaN",
-    '"',
-    "\0",
-    "é",
-    "\t",
-]
+FRAGMENTS = [*'-{}[], "\\\0\té', '"a":', "null", "NaN", "1e9", "9" * 30, "\\ud800"]
 
 
 def damaged(rng: random.Random) -> bytes:
@@ -387,10 +353,7 @@ def test_every_tensor_of_the_model_is_read(model, source):
     assert checkpoint.names() == sorted(state)
     for name, tensor in state.items():
         assert torch.equal(checkpoint.read(name), tensor)
-        assert (checkpoint.entry(name).dtype, checkpoint.entry(name).shape) == (
-            tensor.dtype,
-            tuple(tensor.shape),
-        )
+        assert (checkpoint.entry(name).dtype, checkpoint.entry(name).shape) == (tensor.dtype, tuple(tensor.shape))
     if (source / INDEX).exists():
         weight_map = json.loads((source / INDEX).read_text())["weight_map"]
         assert {name: checkpoint.shard_of(name) for name in state} == weight_map
@@ -455,8 +418,8 @@ def test_shards_may_not_leave_the_directory(shard, saved, tmp_path):
 @pytest.mark.parametrize(
     ("index", "fault"),
     [(b"{", "Expecting"), (b"\xff", "utf-8"), (b"[" * 200_000, "recursion"), (b"[]", "no weight_map"),
-     (b"{}", "no weight_map"), (b'{"weight_map": {}}', "no weight_map"),
-     (b'{"weight_map": 3}', "no weight_map"), (b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', "occurs twice")],
+     (b"{}", "no weight_map"), (b'{"weight_map": {}}', "no weight_map"), (b'{"weight_map": 3}', "no weight_map"),
+     (b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', "occurs twice")],
 )  # fmt: skip
 def test_damaged_index(index, fault, tmp_path):
     (tmp_path / INDEX).write_bytes(index)
@@ -518,12 +481,7 @@ def test_transformers_loads_the_copy(model, source, tmp_path):
 
 def test_every_layout_of_a_tensor_is_written(tmp_path):
     """Transposed bf16, a scalar, an empty tensor, every second element, a parameter: values, not strides."""
-    old = {
-        "t": torch.zeros(3, 5).bfloat16(),
-        "s": torch.tensor(1.0),
-        "e": torch.ones(0, 2),
-        "p": torch.zeros(4),
-    }
+    old = {"t": torch.zeros(3, 5).bfloat16(), "s": torch.tensor(1.0), "e": torch.ones(0, 2), "p": torch.zeros(4)}
     (tmp_path / "source").mkdir()
     save_file(old, tmp_path / "source" / "model.safetensors")
     new = {
@@ -727,12 +685,7 @@ def test_kill_9_at_any_moment_of_a_write(saved, tmp_path):
 
 def test_only_abandoned_directories_of_the_same_target_are_removed(source, tmp_path):
     dead = tmp_path / ".out.0123456789abcdef.partial"
-    others = [
-        ".out.partial",
-        ".out.0123456789abcdef",
-        ".out.x.0123456789abcdef.partial",
-        ".o.0123456789abcdef.partial",
-    ]
+    others = [".out.partial", ".out.0123456789abcdef", ".out.x.0123456789abcdef.partial", ".o.0123456789abcdef.partial"]
     for name in (dead.name, *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").touch()
@@ -757,14 +710,17 @@ def test_a_living_writer_keeps_its_directory(source, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
-def test_a_directory_taken_before_it_was_locked_is_made_again(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_directory_taken_before_it_was_locked_is_made_again(opened, source, tmp_path, monkeypatch):
     real, taken = os.open, []
 
     def take(path, *arguments, **keywords):
-        if not taken and str(path).endswith(".partial"):
-            taken.append(path)
-            os.rmdir(path)
-        return real(path, *arguments, **keywords)
+        if taken or not str(path).endswith(".partial"):
+            return real(path, *arguments, **keywords)
+        taken.append(path)
+        descriptor = real(path, *arguments, **keywords) if opened else None
+        os.rmdir(path)
+        return descriptor or real(path, *arguments, **keywords)
 
     monkeypatch.setattr(os, "open", take)
     write_edited(source, tmp_path / "out", {}, {})

@@ -1,0 +1,101 @@
+"""How many floating-point operations an edit takes, counted and at best.
+
+The ideal count is that of a program which computes nothing twice, pads nothing and skips what cannot change:
+
+- once for all edits: every context through every layer;
+- once per edit: the tokens behind the context through layers 0 .. l, those of them before the subject's last token
+  through the layers above as well;
+- in every step, the tokens from the subject's last one on through the layers above l, and the head where a target
+  token or the KL term is scored; forward, and backward to the activations, which costs the same again (attention:
+  2.5 times, as it recomputes the scores) except after the last step.
+
+A product of (m, k) and (k, n) counts 2 m k n. Norms, activations and the solve for u are left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+from ..flow import Request
+from ..past import Contexts
+from ..runner import Runner
+
+# The registry of torch leaves out the fused attention of CPUs.
+_COUNTS: dict[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Sums the FLOPs of every operator that torch has a formula for.
+
+    torch's own FlopCounterMode also tracks modules by backward hooks, which `autograd.grad` does not allow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := _COUNTS.get(func.overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's products cost."""
+
+    layers: int
+    layer_weights: int  # elements of one layer's matrices
+    attention: int  # 4 · heads · head size: per pair of a query and a key
+    head: int  # 2 · d · vocabulary: per row of logits
+
+    @classmethod
+    def of(cls, runner: Runner) -> "Shape":
+        config = runner.model.config
+        weights = sum(p.numel() for p in runner.layers[0].parameters() if p.dim() == 2)
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            len(runner.layers),
+            weights,
+            4 * config.num_attention_heads * head_size,
+            2 * config.hidden_size * config.vocab_size,
+        )
+
+
+def ideal_flops(
+    runner: Runner, contexts: Contexts, requests: Sequence[Request], steps: Sequence[int], layer: int
+) -> float:
+    """The ideal count for all requests together, at the number of loss evaluations each of them took."""
+    shape = Shape.of(runner)
+    above = shape.layers - layer - 1
+
+    def passes(tokens: int, before: int, layers: int) -> float:
+        """Forward through layers: tokens that attend to each other and to what is before them."""
+        pairs = tokens * (before + tokens)
+        return layers * (2.0 * tokens * shape.layer_weights + shape.attention * pairs)
+
+    total = sum(passes(len(ids), 0, shape.layers) for ids in contexts.ids)
+    for request, evaluations in zip(requests, steps, strict=True):
+        scored = 1  # the KL term
+        for item in request.rows:
+            row = item.row
+            shared = contexts.shared_with(item.context, row)
+            middle, suffix = row.subject - shared, len(row.inputs) - row.subject
+            total += passes(middle + suffix, shared, layer + 1) + passes(middle, shared, above)
+            once = passes(suffix, row.subject, above)
+            pairs = suffix * (row.subject + suffix)
+            back = once + 1.5 * above * shape.attention * pairs
+            total += evaluations * once + (evaluations - 1) * back
+            scored += len(row.labels)
+        # The gradient of the head is taken with the loss, in every evaluation.
+        total += 2.0 * evaluations * scored * shape.head
+    return total

@@ -1,0 +1,225 @@
+"""`rome-fast bench`: seconds, FLOPs and quality per edit, and against the baseline, interleaved in one run."""
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..delta import Delta
+from ..edits import Edit
+from ..evaluation import evaluate, sentence_perplexity, summarise
+from ..flow import Clock, Flow, Request, tokenise
+from ..methods import variant
+from ..past import Contexts
+from ..runner import Runner
+from ..values import ValueSettings
+from .flops import FlopCounter, ideal_flops
+from .released import edit_as_released
+
+Say = Callable[[str], None]
+
+_QUALITY = ("probability", "efficacy", "paraphrase", "neighborhood", "probability_prefixed", "efficacy_prefixed")
+
+
+@dataclass
+class Track:
+    """One way of making edits: what it cost and how good its edits are."""
+
+    name: str
+    edits: int = 0
+    process_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    flops: float = 0.0
+    steps: int = 0
+    quality: dict[str, list[float]] = field(default_factory=dict)
+
+    def add_quality(self, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self.quality.setdefault(name, []).append(value)
+
+    def report(self) -> dict[str, Any]:
+        count = max(1, self.edits)
+        return {
+            "edits": self.edits,
+            "process_seconds_per_edit": self.process_seconds / count,
+            "seconds_per_edit": self.wall_seconds / count,
+            "flops_per_edit": self.flops / count,
+            "steps_per_edit": self.steps / count,
+            "quality": {name: sum(values) / len(values) for name, values in self.quality.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all tracks share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    contexts: tuple[str, ...]
+    layer: int
+    method: str
+    settings: ValueSettings
+    factor: Tensor | None
+    sentences: Sequence[str]  # for the perplexity of each edited model; none for no quality figures
+
+    @property
+    def flow(self) -> Flow:
+        return Flow(
+            Runner(self.model),
+            self.tokenizer,
+            self.layer,
+            variant(self.method),
+            self.contexts,
+            self.factor,
+            self.settings,
+            "off",
+            "write",
+            Clock(),
+            None,
+            0,
+        )
+
+
+def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: int, quality: bool, say: Say) -> dict[str, Any]:
+    """Measure `edits` in batches; the first `baseline` of them also as released and with the released stop rule.
+
+    The tracks take turns batch by batch, so that a change of the machine's speed meets all of them. Counting FLOPs
+    slows a program down; it is done in runs of its own, which are not timed.
+    """
+    fast, rule, released = Track("rome_fast"), Track("rome_fast, released stop rule"), Track("as released")
+    stages: dict[str, float] = {}
+    ideal = 0.0
+    old_rule = replace(setup, settings=replace(setup.settings, stop="loss"))
+    runner = Runner(setup.model)
+    base = sentence_perplexity(runner, setup.tokenizer, setup.sentences) if quality else None
+    for start in range(0, len(edits), batch):
+        group = list(edits[start : start + batch])
+        compared = group[: max(0, baseline - start)]
+        flow = setup.flow
+        requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.how) for e in group]
+        steps, deltas = _run(fast, flow, requests)
+        for stage, seconds in flow.clock.seconds.items():
+            stages[stage] = stages.get(stage, 0.0) + seconds
+        ideal += _ideal(setup, requests, steps)
+        with FlopCounter() as counter:
+            setup.flow.solve_each(requests)
+        fast.flops += counter.total
+        if compared:
+            _run(rule, old_rule.flow, requests[: len(compared)])
+        for i, edit in enumerate(compared):
+            _run_released(released, old_rule, edit, deltas[i] if quality else None, setup, base)
+        if quality:
+            for edit, delta in zip(group, deltas, strict=True):
+                fast.add_quality(_quality(setup, edit, delta, base))
+        say(_line(fast, rule, released))
+    report: dict[str, Any] = {
+        "model": str(setup.model.config._name_or_path),
+        "dtype": str(setup.model.dtype).removeprefix("torch."),
+        "device": str(runner.device),
+        "threads": torch.get_num_threads(),
+        "method": setup.method,
+        "layer": setup.layer,
+        "statistics": "identity" if setup.factor is None else "second moment",
+        "contexts": len(setup.contexts),
+        "batch": batch,
+        "settings": asdict(setup.settings),
+        **fast.report(),
+        "seconds_by_stage": stages,
+        "ideal_flops_per_edit": ideal / max(1, len(edits)),
+        "flops_over_ideal": fast.flops / ideal if ideal else None,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "perplexity_before": base,
+    }
+    if released.edits:
+        mine, theirs, middle = fast.report(), released.report(), rule.report()
+        report |= {
+            "process_time_ratio": theirs["process_seconds_per_edit"] / mine["process_seconds_per_edit"],
+            "flops_ratio": theirs["flops_per_edit"] / mine["flops_per_edit"],
+            "share": {
+                "algebra": theirs["process_seconds_per_edit"] / middle["process_seconds_per_edit"],
+                "stop_rule": middle["process_seconds_per_edit"] / mine["process_seconds_per_edit"],
+                "dtype": 1.0,
+            },
+            "as_released": theirs,
+            "released_stop_rule": middle,
+        }
+    return report
+
+
+def _run(track: Track, flow: Flow, requests: Sequence[Request]) -> tuple[list[int], list[Delta]]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    made = flow.solve_each(requests)
+    if flow.runner.device.type == "cuda":
+        torch.cuda.synchronize()
+    track.process_seconds += time.process_time() - cpu
+    track.wall_seconds += time.perf_counter() - wall
+    track.edits += len(requests)
+    steps = [record.steps for _, record in made]
+    track.steps += sum(steps)
+    return steps, [delta for delta, _ in made]
+
+
+def _run_released(
+    track: Track, old_rule: Setup, edit: Edit, mine: Delta | None, setup: Setup, base: float | None
+) -> None:
+    def once(settings: ValueSettings) -> tuple[int, Delta]:
+        made = edit_as_released(
+            setup.model,
+            setup.tokenizer,
+            edit,
+            setup.contexts,
+            layer=setup.layer,
+            settings=settings,
+            factor=setup.factor,
+            method=setup.method,
+        )
+        return len(made.losses), made.delta
+
+    cpu, wall = time.process_time(), time.perf_counter()
+    steps, delta = once(old_rule.settings)
+    track.process_seconds += time.process_time() - cpu
+    track.wall_seconds += time.perf_counter() - wall
+    track.edits += 1
+    track.steps += steps
+    # Every step costs the same: one evaluation, and the difference that a second one makes, tell the rest.
+    counts = []
+    for few in (1, 2):
+        with FlopCounter() as counter:
+            once(replace(old_rule.settings, steps=few))
+        counts.append(counter.total)
+    track.flops += counts[0] + (steps - 1) * (counts[1] - counts[0])
+    if mine is not None:
+        track.add_quality(_quality(setup, edit, delta, base))
+
+
+def _ideal(setup: Setup, requests: Sequence[Request], steps: Sequence[int]) -> float:
+    runner = Runner(setup.model)
+    contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts])
+    return ideal_flops(runner, contexts, requests, steps, setup.layer)
+
+
+def _quality(setup: Setup, edit: Edit, delta: Delta, base: float | None) -> dict[str, float]:
+    delta.apply(setup.model)
+    try:
+        figures = summarise(evaluate(setup.model, setup.tokenizer, [edit], setup.contexts[:4]))
+        figures = {name: figures[name] for name in _QUALITY if name in figures}
+        if base is not None:
+            perplexity = sentence_perplexity(Runner(setup.model), setup.tokenizer, setup.sentences)
+            figures["perplexity_ratio"] = perplexity / base
+    finally:
+        delta.revert(setup.model)
+    return figures
+
+
+def _line(*tracks: Track) -> str:
+    parts = [
+        f"{t.name}: {t.edits} edits, {t.process_seconds / t.edits:.2f} CPU s, {t.wall_seconds / t.edits:.2f} s each"
+        for t in tracks
+        if t.edits
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,135 @@
+"""The baseline equals the oracle, the fast path equals the baseline, and the benchmark counts what it says."""
+
+import json
+
+import pytest
+import torch
+
+import oracle
+from helpers import CONTEXTS, END, LAYER, MIDDLE, START
+from rome_fast import Edit, ValueSettings
+from rome_fast.bench import edit_as_released
+from rome_fast.bench.flops import FlopCounter, ideal_flops
+from rome_fast.bench.throughput import Setup, bench
+from rome_fast.cli import main
+from rome_fast.flow import tokenise
+from rome_fast.methods import METHODS
+from rome_fast.past import Contexts
+from rome_fast.runner import Runner
+from toys import save_toy, toy_model, toy_tokenizer
+
+SUBJECTS = ("Chicago", "Rome", "the old town", "Danielle Darrieux", "Mount Fuji")
+PROMPTS = ("{} is a twin city of", "In the year 1999 the people of {} spoke of", "From Berlin one flies to {}")
+TARGETS = ("Rome", "Paris, the old capital", "Vienna")
+
+
+def mixed_edits(count: int) -> list[Edit]:
+    """Different requests of many lengths: subjects at the start, middle and end, one- and many-token targets."""
+    out = []
+    for i in range(count):
+        subject = f"{SUBJECTS[i % 5]} {i // 5}" if i >= 5 else SUBJECTS[i]
+        out.append(Edit(PROMPTS[i % 3], subject, TARGETS[(i // 3) % 3]))
+    return out
+
+
+def setup_of(model, tokenizer, factor=None, **settings) -> Setup:
+    return Setup(
+        model, tokenizer, CONTEXTS, LAYER, "c-rome", ValueSettings(**settings), factor, ["The snow is white today."]
+    )
+
+
+def dense(delta) -> torch.Tensor:
+    return next(iter(delta.updates.values())).dense()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_baseline_equals_oracle(kind, method, toy_tokenizers):
+    model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[False]
+    settings = ValueSettings(steps=5, stop="loss")
+    made = edit_as_released(
+        model, tokenizer, MIDDLE, CONTEXTS, layer=LAYER, settings=settings, factor=None, method=method
+    )
+    wanted = oracle.rome(
+        model,
+        tokenizer,
+        MIDDLE.prompt,
+        MIDDLE.subject,
+        MIDDLE.target,
+        layer=LAYER,
+        method=method,
+        contexts=CONTEXTS,
+        steps=5,
+    )
+    assert torch.dist(dense(made.delta), wanted.delta_w) <= 1e-8 * wanted.delta_w.norm()
+    assert made.losses == pytest.approx(wanted.losses, rel=1e-8)
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_batches_equal_the_baseline(kind, count, toy_tokenizers):
+    """ΔW of every edit of a batch, to 1e-5 relative in float32; every fourth of the largest batch is compared."""
+    model, tokenizer = toy_model(kind), toy_tokenizers[True]
+    setup = setup_of(model, tokenizer, steps=8, stop="loss")
+    edits = mixed_edits(count)
+    requests = [tokenise(Runner(model), tokenizer, e, CONTEXTS, setup.flow.how) for e in edits]
+    made = setup.flow.solve_each(requests)
+    order = torch.randperm(count).tolist()
+    shuffled = setup.flow.solve_each([requests[i] for i in order])
+    for place, i in enumerate(order):
+        one, other = dense(made[i][0]), dense(shuffled[place][0])
+        assert torch.dist(one, other) <= 1e-5 * one.norm()
+    for i in range(0, count, 4 if count > 7 else 1):
+        wanted = edit_as_released(
+            model, tokenizer, edits[i], CONTEXTS, layer=LAYER, settings=setup.settings, factor=None, method="c-rome"
+        )
+        one, other = dense(made[i][0]), dense(wanted.delta)
+        assert torch.dist(one, other) <= 1e-5 * other.norm(), edits[i]
+        assert made[i][1].loss == pytest.approx(wanted.losses[-1], rel=1e-5)
+
+
+def test_ideal_count_is_what_unpadded_work_costs(toy_tokenizers):
+    """For one edit whose rows all have one length, counted and ideal FLOPs differ by what a mask cannot skip only."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    contexts = ["Snow fell. "] * 3
+    setup = Setup(model, tokenizer, tuple(contexts), LAYER, "c-rome", ValueSettings(steps=4, stop="loss"), None, [])
+    request = tokenise(Runner(model), tokenizer, START, contexts, setup.flow.how)
+    with FlopCounter() as counter:
+        setup.flow.solve_each([request])
+    shared = Contexts.of(Runner(model), tokenizer, ["", *contexts])
+    ideal = ideal_flops(Runner(model), shared, [request], [4], LAYER)
+    # The essence row has one position, and is padded to as many as the others.
+    suffix = request.suffix
+    assert 1 <= counter.total / ideal <= 1 + 1.1 * (suffix - 1) / (3 * suffix + 1)
+
+
+def test_report(toy_tokenizers):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    edits = [Edit(e.prompt, e.subject, e.target, "Vienna") for e in (START, MIDDLE, END)]
+    report = bench(setup_of(model, tokenizer, steps=4), edits, 2, 2, True, lambda line: None)
+    assert report["edits"] == 3
+    assert report["as_released"]["edits"] == report["released_stop_rule"]["edits"] == 2
+    assert report["flops_ratio"] > 1
+    share = report["share"]
+    assert report["process_time_ratio"] == pytest.approx(share["algebra"] * share["stop_rule"] * share["dtype"])
+    for name in ("efficacy", "perplexity_ratio"):
+        assert report["quality"][name] >= 0
+        assert report["as_released"]["quality"][name] >= 0
+
+
+def test_command(tmp_path):
+    directory = save_toy(tmp_path / "toy", toy_model("llama"), toy_tokenizer(False))
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text(json.dumps({"prompt": START.prompt, "subject": START.subject, "target_new": START.target}) + "\n")
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("The snow is white today.\n")
+    report, table = tmp_path / "bench.json", tmp_path / "bench.csv"
+    arguments = ["bench", str(directory), "--edits", str(edits), "--identity", "--baseline", "--layer", "1"]
+    arguments += ["--sentences", str(sentences), "--json", str(report), "--csv", str(table)]
+    assert main(arguments) == 0
+    assert main(arguments) == 0
+    assert len(table.read_text().splitlines()) == 3
+    figures = json.loads(report.read_text())
+    assert {"process_time_ratio", "flops_ratio", "seconds_per_edit", "quality"} <= figures.keys()
+    assert figures["edits"] == 1
+    assert main([*arguments, "--batch", "0"]) == 2
