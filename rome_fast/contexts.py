@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ModelError
+from .rows import encode
 
 _OPENINGS = ("The first", "There is", "Because of", "In the year", "I think that")
 _LENGTHS = (5, 10)  # new tokens; half of the contexts each, as in the released code
@@ -33,10 +34,9 @@ def sample_contexts(
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for round_index in range(_ROUNDS):
-                for opening in _OPENINGS:
-                    for text in _sample(model, tokenizer, opening, _LENGTHS[round_index % len(_LENGTHS)]):
-                        if len(found) < count and _usable(text):
-                            found[f"{text}. "] = None
+                for text in _sample(model, tokenizer, _LENGTHS[round_index % len(_LENGTHS)]):
+                    if len(found) < count and _usable(text):
+                        found[f"{text}. "] = None
                 if len(found) >= count:
                     return tuple(found)
     finally:
@@ -46,13 +46,18 @@ def sample_contexts(
     )
 
 
-def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, opening: str, length: int) -> list[str]:
-    inputs = tokenizer(opening, return_tensors="pt").to(model.device)
+def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> list[str]:
+    """Two continuations of every opening, by `length` tokens, in one batch."""
+    openings = [tokens.ids for tokens in encode(tokenizer, _OPENINGS)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    longest = max(map(len, openings))
+    # Padded on the left whatever the tokenizer says: generation goes on from the last column.
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in openings])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in openings])
     with torch.no_grad():
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+        generated = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             do_sample=True,
             top_k=_TOP_K,
             top_p=1.0,
@@ -62,8 +67,8 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, opening: str, length
             max_new_tokens=length,
             pad_token_id=pad,
         )
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [" ".join(text.split()).rstrip(" .") for text in texts]
+    rows = [row[longest - len(openings[i // 2]) :] for i, row in enumerate(generated.tolist())]
+    return [" ".join(text.split()).rstrip(" .") for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def _usable(text: str) -> bool:

@@ -20,10 +20,22 @@ _FORMAT = "rome_fast delta 1"
 
 @dataclass(frozen=True)
 class LowRank:
-    """An update of one parameter, in the (d, d_ff) orientation whatever way the model stores it."""
+    """An update of one parameter, in the (d, d_ff) orientation whatever way the model stores it.
+
+    Raises ArgumentError for factors that do not fit together.
+    """
 
     left: Tensor  # (d, r) fp32 | fp64
     right: Tensor  # (r, d_ff) same dtype
+
+    def __post_init__(self) -> None:
+        left, right = self.left, self.right
+        fit = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0] and left.dtype == right.dtype
+        if not fit or left.dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(
+                f"delta: got factors {left.dtype} {tuple(left.shape)} and {right.dtype} {tuple(right.shape)}, wanted "
+                "(d, r) and (r, d_ff) in float32 or float64"
+            )
 
     def dense(self) -> Tensor:
         """(d, d_ff)"""
@@ -137,16 +149,21 @@ class Delta:
         names = sorted({key.rpartition(".")[0] for key in tensors})
         if metadata.pop("format", None) != _FORMAT or set(tensors) != {f"{n}.{s}" for n in names for s in _SIDES}:
             raise CheckpointError(f"delta: {file} is a safetensors file but not a delta")
-        return cls({n: LowRank(tensors[f"{n}.left"], tensors[f"{n}.right"]) for n in names}, metadata)
+        try:
+            return cls({n: LowRank(tensors[f"{n}.left"], tensors[f"{n}.right"]) for n in names}, metadata)
+        except ArgumentError as error:
+            raise CheckpointError(f"delta: {file} is a safetensors file but not a delta ({error})") from error
 
     def to_lora(self, directory: str | Path, model: PreTrainedModel) -> None:
         """Write a PEFT adapter whose product equals this Delta; `model` tells how its layers are stored.
 
-        Raises ArgumentError when the directory exists.
+        Raises ArgumentError when the directory exists, or when the Delta changes nothing.
         """
         directory = Path(directory)
         if directory.exists():
             raise ArgumentError(f"directory: {directory} exists already; choose another name or remove it")
+        if not self.updates:
+            raise ArgumentError("delta: it is empty, so there is no adapter to write")
         ranks = {name: update.left.shape[1] for name, update in self.updates.items()}
         config = _adapter_config(ranks, family_of(model.config).transposed, str(model.config._name_or_path))
         tensors = {}

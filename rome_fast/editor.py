@@ -39,11 +39,13 @@ class EditResult:
     contexts: tuple[str, ...]
     schedule: str
     settings: ValueSettings
+    condition: float  # of the joint closed form; 1 for a single edit
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
 
     def revert(self) -> None:
-        """Restore the model's weights bit for bit."""
-        self.delta.revert(self.model)
+        """Restore the model's weights bit for bit; where every edit was left out they never changed."""
+        if self.delta.updates:
+            self.delta.revert(self.model)
 
     def save(self, out: str | Path, source: str | Path | None = None) -> None:
         """Write the edited model as a complete checkpoint directory `out`; see `rome_fast.checkpoints.write`.
@@ -67,6 +69,7 @@ class EditResult:
             "edits": [record.to_json() for record in self.records],
             "contexts": list(self.contexts),
             "settings": asdict(self.settings),
+            "condition": self.condition,
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
         }
 
@@ -174,16 +177,16 @@ def apply_edits(
         if before is not None:
             with clock("measure"):
                 _fill_probabilities(runner, tokenizer, edits, chosen, records, before)
+        delta.metadata.update(method=method, layer=str(layer), model_type=model.config.model_type)
+        result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
+        if out is not None:
+            result.save(out, source)
     except BaseException:
         if delta.is_applied:
             delta.revert(model)
         raise
     finally:
         model.train(training)
-    delta.metadata.update(method=method, layer=str(layer), model_type=model.config.model_type)
-    result = EditResult(model, delta, records, chosen, schedule, settings, clock.seconds)
-    if out is not None:
-        result.save(out, source)
     return result
 
 

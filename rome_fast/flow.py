@@ -68,7 +68,7 @@ def tokenise(
 
 
 @dataclass(frozen=True)
-class _Solved:
+class Solved:
     """Keys, values and δ of one request."""
 
     keys: Tensor  # (rows, d_ff): those k̄ is the mean of; the unprefixed one first where the method uses it
@@ -94,15 +94,16 @@ class Flow:
     progress: Progress | None
     total: int
     done: int = 0
+    condition: float = 1.0  # worst of the closed forms so far
 
     def solve(self, group: Sequence[Request]) -> tuple[Delta | None, list[Record]]:
         """One closed-form update for the group, as a Delta; None where every edit of it is left out.
 
         Raises CollapseError or ConvergenceError where the guard or `unconverged` says so.
         """
-        solved = self._keys_and_values(group)
+        solved = self.find(group)
         with self.clock("update"):
-            factors = self._close(solved)
+            factors = self.close(solved)
             records = [self._record(*each, factors, i) for i, each in enumerate(zip(group, solved, strict=True))]
             self._judge_convergence(records)
             candidates = [record for record in records if record.applied]
@@ -112,8 +113,9 @@ class Flow:
             if not kept:
                 return None, records
             if len(kept) < len(solved):
-                factors = self._close(kept)
-            return self._delta(factors), records
+                factors = self.close(kept)
+            self.condition = max(self.condition, factors.condition)
+            return self.delta(factors), records
 
     def solve_each(self, group: Sequence[Request]) -> list[tuple[Delta, Record]]:
         """One Delta per edit, as if each were alone; keys and values are still found in batches.
@@ -121,23 +123,25 @@ class Flow:
         Neither the guard nor `unconverged` is asked: this is for measuring edits, not for writing them.
         """
         out = []
-        for request, solved in zip(group, self._keys_and_values(group), strict=True):
-            factors = self._close([solved])
-            out.append((self._delta(factors), self._record(request, solved, factors, 0)))
+        for request, solved in zip(group, self.find(group), strict=True):
+            factors = self.close([solved])
+            out.append((self.delta(factors), self._record(request, solved, factors, 0)))
         return out
 
-    def _delta(self, factors: Factors) -> Delta:
+    def delta(self, factors: Factors) -> Delta:
+        """The Delta of a closed form, in fp32 (fp64 for an fp64 model)."""
         wide = torch.promote_types(self.runner.dtype, torch.float32)
         update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
         return Delta({self.runner.family.weight_name(self.layer): update})
 
-    def _keys_and_values(self, group: Sequence[Request]) -> list[_Solved]:
+    def find(self, group: Sequence[Request]) -> list[Solved]:
+        """Keys and values of every request, in the order given, found in batches that fit the memory."""
         with self.clock("keys"):
             contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts])
         # Requests of like shape share a batch with little padding.
         order = sorted(range(len(group)), key=lambda i: (group[i].suffix, group[i].before))
         sizer = BatchSizer(self.runner, self.layer)
-        solved: dict[int, _Solved] = {}
+        solved: dict[int, Solved] = {}
         start = 0
         while start < len(order):
             size = sizer.choose([group[i] for i in order[start:]])
@@ -151,7 +155,7 @@ class Flow:
                 self.progress(self.done, self.total)
         return [solved[i] for i in range(len(group))]
 
-    def _solve_batch(self, contexts: Contexts, batch: Sequence[Request]) -> list[_Solved]:
+    def _solve_batch(self, contexts: Contexts, batch: Sequence[Request]) -> list[Solved]:
         with self.clock("keys"):
             states = run_to_layer(self.runner, contexts, [row for r in batch for row in r.rows], self.layer)
             # The essence row, last of each request, belongs to no mean.
@@ -162,9 +166,10 @@ class Flow:
             base = mean_values if self.how.rows == "prefixed" else row_values[:, 0]
             rows = [[r.row for r in request.rows] for request in batch]
             values = optimise_values(self.runner, rows, states, base, self.layer, self.settings)
-        return [_Solved(keys[i], row_values[i, 0], mean_values[i], value) for i, value in enumerate(values)]
+        return [Solved(keys[i], row_values[i, 0], mean_values[i], value) for i, value in enumerate(values)]
 
-    def _close(self, solved: Sequence[_Solved]) -> Factors:
+    def close(self, solved: Sequence[Solved]) -> Factors:
+        """The closed form for these edits together."""
         wide = torch.promote_types(self.runner.dtype, torch.float32)
         sources = [s.keys[:1] if self.how.left == "unprefixed" else s.keys for s in solved]
         groups = torch.cat([torch.full((len(k),), i, device=k.device) for i, k in enumerate(sources)])
@@ -175,7 +180,7 @@ class Flow:
         ]
         return close(u, k_den, torch.stack(residuals))
 
-    def _record(self, request: Request, solved: _Solved, factors: Factors, index: int) -> Record:
+    def _record(self, request: Request, solved: Solved, factors: Factors, index: int) -> Record:
         weight_norm = float(torch.linalg.vector_norm(self.runner.weight(self.layer), dtype=torch.float64))
         update_norm = float(factors.update_norms[index])
         return Record(

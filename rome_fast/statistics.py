@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .assets import cache_dir
-from .errors import ArgumentError, StatisticsError
+from .errors import ArgumentError, CheckpointError, StatisticsError
 from .fingerprint import Fingerprint
 from .kernels import mirror_lower_, second_moment_
 from .rows import encode
@@ -108,20 +108,25 @@ class Statistics:
     @classmethod
     def cached(cls, runner: Runner, layer: int) -> "Statistics":
         """Those of this model and layer in the cache folder; StatisticsError with the command that makes them."""
+        unreadable = ""
         for file in sorted(statistics_cache().glob(f"*/layer-{layer}.safetensors")):
-            entry = _read_layer(file)
+            try:
+                entry = _read_layer(file)
+            except (CheckpointError, StatisticsError) as error:
+                unreadable += f"\nunreadable there: {error}"
+                continue
             if entry.fingerprint.matches(Fingerprint.of(runner, layer)):
                 return cls([entry])
         name = runner.model.config._name_or_path or "MODEL"
         raise StatisticsError(
             f"statistics: none for layer {layer} of {name} in {statistics_cache()}; make them (once) with: "
             f"rome-fast statistics {name} --corpus FILE --layers {layer}\n"
-            "or edit without them, at some loss of specificity, by statistics='identity'"
+            f"or edit without them, at some loss of specificity, by statistics='identity'{unreadable}"
         )
 
     @classmethod
     def load(cls, directory: str | Path) -> "Statistics":
-        """Read what `save` wrote; StatisticsError for anything else."""
+        """Read what `save` wrote; CheckpointError for a damaged file, StatisticsError for anything else."""
         directory = Path(directory)
         files = sorted(directory.glob("layer-*.safetensors"))
         if not files:
@@ -167,13 +172,15 @@ def collect_statistics(
     Each text is tokenised whole and cut into rows of at most `max_length` tokens; layers above the last wanted one
     are not run. Products are taken in fp32 (fp64 for an fp64 model) and summed in fp64.
 
-    Raises ArgumentError for a layer out of range or a budget below one token, StatisticsError for texts without a
-    token or keys that are not finite.
+    Raises ArgumentError for a layer out of range, a budget below one token or texts that are not strings,
+    StatisticsError for texts without a token or keys that are not finite.
     """
     runner = Runner(model)
     wanted = sorted(set(layers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= len(runner.layers):
         raise ArgumentError(f"layers: got {list(layers)}, wanted some of 0 .. {len(runner.layers) - 1}")
+    if isinstance(texts, str):
+        raise ArgumentError("texts: got str, wanted an iterable of texts; put a single one into a list")
     if tokens < 1 or max_length < 1:
         raise ArgumentError(f"tokens, max_length: got {tokens}, {max_length}, wanted at least 1")
     length = min(max_length, runner.max_length)
@@ -234,6 +241,8 @@ def _pieces(
 ) -> Iterator[list[int]]:
     left = tokens
     for text in texts:
+        if not isinstance(text, str):
+            raise ArgumentError(f"texts: got an item of type {type(text).__name__}, wanted str")
         digest.update(text.encode())
         ids = encode(tokenizer, [text])[0].ids
         for start in range(0, len(ids), length):

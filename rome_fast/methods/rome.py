@@ -28,6 +28,9 @@ class RomeVariant:
     residual: Literal["delta", "to_unprefixed_value"]
 
 
+# Of the edits' keys, beyond which equality constraints would cost an update that is large and mostly noise.
+_WORST_CONDITION = 1e6
+
 METHODS: dict[str, RomeVariant] = {
     v.name: v
     for v in (
@@ -71,7 +74,9 @@ def close(
 ) -> Factors:
     """The closed form, solved in fp64.
 
-    Raises EditError when a denominator is zero or the edits' keys are linearly dependent.
+    Edits of one subject behind the same words have one key, which cannot have two values: where keys are linearly
+    dependent, to `_WORST_CONDITION`, the least-squares update of least norm is taken, which meets such edits halfway.
+    Raises EditError when a denominator is zero.
     """
     u, keys, r = (t.to(torch.float64) for t in (solved, k_den, residuals))
     gram = u @ keys.T
@@ -81,12 +86,11 @@ def close(
     numerators = r.norm(dim=1) * u.norm(dim=1)
     scale = denominators.abs().rsqrt()
     scaled = scale[:, None] * gram * scale
-    condition = float(torch.linalg.cond(scaled)) if len(gram) > 1 else 1.0
-    if not condition < 1e12:
-        raise EditError(
-            f"the edits' keys are linearly dependent (condition {condition:.1e}); "
-            "two requests probably share subject and prompt: drop one, or edit them sequentially"
-        )
     # Σ_i left_i (u_i · k_j) = r_j for every j, i.e. Gᵀ left = r; the unit diagonal keeps the solve well conditioned.
-    left = scale[:, None] * torch.linalg.solve(scaled.T, scale[:, None] * r)
+    condition = float(torch.linalg.cond(scaled)) if len(gram) > 1 else 1.0
+    if condition < _WORST_CONDITION:
+        left = torch.linalg.solve(scaled.T, scale[:, None] * r)
+    else:
+        left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ (scale[:, None] * r)
+    left = scale[:, None] * left
     return Factors(left.T, u, denominators, numerators, numerators / denominators.abs(), condition)

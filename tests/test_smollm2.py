@@ -1,0 +1,114 @@
+"""The real model: SmolLM2-135M, from the demo's cache, against the oracle; and the collapse with its cure."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import oracle
+from helpers import all_bits, changed, delta_w, relative_error
+from rome_fast import Edit, ValueSettings, apply_edits, collect_statistics
+from rome_fast.assets import demo_texts, model_dir
+from rome_fast.demo import held_out_sentences
+from rome_fast.evaluation import sentence_perplexity
+from rome_fast.methods import METHODS
+from rome_fast.runner import Runner
+from rome_fast.statistics import LayerStatistics, Statistics
+
+LAYER = 9
+FIRST_TOKEN = Edit("{} is a twin city of", "Chicago", "Istanbul")
+CONTEXTS = ("It rained all day. ", "The first step is to plan. ")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(model_dir())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(model_dir())
+
+
+@pytest.fixture(scope="module")
+def statistics(model, tokenizer):
+    """Of few tokens, to be quick: 3 per dimension."""
+    return collect_statistics(model, tokenizer, demo_texts()[:20], [LAYER], tokens=4608)
+
+
+@pytest.fixture(scope="module")
+def truths(model, tokenizer, statistics):
+    """What the oracle says of three steps, by method."""
+    moment = statistics.layers[LAYER].moment.double()
+    return {
+        method: oracle.rome(
+            model,
+            tokenizer,
+            FIRST_TOKEN.prompt,
+            FIRST_TOKEN.subject,
+            FIRST_TOKEN.target,
+            layer=LAYER,
+            method=method,
+            contexts=CONTEXTS,
+            second_moment=moment,
+            steps=3,
+        )
+        for method in METHODS
+    }
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.float64, 1e-8)])
+def test_update_equals_the_oracle(model, tokenizer, statistics, truths, dtype, allowed):
+    """ΔW of all four methods; statistics and δ of an fp64 model are fp64 throughout."""
+    entry = statistics.layers[LAYER]
+    moment = entry.moment.to(dtype)
+    statistics = Statistics([LayerStatistics(LAYER, moment, entry.tokens, entry.fingerprint)])
+    model.to(dtype)
+    try:
+        for method in METHODS:
+            result = apply_edits(
+                model,
+                FIRST_TOKEN,
+                tokenizer=tokenizer,
+                statistics=statistics,
+                contexts=CONTEXTS,
+                method=method,
+                layer=LAYER,
+                settings=ValueSettings(steps=3, stop="loss"),
+                guard="off",
+                unconverged="write",
+                measure=False,
+            )
+            result.revert()
+            assert relative_error(delta_w(result), truths[method].delta_w) <= allowed, method
+            assert result.records[0].denominator == pytest.approx(truths[method].denominator, rel=allowed)
+    finally:
+        model.to(torch.float32)
+
+
+def test_rome_collapses_the_model_and_c_rome_does_not(model, tokenizer, statistics):
+    """The paper's finding and its cure, on a first-token subject; and every byte is back afterwards."""
+    sentences, runner, before = held_out_sentences(20), Runner(model), all_bits(model)
+    base = sentence_perplexity(runner, tokenizer, sentences)
+    records, ratios = {}, {}
+    for method in ("rome", "c-rome"):
+        result = apply_edits(
+            model,
+            FIRST_TOKEN,
+            tokenizer=tokenizer,
+            statistics=statistics,
+            contexts=CONTEXTS * 2,
+            method=method,
+            layer=LAYER,
+            guard="off",
+            unconverged="write",
+        )
+        records[method] = result.records[0]
+        ratios[method] = sentence_perplexity(runner, tokenizer, sentences) / base
+        result.revert()
+    assert ratios["rome"] >= 1.5
+    assert records["rome"].collapsed
+    assert ratios["c-rome"] <= 1.02
+    assert not records["c-rome"].collapsed
+    assert records["c-rome"].needs_prefix
+    assert records["c-rome"].probability_after_prefixed >= 0.5
+    assert changed(model, before) == []
