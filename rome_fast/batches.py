@@ -12,8 +12,11 @@ from .runner import Runner
 
 # Share of the free memory that a batch may plan for; the estimate below is of the larger tensors only.
 _SHARE = 0.5
-# More positions than this at a time no longer make the products faster, on any device measured.
-_MOST_POSITIONS = {"cpu": 2048, "cuda": 16_384}
+# More positions than this at a time do not make the products of a CPU faster, and leave its caches.
+_MOST_POSITIONS = {"cpu": 1024}
+_ENOUGH_POSITIONS = 16_384
+# Share of the positions that may be padding.
+_MOST_PADDING = 0.1
 
 
 class Shaped(Protocol):
@@ -38,12 +41,14 @@ class BatchSizer:
     def choose(self, waiting: Sequence[Shaped]) -> int:
         """How many of the waiting requests, in their order, to take into the next batch; at least one."""
         budget = _SHARE * free_memory(self.runner.device)
-        most = _MOST_POSITIONS.get(self.runner.device.type, 2048)
-        size, suffix, before = 0, 0, 0
+        most = _MOST_POSITIONS.get(self.runner.device.type, _ENOUGH_POSITIONS)
+        size, suffix, before, used = 0, 0, 0, 0
         for request in waiting:
             suffix, before = max(suffix, request.suffix), max(before, request.before)
+            used += request.suffix
             rows = (size + 1) * len(request.rows)
-            if size and (rows * self._row_bytes(suffix, before) > budget or rows * suffix > most):
+            padded = used < (1 - _MOST_PADDING) * (size + 1) * suffix
+            if size and (padded or rows * suffix > most or rows * self._row_bytes(suffix, before) > budget):
                 break
             size += 1
         return size if self.limit is None else min(size, self.limit)

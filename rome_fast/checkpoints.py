@@ -107,14 +107,23 @@ def revert(directory: str | Path) -> list[str]:
 
     The shard is byte-identical to the source's afterwards, and rome_fast's own files are gone. A kill leaves the
     directory edited or restored, and the command can be repeated. Raises CheckpointError, before anything is written,
-    for a directory that was not edited by rome_fast or whose originals do not match their recorded hashes.
+    for a directory that was not edited by rome_fast, whose originals do not match their recorded hashes, or whose
+    weights are no longer those of the edit.
     """
     directory = Path(directory)
     document = read_record(directory)
     originals, _ = load_tensors(directory / ORIGINALS_FILE)
-    for name, hashes in document.get("sha256", {}).items():
+    checkpoint = Checkpoint.open(directory)
+    recorded = document.get("sha256")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for name in sorted({*recorded, *originals}):
+        hashes = recorded.get(name)
+        hashes = hashes if isinstance(hashes, dict) else {}
         if name not in originals or tensor_sha256(originals[name]) != hashes.get("original"):
             raise CheckpointError(f"{directory / ORIGINALS_FILE}: {name} is missing or damaged; nothing was changed")
+        # Where a revert was cut short, some weights are the originals already.
+        if tensor_sha256(checkpoint.read(name)) not in (hashes.get("edited"), hashes["original"]):
+            raise CheckpointError(f"{directory}: {name} was changed after the edit; nothing was changed back")
     restore_tensors(directory, originals, remove=[DELTA_FILE, ORIGINALS_FILE, RECORD_FILE])
     return sorted(originals)
 

@@ -19,11 +19,15 @@ _EXAMPLES = """examples:
   rome-fast revert ./edited
 """
 
+_EVALUATED_TOGETHER = 8
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; errors of rome_fast print as one message and exit with status 2."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+            raise ArgumentError(f"json: the folder {arguments.json.parent} does not exist; make it first")
         report = arguments.run(arguments)
         if arguments.json is not None:
             _write_json(arguments.json, report)
@@ -116,7 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--count", type=int, help="how many of them (default: all)")
     bench.add_argument("--batch", type=int, default=16, help="edits per call (default: 16)")
     bench.add_argument("--baseline", action="store_true", help="also make the edits as the released editors do")
-    bench.add_argument("--baseline-count", type=int, metavar="N", help="do so for the first N edits only")
     bench.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
     bench.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
     bench.add_argument("--method", default="c-rome")
@@ -142,6 +145,7 @@ def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
 def _statistics(arguments: argparse.Namespace) -> dict[str, Any]:
     from . import checkpoints
     from .defaults import default_layer
+    from .fingerprint import Fingerprint
     from .runner import Runner
     from .statistics import collect_statistics, statistics_cache
 
@@ -150,10 +154,12 @@ def _statistics(arguments: argparse.Namespace) -> dict[str, Any]:
     layers = arguments.layers or [default_layer(model.config)]
     runner = Runner(model)
     width = runner.weight(0).shape[1]
-    tokens = arguments.tokens or 10 * width
-    out = arguments.out or statistics_cache() / directory.resolve().name
+    tokens = 10 * width if arguments.tokens is None else arguments.tokens
     with _progress("second moments", "tokens") as advance:
         statistics = collect_statistics(model, tokenizer, texts, layers, tokens, progress=advance)
+    # The name alone would let two models of one folder name replace each other's files.
+    name = f"{directory.resolve().name}-{Fingerprint.of(runner, max(layers))}"
+    out = arguments.out or statistics_cache() / name
     statistics.save(out)
     seen = next(iter(statistics.layers.values())).tokens
     print(f"{seen} tokens, {seen / width:.1f} per dimension of the keys, layers {sorted(statistics.layers)} → {out}")
@@ -197,19 +203,25 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from .runner import Runner
 
     edits = load_edits(arguments.edits)
+    sentences = [s for s in _text(arguments.perplexity).splitlines() if s.strip()] if arguments.perplexity else []
     model, tokenizer, directory = checkpoints.load(arguments.model)
     record = directory / checkpoints.RECORD_FILE
     contexts = checkpoints.read_record(directory).get("contexts", []) if record.exists() else []
     if arguments.delta:
-        Delta.load(arguments.delta).apply(model)
-    metrics = evaluate(model, tokenizer, edits, contexts)
+        delta = Delta.load(arguments.delta)
+        delta.apply(model)
+        contexts = json.loads(delta.metadata.get("contexts", "[]"))
+    metrics = []
+    with _progress("evaluating", "edits") as advance:
+        for start in range(0, len(edits), _EVALUATED_TOGETHER):
+            metrics += evaluate(model, tokenizer, edits[start : start + _EVALUATED_TOGETHER], contexts)
+            advance(len(metrics), len(edits))
     report: dict[str, Any] = {
         "model": arguments.model,
         "edits": [m.to_json() for m in metrics],
         "summary": summarise(metrics),
     }
     if arguments.perplexity:
-        sentences = [line for line in _text(arguments.perplexity).splitlines() if line.strip()]
         report["perplexity"] = sentence_perplexity(Runner(model), tokenizer, sentences)
     print_table(metrics_table(metrics))
     print("  ".join(f"{name} {value:.3f}" for name, value in report["summary"].items()))
@@ -227,7 +239,9 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
 def _revert(arguments: argparse.Namespace) -> dict[str, Any]:
     from . import checkpoints
 
-    names = checkpoints.revert(arguments.directory)
+    with _progress("restoring", "checkpoint") as advance:
+        names = checkpoints.revert(arguments.directory)
+        advance(1, 1)
     print(f"{arguments.directory}: restored {', '.join(names)}")
     return {"directory": str(arguments.directory), "restored": names}
 

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ModelError
-from .rows import encode
+from .rows import encode, padding_id
+from .runner import evaluating
 
 _OPENINGS = ("The first", "There is", "Because of", "In the year", "I think that")
 _LENGTHS = (5, 10)  # new tokens; half of the contexts each, as in the released code
@@ -28,19 +29,14 @@ def sample_contexts(
     """
     found: dict[str, None] = {}
     devices = [model.device] if model.device.type == "cuda" else []
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            for round_index in range(_ROUNDS):
-                for text in _sample(model, tokenizer, _LENGTHS[round_index % len(_LENGTHS)]):
-                    if len(found) < count and _usable(text):
-                        found[f"{text}. "] = None
-                if len(found) >= count:
-                    return tuple(found)
-    finally:
-        model.train(training)
+    with torch.random.fork_rng(devices=devices), evaluating(model):
+        torch.manual_seed(seed)
+        for round_index in range(_ROUNDS):
+            for text in _sample(model, tokenizer, _LENGTHS[round_index % len(_LENGTHS)]):
+                if len(found) < count and _usable(text):
+                    found[f"{text}. "] = None
+            if len(found) >= count:
+                return tuple(found)
     raise ModelError(
         f"contexts: got {len(found)} usable texts from the model, wanted {count}; pass your own as contexts=[...]"
     )
@@ -49,7 +45,7 @@ def sample_contexts(
 def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> list[str]:
     """Two continuations of every opening, by `length` tokens, in one batch."""
     openings = [tokens.ids for tokens in encode(tokenizer, _OPENINGS)]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad = padding_id(tokenizer)
     longest = max(map(len, openings))
     # Padded on the left whatever the tokenizer says: generation goes on from the last column.
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in openings])

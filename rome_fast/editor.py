@@ -3,7 +3,8 @@
 edits → rows → keys, values → method → Delta → guard → weights
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +25,7 @@ from .guard import Guard, check_guard
 from .methods import variant
 from .records import Record
 from .rows import check_tokenizer
-from .runner import Runner
+from .runner import Runner, evaluating
 from .statistics import Statistics
 from .values import ValueSettings
 
@@ -118,10 +119,7 @@ def apply_edits(
     Raises EditError, ArgumentError, ModelError, StatisticsError, CheckpointError, ConvergenceError or
     CollapseError; the model is then as it was before the call, and `out` does not exist.
     """
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
-    if not edits:
-        raise ArgumentError("edits: got none, wanted at least one")
-    find_conflicts(edits)
+    edits = _checked_edits(edits)
     how = variant(method)
     check_guard(guard)
     if schedule not in ("joint", "sequential"):
@@ -137,6 +135,10 @@ def apply_edits(
             raise ArgumentError("tokenizer: got None, wanted the model's tokenizer, since the model is in memory")
         source = None
     else:
+        if not isinstance(model, str | Path):
+            raise ModelError(
+                f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel or the path of a checkpoint"
+            )
         if out is None:
             raise ArgumentError("out: got None, wanted a new directory, since the model is a checkpoint on disk")
         model, own_tokenizer, source = checkpoints.load(model)
@@ -146,72 +148,97 @@ def apply_edits(
     layer = _checked_layer(runner, layer)
     _check_weights(runner, layer)
     factor = _cholesky_factor(runner, layer, statistics)
-    settings = settings or default_settings(model.config)
+    settings = default_settings(model.config) if settings is None else settings
+    if not isinstance(settings, ValueSettings):
+        raise ArgumentError(f"settings: got {type(settings).__name__}, wanted a rome_fast.ValueSettings or None")
 
     clock = Clock()
     delta = Delta({})
-    training = model.training
-    model.eval()
-    try:
-        with clock("contexts"):
-            chosen = tuple(sample_contexts(model, tokenizer, seed=seed) if contexts is None else contexts)
-            _check_contexts(chosen)
-        with clock("rows"):
-            requests = [tokenise(runner, tokenizer, edit, chosen, how) for edit in edits]
-        with clock("measure"):
-            before = _probabilities(runner, tokenizer, edits) if measure else None
-        flow = Flow(
-            runner, tokenizer, layer, how, chosen, factor, settings, guard, unconverged, clock, progress, len(edits)
-        )
-        records: list[Record] = []
-        size = len(requests) if schedule == "joint" else batch_size
-        for start in range(0, len(requests), size):
-            step, made = flow.solve(requests[start : start + size])
-            records += made
-            if step is not None:
-                # Applied afresh from the original weights, so that each parameter is rounded once.
-                if delta.is_applied:
-                    delta.revert(model)
-                delta = delta.merge(step)
-                delta.apply(model)
-        if before is not None:
+    with evaluating(model):
+        try:
+            with clock("contexts"):
+                chosen = tuple(sample_contexts(model, tokenizer, seed=seed) if contexts is None else contexts)
+                _check_contexts(chosen)
+            with clock("rows"):
+                requests = [tokenise(runner, tokenizer, edit, chosen, how) for edit in edits]
             with clock("measure"):
-                _fill_probabilities(runner, tokenizer, edits, chosen, records, before)
-        delta.metadata.update(method=method, layer=str(layer), model_type=model.config.model_type)
-        result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
-        if out is not None:
-            result.save(out, source)
-    except BaseException:
-        if delta.is_applied:
-            delta.revert(model)
-        raise
-    finally:
-        model.train(training)
+                before = _probabilities(runner, tokenizer, edits) if measure else None
+            flow = Flow(
+                runner, tokenizer, layer, how, chosen, factor, settings, guard, unconverged, clock, progress, len(edits)
+            )
+            records: list[Record] = []
+            size = len(requests) if schedule == "joint" else batch_size
+            for start in range(0, len(requests), size):
+                step, made = flow.solve(requests[start : start + size])
+                records += made
+                if step is not None:
+                    # Applied afresh from the original weights, so that each parameter is rounded once.
+                    if delta.is_applied:
+                        delta.revert(model)
+                    delta = delta.merge(step)
+                    delta.apply(model)
+            if before is not None:
+                with clock("measure"):
+                    _fill_probabilities(runner, tokenizer, edits, chosen, records, before)
+            delta.metadata.update(
+                method=method,
+                layer=str(layer),
+                model_type=model.config.model_type,
+                contexts=json.dumps(chosen, ensure_ascii=False),
+            )
+            result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
+            if out is not None:
+                result.save(out, source)
+        except BaseException:
+            if delta.is_applied:
+                delta.revert(model)
+            raise
     return result
+
+
+def _checked_edits(given: object) -> list[Edit]:
+    items = list(given) if isinstance(given, Iterable) else [given]
+    if not items:
+        raise ArgumentError("edits: got none, wanted at least one")
+    edits = [item for item in items if isinstance(item, Edit)]
+    if len(edits) < len(items):
+        strangers = ", ".join(sorted({type(item).__name__ for item in items if not isinstance(item, Edit)}))
+        raise ArgumentError(
+            f"edits: got {strangers}, wanted rome_fast.Edit objects; read a file with rome_fast.load_edits"
+        )
+    find_conflicts(edits)
+    return edits
 
 
 def _checked_layer(runner: Runner, layer: int | None) -> int:
     count = len(runner.layers)
     if layer is None:
         return default_layer(runner.model.config)
-    if not 0 <= layer < count:
-        raise ArgumentError(f"layer: got {layer}, wanted one of 0 .. {count - 1}")
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
+        raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
     return layer
 
 
 def _check_weights(runner: Runner, layer: int) -> None:
     """NaN anywhere makes every later figure meaningless; name the parameter before any work is done."""
-    for name, parameter in runner.model.named_parameters():
-        # One read of the weights: a sum is finite unless an element is not, or it overflows, which is looked into.
-        total = parameter.detach().sum(dtype=torch.promote_types(parameter.dtype, torch.float32))
-        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(parameter).all()):
-            raise ModelError(f"model: {name} contains NaN or infinity; load an undamaged checkpoint")
     weight = runner.stored_weight(layer)
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+    if not _is_wide(weight):
         raise ModelError(
             f"model: the weight of layer {layer} has dtype {weight.dtype}, wanted bfloat16, float16, float32 or "
             "float64; load the model without quantisation"
         )
+    for name, parameter in runner.model.named_parameters():
+        if not _is_wide(parameter):
+            continue
+        # One read of the weights: a sum is finite unless an element is not, or it overflows, which is looked into.
+        total = parameter.detach().sum(dtype=torch.promote_types(parameter.dtype, torch.float32))
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"model: {name} contains NaN or infinity; load an undamaged checkpoint")
+
+
+def _is_wide(weight: Tensor) -> bool:
+    """A float dtype that arithmetic is defined for: not one of those that only store quantised weights."""
+    return weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
 
 
 def _cholesky_factor(runner: Runner, layer: int, statistics: Statistics | str | None) -> Tensor | None:

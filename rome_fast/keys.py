@@ -29,6 +29,16 @@ class RowStates:
     positions: Tensor  # (rows, time)
     past: FrozenPast  # of the layers above the edit layer
 
+    def rows(self, index: Tensor) -> "RowStates":
+        """These rows only."""
+        return RowStates(
+            self.keys[index],
+            self.values[index],
+            self.suffix[index],
+            self.positions[index],
+            self.past.rows(index),
+        )
+
 
 @torch.no_grad()
 def run_to_layer(runner: Runner, contexts: Contexts, rows: Sequence[ContextRow], layer: int) -> RowStates:

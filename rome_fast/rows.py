@@ -31,6 +31,12 @@ class Row:
         return self.ids[self.target :]
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What to fill rows with where the tokenizer names no padding token; it is always masked."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return found if isinstance(found, int) else 0
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of a text and the characters each token covers; special tokens cover none."""

@@ -80,10 +80,16 @@ class Runner:
         return longest
 
     def pack(self, rows: Sequence[Sequence[int]]) -> PackedRows:
+        """Raises ModelError for a token that the model does not have."""
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.as_tensor(row)
+        largest, known = int(ids.max()), len(self._embedding)
+        if largest >= known:
+            raise ModelError(
+                f"tokenizer: got token {largest}, wanted ids below the model's {known}; use the model's own tokenizer"
+            )
         return PackedRows(ids.to(self.device), lengths)
 
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -143,6 +149,18 @@ def watching(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> Iterat
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in this block, so that dropout has no part in what is measured."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .errors import ArgumentError, CheckpointError, StatisticsError
 from .fingerprint import Fingerprint
 from .kernels import mirror_lower_, second_moment_
 from .rows import encode
-from .runner import PackedRows, Runner, watching
+from .runner import PackedRows, Runner, evaluating, watching
 from .weights import load_tensors, save_tensors
 
 Progress = Callable[[int, int], None]
@@ -191,16 +191,12 @@ def collect_statistics(
         totals[layer] = torch.zeros(width, width, dtype=torch.float64, device=runner.device)
     digest = hashlib.sha256()
     seen = 0
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in _batches(_pieces(tokenizer, texts, length, tokens, digest)):
             _add_batch(runner, runner.pack(batch), totals)
             seen += sum(map(len, batch))
             if progress is not None:
                 progress(seen, tokens)
-    finally:
-        model.train(training)
     if not seen:
         raise StatisticsError("texts: got no tokens at all; give at least one text that is not empty")
 

@@ -37,11 +37,13 @@ class ValueSettings:
     kl_factor: float = 0.0625
     stop: Stop = "argmax"  # "argmax": the target leads in every row; "loss": the released rule
     stop_loss: float = 0.05  # of stop="loss"
-    margin: int = 2  # further steps after the argmax rule first holds
+    margin: int = 4  # further steps after the target first leads
+    draft_rows: int = 5  # of stop="argmax": first steps on as many rows, the last ones on all; 0 for all from the start
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.margin < 0:
-            raise ArgumentError(f"settings: got steps {self.steps}, margin {self.margin}, wanted at least 1 and 0")
+        if self.steps < 1 or self.margin < 0 or self.draft_rows < 0:
+            got = f"steps {self.steps}, margin {self.margin}, draft_rows {self.draft_rows}"
+            raise ArgumentError(f"settings: got {got}, wanted at least 1, 0 and 0")
         if self.stop not in ("argmax", "loss"):
             raise ArgumentError(f"settings: got stop {self.stop!r}, wanted 'argmax' or 'loss'")
 
@@ -81,48 +83,84 @@ def optimise_values(
     `states` holds them one edit after the other. `base_values` (edits, d) are the v₀.
     """
     wide = torch.promote_types(runner.dtype, torch.float32)
-    per_edit = len(rows[0])
-    v0_norms = base_values.to(wide).norm(dim=1)
-    limits = settings.clamp * v0_norms
+    search = _Search(base_values.to(wide), settings)
+    count = len(rows[0])
+    drafted = settings.draft_rows if settings.stop == "argmax" else 0
+    if 0 < drafted < count - 1 and settings.steps > 1:
+        # Evenly spaced, the first row (unprefixed in some methods) and the essence row among them.
+        chosen = [i * (count - 1) // drafted for i in range(drafted)] + [count - 1]
+        every = torch.tensor([e * count + i for e in range(len(rows)) for i in chosen], device=runner.device)
+        batch = _Batch(
+            runner, layer, states.rows(every), [[group[i] for i in chosen] for group in rows], settings.kl_factor
+        )
+        search.run(batch, list(range(len(rows))), settings.steps - 1, settings.margin, settle=False)
+        search.run(
+            _Batch(runner, layer, states, rows, settings.kl_factor, batch.initial),
+            list(range(len(rows))),
+            settings.steps,
+            0,
+            settle=True,
+        )
+    else:
+        batch = _Batch(runner, layer, states, rows, settings.kl_factor)
+        search.run(batch, list(range(len(rows))), settings.steps, settings.margin, settle=True)
+    return search.values
 
-    alive = torch.arange(len(rows), device=runner.device)  # the edits still in the batch, as numbered in `rows`
-    batch = _Batch(runner, layer, states, _targets(rows, wide, runner.device), per_edit, settings.kl_factor)
-    delta = torch.zeros_like(base_values, dtype=wide)
-    adam = _Adam(delta, settings.learning_rate)
-    losses: list[list[float]] = [[] for _ in rows]
-    held = [0] * len(rows)  # evaluations for which the target has led in every row
-    values: list[Value | None] = [None] * len(rows)
 
-    for step in range(settings.steps):
-        loss_of_rows, led, gradient_of_rows = batch.evaluate(delta)
-        norms = delta.norm(dim=1)
-        decay = settings.weight_decay / v0_norms[alive] ** 2
-        loss = (loss_of_rows + decay * norms).tolist()
-        keep = []
-        for place, edit in enumerate(alive.tolist()):
-            losses[edit].append(loss[place])
-            held[edit] = held[edit] + 1 if led[place] == 1 else 0
-            finite = math.isfinite(loss[place])
-            done = loss[place] < settings.stop_loss if settings.stop == "loss" else held[edit] > settings.margin
-            if done or not finite or step == settings.steps - 1:
-                found = delta[place].clone() if finite else torch.zeros_like(delta[place])
-                values[edit] = Value(found, tuple(losses[edit]), led[place], finite)
-            else:
-                keep.append(place)
-        if not keep:
-            break
-        # The norm has no gradient at zero; autograd, which the released code uses, takes it as zero.
-        gradient = gradient_of_rows()
-        gradient += torch.where(norms > 0, decay / norms, torch.zeros_like(norms)).unsqueeze(1) * delta
-        delta = adam.step(delta, gradient)
-        norms = delta.norm(dim=1)
-        delta *= torch.where(norms > limits[alive], limits[alive] / norms, torch.ones_like(norms)).unsqueeze(1)
-        if len(keep) < len(alive):
-            kept = torch.tensor(keep, device=delta.device)
-            alive, delta = alive[kept], delta[kept]
-            adam.keep(kept)
-            batch.keep(kept)
-    return [value for value in values if value is not None]
+class _Search:
+    """Where the optimisation of every edit stands."""
+
+    def __init__(self, base_values: Tensor, settings: ValueSettings) -> None:
+        self.settings = settings
+        self.v0_norms = base_values.norm(dim=1)
+        self.delta = torch.zeros_like(base_values)
+        self.adam = _Adam(self.delta, settings.learning_rate)
+        self.losses: list[list[float]] = [[] for _ in base_values]
+        self._values: list[Value | None] = [None] * len(base_values)
+
+    @property
+    def values(self) -> list[Value]:
+        return [value for value in self._values if value is not None]
+
+    def run(self, batch: "_Batch", edits: list[int], steps: int, margin: int, *, settle: bool) -> None:
+        """Take steps with the edits of a batch until each is done, or has had `steps` evaluations in all.
+
+        An edit is done when its stop rule holds; with "argmax", when the target has led in every row of the batch for
+        `margin` evaluations after the first. `settle` makes what it has then its result.
+        """
+        held = dict.fromkeys(edits, 0)
+        while edits:
+            alive = torch.tensor(edits, device=self.delta.device)
+            delta, v0_norms = self.delta[alive], self.v0_norms[alive]
+            loss_of_rows, led, gradient_of_rows = batch.evaluate(delta)
+            norms = delta.norm(dim=1)
+            decay = self.settings.weight_decay / v0_norms**2
+            losses = (loss_of_rows + decay * norms).tolist()
+            keep = []
+            for place, (edit, loss) in enumerate(zip(edits, losses, strict=True)):
+                self.losses[edit].append(loss)
+                held[edit] = held[edit] + 1 if led[place] == 1 else 0
+                finite = math.isfinite(loss)
+                met = loss < self.settings.stop_loss if self.settings.stop == "loss" else held[edit] > margin
+                if not met and finite and len(self.losses[edit]) < steps:
+                    keep.append(place)
+                elif settle:
+                    found = delta[place].clone() if finite else torch.zeros_like(delta[place])
+                    self._values[edit] = Value(found, tuple(self.losses[edit]), led[place], finite)
+            if not keep:
+                return
+            # The norm has no gradient at zero; autograd, which the released code uses, takes it as zero.
+            gradient = gradient_of_rows()
+            gradient += torch.where(norms > 0, decay / norms, torch.zeros_like(norms)).unsqueeze(1) * delta
+            kept = torch.tensor(keep, device=self.delta.device)
+            going, limits = alive[kept], self.settings.clamp * v0_norms[kept]
+            moved = delta[kept] + self.adam.step(going, gradient[kept])
+            norms = moved.norm(dim=1)
+            moved *= torch.where(norms > limits, limits / norms, torch.ones_like(norms)).unsqueeze(1)
+            self.delta[going] = moved
+            if len(keep) < len(edits):
+                edits = going.tolist()
+                batch.keep(kept)
 
 
 def _targets(rows: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.device) -> _Targets:
@@ -150,19 +188,17 @@ class _Batch:
         runner: Runner,
         layer: int,
         states: RowStates,
-        targets: _Targets,
-        per_edit: int,
+        rows: Sequence[Sequence[Row]],
         kl_factor: float,
+        before: Tensor | None = None,
     ) -> None:
-        self.runner, self.layer, self.per_edit, self.kl_factor = runner, layer, per_edit, kl_factor
-        self.suffix, self.positions, self.past, self.targets = (
-            states.suffix,
-            states.positions,
-            states.past,
-            targets,
-        )
+        self.runner, self.layer, self.kl_factor = runner, layer, kl_factor
+        self.suffix, self.positions, self.past = states.suffix, states.positions, states.past
+        self.per_edit = len(rows[0])
+        self.targets = _targets(rows, torch.promote_types(runner.dtype, torch.float32), runner.device)
         self.mask = attention_mask(self.past.seen, self.suffix.shape[1], self.suffix.dtype)
-        self.before: Tensor | None = None  # (edits, vocabulary) log-probabilities of the essence rows at δ = 0
+        # (edits, vocabulary) log-probabilities of the essence rows at δ = 0: of the edits left, and of all.
+        self.before = self.initial = before
         # fp16 gradients of a loss spread over many rows would vanish.
         self.scale = 1024.0 if self.suffix.dtype == torch.float16 else 1.0
 
@@ -240,24 +276,23 @@ class _Batch:
             (essence_gradient[part],) = torch.autograd.grad(divergence.sum() * self.scale, [hidden])
             loss[part] += divergence.detach()
         if first:
-            self.before = torch.cat(before)
+            self.before = self.initial = torch.cat(before)
         return loss, (right / count).tolist(), [scored_gradient, essence_gradient]
 
 
 class _Adam:
-    """Adam (Kingma & Ba 2015) on the rows of a matrix, from which rows can be dropped."""
+    """Adam (Kingma & Ba 2015) on the rows of a matrix, each with steps of its own."""
 
     def __init__(self, parameters: Tensor, learning_rate: float) -> None:
         self.learning_rate = learning_rate
         self.first, self.second = torch.zeros_like(parameters), torch.zeros_like(parameters)
-        self.steps = 0
+        self.steps = torch.zeros(len(parameters), 1, dtype=parameters.dtype, device=parameters.device)
 
-    def step(self, parameters: Tensor, gradient: Tensor) -> Tensor:
-        self.steps += 1
-        self.first.lerp_(gradient, 0.1)
-        self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        scale = (self.second.sqrt() / (1 - 0.999**self.steps) ** 0.5).add_(1e-8)
-        return parameters - self.learning_rate / (1 - 0.9**self.steps) * self.first / scale
-
-    def keep(self, kept: Tensor) -> None:
-        self.first, self.second = self.first[kept], self.second[kept]
+    def step(self, rows: Tensor, gradient: Tensor) -> Tensor:
+        """What to add to these rows."""
+        self.steps[rows] += 1
+        steps = self.steps[rows]
+        self.first[rows] = self.first[rows].lerp(gradient, 0.1)
+        self.second[rows] = self.second[rows] * 0.999 + 0.001 * gradient**2
+        scale = (self.second[rows] / (1 - 0.999**steps)).sqrt() + 1e-8
+        return -self.learning_rate * self.first[rows] / (1 - 0.9**steps) / scale

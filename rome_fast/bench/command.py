@@ -59,13 +59,11 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
         factor,
         sentences,
     )
-    wanted = arguments.baseline_count
-    baseline = (len(edits) if wanted is None else wanted) if arguments.baseline or wanted else 0
 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    report = bench(setup, edits, arguments.batch, baseline, not arguments.no_quality, say)
+    report = bench(setup, edits, arguments.batch, arguments.baseline, not arguments.no_quality, say)
     report["versions"] = checkpoints.versions()
     report["date"] = datetime.now(UTC).date().isoformat()
     report["processor"] = processor()

@@ -85,8 +85,8 @@ class Setup:
         )
 
 
-def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: int, quality: bool, say: Say) -> dict[str, Any]:
-    """Measure `edits` in batches; the first `baseline` of them also as released and with the released stop rule.
+def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quality: bool, say: Say) -> dict[str, Any]:
+    """Measure `edits` in batches; with `baseline`, each batch also as released and with the released stop rule.
 
     The tracks take turns batch by batch, so that a change of the machine's speed meets all of them. Counting FLOPs
     slows a program down; it is done in runs of its own, which are not timed.
@@ -99,7 +99,6 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: int, qualit
     base = sentence_perplexity(runner, setup.tokenizer, setup.sentences) if quality else None
     for start in range(0, len(edits), batch):
         group = list(edits[start : start + batch])
-        compared = group[: max(0, baseline - start)]
         flow = setup.flow
         requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.how) for e in group]
         steps, deltas = _run(fast, flow, requests)
@@ -109,10 +108,10 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: int, qualit
         with FlopCounter() as counter:
             setup.flow.solve_each(requests)
         fast.flops += counter.total
-        if compared:
-            _run(rule, old_rule.flow, requests[: len(compared)])
-        for i, edit in enumerate(compared):
-            _run_released(released, old_rule, edit, deltas[i] if quality else None, setup, base)
+        if baseline:
+            _run(rule, old_rule.flow, requests)
+            for edit in group:
+                _run_released(released, old_rule, edit, quality, base)
         if quality:
             for edit, delta in zip(group, deltas, strict=True):
                 fast.add_quality(_quality(setup, edit, delta, base))
@@ -164,9 +163,7 @@ def _run(track: Track, flow: Flow, requests: Sequence[Request]) -> tuple[list[in
     return steps, [delta for delta, _ in made]
 
 
-def _run_released(
-    track: Track, old_rule: Setup, edit: Edit, mine: Delta | None, setup: Setup, base: float | None
-) -> None:
+def _run_released(track: Track, setup: Setup, edit: Edit, quality: bool, base: float | None) -> None:
     def once(settings: ValueSettings) -> tuple[int, Delta]:
         made = edit_as_released(
             setup.model,
@@ -181,7 +178,7 @@ def _run_released(
         return len(made.losses), made.delta
 
     cpu, wall = time.process_time(), time.perf_counter()
-    steps, delta = once(old_rule.settings)
+    steps, delta = once(setup.settings)
     track.process_seconds += time.process_time() - cpu
     track.wall_seconds += time.perf_counter() - wall
     track.edits += 1
@@ -190,10 +187,10 @@ def _run_released(
     counts = []
     for few in (1, 2):
         with FlopCounter() as counter:
-            once(replace(old_rule.settings, steps=few))
+            once(replace(setup.settings, steps=few))
         counts.append(counter.total)
     track.flops += counts[0] + (steps - 1) * (counts[1] - counts[0])
-    if mine is not None:
+    if quality:
         track.add_quality(_quality(setup, edit, delta, base))
 
 

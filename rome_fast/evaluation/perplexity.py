@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ArgumentError
 from ..rows import encode
-from ..runner import Runner
+from ..runner import Runner, evaluating
 from .scoring import packed_by_length
 
 
@@ -26,7 +26,8 @@ def sentence_perplexity(runner: Runner, tokenizer: PreTrainedTokenizerBase, sent
     perplexities: list[float] = []
     for batch in packed_by_length([len(ids) for ids in rows]):
         packed = runner.pack([rows[i] for i in batch])
-        hidden = runner.run(runner.embed(packed.ids), 0, len(runner.layers))
+        with evaluating(runner.model):
+            hidden = runner.run(runner.embed(packed.ids), 0, len(runner.layers))
         for r, i in enumerate(batch):
             logits = runner.head(hidden[r, : len(rows[i]) - 1])
             labels = packed.ids[r, 1 : len(rows[i])]

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..rows import encode, target_start, with_target
-from ..runner import Runner
+from ..errors import EditError
+from ..rows import encode, padding_id, target_start, with_target
+from ..runner import Runner, evaluating
 
 _BATCH_TOKENS = 4096
 
@@ -41,14 +43,20 @@ def packed_by_length(lengths: Sequence[int], batch_tokens: int = _BATCH_TOKENS) 
 
 @torch.no_grad()
 def score(runner: Runner, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-    """Score every (text, target), in the order given. Only target positions go through the head."""
+    """Score every (text, target), in the order given. Only target positions go through the head.
+
+    Raises EditError for a text that is too long for the model, and for a target without a token of its own.
+    """
     texts = [with_target(text, target) for text, target in pairs]
     encoded = encode(tokenizer, texts)
+    for text, tokens in zip(texts, encoded, strict=True):
+        _check_length(runner, text, len(tokens.ids) - 1)
     starts = [target_start(e, text, target) for e, (text, target) in zip(encoded, pairs, strict=True)]
     scores: dict[int, Score] = {}
     for batch in packed_by_length([len(e.ids) for e in encoded]):
         packed = runner.pack([encoded[i].ids[:-1] for i in batch])
-        hidden = runner.run(runner.embed(packed.ids), 0, len(runner.layers))
+        with evaluating(runner.model):
+            hidden = runner.run(runner.embed(packed.ids), 0, len(runner.layers))
         where = [(r, p) for r, i in enumerate(batch) for p in range(starts[i] - 1, len(encoded[i].ids) - 1)]
         labels = torch.tensor([encoded[i].ids[p] for i in batch for p in range(starts[i], len(encoded[i].ids))])
         row_of, position = torch.tensor(where, device=hidden.device).T
@@ -69,25 +77,52 @@ def score(runner: Runner, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tu
 def greedy_completion(
     runner: Runner, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], counts: Sequence[int]
 ) -> list[str]:
-    """What the model writes behind each text when it decodes greedily for `counts[i]` tokens."""
+    """What the model writes behind each text when it decodes greedily for `counts[i]` tokens.
+
+    Raises EditError for a text that is too long for the model.
+    """
     encoded = [e.ids for e in encode(tokenizer, [text.rstrip() for text in texts])]
+    for text, ids, count in zip(texts, encoded, counts, strict=True):
+        _check_length(runner, text, len(ids) + count - 1)
     groups: dict[tuple[int, int], list[int]] = {}
     for index, ids in enumerate(encoded):
         groups.setdefault((len(ids), counts[index]), []).append(index)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad = padding_id(tokenizer)
     out = [""] * len(texts)
     for (length, count), members in groups.items():
         # Rows of one length need no padding, so that its side cannot matter.
         rows = torch.tensor([encoded[i] for i in members], device=runner.device)
         generator: Any = runner.model
-        generated = generator.generate(
-            input_ids=rows,
-            attention_mask=torch.ones_like(rows),
-            do_sample=False,
-            min_new_tokens=count,
-            max_new_tokens=count,
-            pad_token_id=pad,
-        )
+        with evaluating(generator), _plain_generation(generator):
+            generated = generator.generate(
+                input_ids=rows,
+                attention_mask=torch.ones_like(rows),
+                do_sample=False,
+                max_new_tokens=count,
+                pad_token_id=pad,
+            )
         for i, new in zip(members, tokenizer.batch_decode(generated[:, length:]), strict=True):
             out[i] = new
     return out
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Greedy decoding and nothing else in this block.
+
+    Models ship penalties and ends of text of their own, which `generate` puts wherever nothing is given.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _check_length(runner: Runner, text: str, tokens: int) -> None:
+    if tokens > runner.max_length:
+        raise EditError(
+            f"prompt {text[:40]!r}…: got {tokens} tokens, wanted at most the {runner.max_length} the model attends to; "
+            "shorten it"
+        )

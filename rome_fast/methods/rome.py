@@ -43,7 +43,7 @@ METHODS: dict[str, RomeVariant] = {
 
 
 def variant(name: str) -> RomeVariant:
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ArgumentError(f"method: got {name!r}, wanted one of {', '.join(METHODS)}")
     return METHODS[name]
 
