@@ -27,7 +27,7 @@ __all__ = ["model_dir", "run_demo", "statistics_dir"]
 
 _TOKENS = 60_000  # 39 per dimension of SmolLM2's keys
 _HELD_OUT = 10  # articles that the statistics do not see; the perplexity sentences come from them
-_SENTENCES = 100
+_SENTENCES = 60
 _METHODS = ("rome", "c-rome-released", "c-rome")
 # A perplexity this many times the original one counts as collapse.
 _COLLAPSE_FACTOR = 1.5
