@@ -3,6 +3,9 @@ TORCH ?= torch==2.13.0
 # --system-site-packages together with TORCH=torch uses the torch that is already installed.
 VENV_FLAGS ?=
 
+# Test processes, with one thread each.
+WORKERS ?= 2
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -12,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/rome-fast demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --benchmark-disable
 
 # What the README promises, on the real model; needs development data beside the repository, and says so.
 acceptance: $(STAMP)

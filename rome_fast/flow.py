@@ -191,6 +191,7 @@ class Flow:
             layer=self.layer,
             loss=solved.value.losses[-1],
             steps=len(solved.value.losses),
+            drafted=solved.value.drafted,
             converged=solved.value.finite and solved.value.led >= 0.5,
             denominator=float(factors.denominators[index]),
             numerator_norm=float(factors.numerator_norms[index]),

@@ -15,6 +15,7 @@ class Record:
     layer: int
     loss: float  # at the δ that was used
     steps: int  # loss evaluations
+    drafted: int  # how many of them on some of the rows only
     converged: bool  # whether the target leads in at least half of the rows at that δ
     denominator: float  # uᵀ k_den with u = C⁻¹ k_left
     numerator_norm: float  # ‖r uᵀ‖

@@ -54,6 +54,7 @@ class Value:
 
     delta: Tensor  # (d,) fp32, or fp64 for an fp64 model
     losses: tuple[float, ...]
+    drafted: int  # how many of the losses, the first ones, are over some of the rows only
     led: float  # share of the target tokens, over all rows, that are the most probable one
     finite: bool  # false where the loss became NaN or infinite; δ is then zero
 
@@ -84,27 +85,30 @@ def optimise_values(
     """
     wide = torch.promote_types(runner.dtype, torch.float32)
     search = _Search(base_values.to(wide), settings)
-    count = len(rows[0])
-    drafted = settings.draft_rows if settings.stop == "argmax" else 0
-    if 0 < drafted < count - 1 and settings.steps > 1:
-        # Evenly spaced, the first row (unprefixed in some methods) and the essence row among them.
-        chosen = [i * (count - 1) // drafted for i in range(drafted)] + [count - 1]
-        every = torch.tensor([e * count + i for e in range(len(rows)) for i in chosen], device=runner.device)
-        batch = _Batch(
-            runner, layer, states.rows(every), [[group[i] for i in chosen] for group in rows], settings.kl_factor
-        )
-        search.run(batch, list(range(len(rows))), settings.steps - 1, settings.margin, settle=False)
-        search.run(
-            _Batch(runner, layer, states, rows, settings.kl_factor, batch.initial),
-            list(range(len(rows))),
-            settings.steps,
-            0,
-            settle=True,
-        )
-    else:
-        batch = _Batch(runner, layer, states, rows, settings.kl_factor)
-        search.run(batch, list(range(len(rows))), settings.steps, settings.margin, settle=True)
+    edits, count = list(range(len(rows))), len(rows[0])
+    drafted = draft_rows(count, settings)
+    before = None
+    if drafted:
+        every = torch.tensor([e * count + i for e in edits for i in drafted], device=runner.device)
+        some = [[group[i] for i in drafted] for group in rows]
+        draft = _Batch(runner, layer, states.rows(every), some, settings.kl_factor)
+        search.run(draft, edits, settings.steps - 1, settings.margin, settle=False)
+        before = draft.initial
+    batch = _Batch(runner, layer, states, rows, settings.kl_factor, before)
+    # A draft has had its margin of steps.
+    search.run(batch, edits, settings.steps, 0 if drafted else settings.margin, settle=True)
     return search.values
+
+
+def draft_rows(count: int, settings: ValueSettings) -> list[int]:
+    """Which of an edit's `count` rows, the essence row included, the first steps are taken on; none for all.
+
+    They are evenly spaced; the first row (unprefixed in some methods) and the essence row are among them.
+    """
+    drafted = settings.draft_rows if settings.stop == "argmax" and settings.steps > 1 else 0
+    if not 0 < drafted < count - 1:
+        return []
+    return [i * (count - 1) // drafted for i in range(drafted)] + [count - 1]
 
 
 class _Search:
@@ -116,6 +120,7 @@ class _Search:
         self.delta = torch.zeros_like(base_values)
         self.adam = _Adam(self.delta, settings.learning_rate)
         self.losses: list[list[float]] = [[] for _ in base_values]
+        self._drafted = [0] * len(base_values)
         self._values: list[Value | None] = [None] * len(base_values)
 
     @property
@@ -146,7 +151,10 @@ class _Search:
                     keep.append(place)
                 elif settle:
                     found = delta[place].clone() if finite else torch.zeros_like(delta[place])
-                    self._values[edit] = Value(found, tuple(self.losses[edit]), led[place], finite)
+                    history = tuple(self.losses[edit])
+                    self._values[edit] = Value(found, history, self._drafted[edit], led[place], finite)
+                else:
+                    self._drafted[edit] = len(self.losses[edit])
             if not keep:
                 return
             # The norm has no gradient at zero; autograd, which the released code uses, takes it as zero.

@@ -88,19 +88,23 @@ def test_batches_equal_the_baseline(kind, count, toy_tokenizers):
         assert made[i][1].loss == pytest.approx(wanted.losses[-1], rel=1e-5)
 
 
-def test_ideal_count_is_what_unpadded_work_costs(toy_tokenizers):
+@pytest.mark.parametrize("stop", ["loss", "argmax"])
+def test_ideal_count_is_what_unpadded_work_costs(stop, toy_tokenizers):
     """For one edit whose rows all have one length, counted and ideal FLOPs differ by what a mask cannot skip only."""
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     contexts = ["Snow fell. "] * 3
-    setup = Setup(model, tokenizer, tuple(contexts), LAYER, "c-rome", ValueSettings(steps=4, stop="loss"), None, [])
+    settings = ValueSettings(steps=8, stop=stop, draft_rows=2)
+    setup = Setup(model, tokenizer, tuple(contexts), LAYER, "c-rome", settings, None, [])
     request = tokenise(Runner(model), tokenizer, START, contexts, setup.flow.how)
     with FlopCounter() as counter:
-        setup.flow.solve_each([request])
+        ((_, record),) = setup.flow.solve_each([request])
+    assert (record.drafted > 0) == (stop == "argmax")
     shared = Contexts.of(Runner(model), tokenizer, ["", *contexts])
-    ideal = ideal_flops(Runner(model), shared, [request], [4], LAYER)
+    ideal = ideal_flops(Runner(model), shared, [request], [record], LAYER, settings)
     # The essence row has one position, and is padded to as many as the others.
     suffix = request.suffix
-    assert 1 <= counter.total / ideal <= 1 + 1.1 * (suffix - 1) / (3 * suffix + 1)
+    rows = 2 if stop == "argmax" else 3
+    assert 1 <= counter.total / ideal <= 1 + 1.1 * (suffix - 1) / (rows * suffix + 1)
 
 
 def test_report(toy_tokenizers):

@@ -5,9 +5,9 @@ The ideal count is that of a program which computes nothing twice, pads nothing 
 - once for all edits: every context through every layer;
 - once per edit: the tokens behind the context through layers 0 .. l, those of them before the subject's last token
   through the layers above as well;
-- in every step, the tokens from the subject's last one on through the layers above l, and the head where a target
-  token or the KL term is scored; forward, and backward to the activations, which costs the same again (attention:
-  2.5 times, as it recomputes the scores) except after the last step.
+- in every step, of the rows that the step is taken on, the tokens from the subject's last one on through the layers
+  above l, and the head where a target token or the KL term is scored; forward, and backward to the activations, which
+  costs the same again (attention: 2.5 times, as it recomputes the scores) except after the last step.
 
 A product of (m, k) and (k, n) counts 2 m k n. Norms, activations and the solve for u are left out.
 """
@@ -22,7 +22,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from ..flow import Request
 from ..past import Contexts
+from ..records import Record
+from ..rows import Row
 from ..runner import Runner
+from ..values import ValueSettings, draft_rows
 
 # The registry of torch leaves out the fused attention of CPUs.
 _COUNTS: dict[Any, Any] = {
@@ -72,7 +75,12 @@ class Shape:
 
 
 def ideal_flops(
-    runner: Runner, contexts: Contexts, requests: Sequence[Request], steps: Sequence[int], layer: int
+    runner: Runner,
+    contexts: Contexts,
+    requests: Sequence[Request],
+    records: Sequence[Record],
+    layer: int,
+    settings: ValueSettings,
 ) -> float:
     """The ideal count for all requests together, at the number of loss evaluations each of them took."""
     shape = Shape.of(runner)
@@ -83,19 +91,26 @@ def ideal_flops(
         pairs = tokens * (before + tokens)
         return layers * (2.0 * tokens * shape.layer_weights + shape.attention * pairs)
 
-    total = sum(passes(len(ids), 0, shape.layers) for ids in contexts.ids)
-    for request, evaluations in zip(requests, steps, strict=True):
-        scored = 1  # the KL term
-        for item in request.rows:
-            row = item.row
-            shared = contexts.shared_with(item.context, row)
-            middle, suffix = row.subject - shared, len(row.inputs) - row.subject
-            total += passes(middle + suffix, shared, layer + 1) + passes(middle, shared, above)
+    def steps(rows: Sequence[Row], evaluations: int) -> float:
+        """Loss evaluations on these rows, the last one without a gradient of the layers."""
+        forward, backward, scored = 0.0, 0.0, 1  # the KL term scores one position
+        for row in rows:
+            suffix = len(row.inputs) - row.subject
             once = passes(suffix, row.subject, above)
-            pairs = suffix * (row.subject + suffix)
-            back = once + 1.5 * above * shape.attention * pairs
-            total += evaluations * once + (evaluations - 1) * back
+            forward += once
+            backward += once + 1.5 * above * shape.attention * suffix * (row.subject + suffix)
             scored += len(row.labels)
         # The gradient of the head is taken with the loss, in every evaluation.
-        total += 2.0 * evaluations * scored * shape.head
+        return evaluations * (forward + 2.0 * scored * shape.head) + (evaluations - 1) * backward
+
+    total = sum(passes(len(ids), 0, shape.layers) for ids in contexts.ids)
+    for request, record in zip(requests, records, strict=True):
+        rows = [item.row for item in request.rows]
+        for item in request.rows:
+            shared = contexts.shared_with(item.context, item.row)
+            middle, suffix = item.row.subject - shared, len(item.row.inputs) - item.row.subject
+            total += passes(middle + suffix, shared, layer + 1) + passes(middle, shared, above)
+        if record.drafted:
+            total += steps([rows[i] for i in draft_rows(len(rows), settings)], record.drafted)
+        total += steps(rows, record.steps - record.drafted)
     return total

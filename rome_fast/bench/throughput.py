@@ -16,6 +16,7 @@ from ..evaluation import evaluate, sentence_perplexity, summarise
 from ..flow import Clock, Flow, Request, tokenise
 from ..methods import variant
 from ..past import Contexts
+from ..records import Record
 from ..runner import Runner
 from ..values import ValueSettings
 from .flops import FlopCounter, ideal_flops
@@ -101,10 +102,10 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
         group = list(edits[start : start + batch])
         flow = setup.flow
         requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.how) for e in group]
-        steps, deltas = _run(fast, flow, requests)
+        made = _run(fast, flow, requests)
         for stage, seconds in flow.clock.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
-        ideal += _ideal(setup, requests, steps)
+        ideal += _ideal(setup, requests, [record for _, record in made])
         with FlopCounter() as counter:
             setup.flow.solve_each(requests)
         fast.flops += counter.total
@@ -113,7 +114,7 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
             for edit in group:
                 _run_released(released, old_rule, edit, quality, base)
         if quality:
-            for edit, delta in zip(group, deltas, strict=True):
+            for edit, (delta, _) in zip(group, made, strict=True):
                 fast.add_quality(_quality(setup, edit, delta, base))
         say(_line(fast, rule, released))
     report: dict[str, Any] = {
@@ -150,7 +151,7 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
     return report
 
 
-def _run(track: Track, flow: Flow, requests: Sequence[Request]) -> tuple[list[int], list[Delta]]:
+def _run(track: Track, flow: Flow, requests: Sequence[Request]) -> list[tuple[Delta, Record]]:
     cpu, wall = time.process_time(), time.perf_counter()
     made = flow.solve_each(requests)
     if flow.runner.device.type == "cuda":
@@ -158,9 +159,8 @@ def _run(track: Track, flow: Flow, requests: Sequence[Request]) -> tuple[list[in
     track.process_seconds += time.process_time() - cpu
     track.wall_seconds += time.perf_counter() - wall
     track.edits += len(requests)
-    steps = [record.steps for _, record in made]
-    track.steps += sum(steps)
-    return steps, [delta for delta, _ in made]
+    track.steps += sum(record.steps for _, record in made)
+    return made
 
 
 def _run_released(track: Track, setup: Setup, edit: Edit, quality: bool, base: float | None) -> None:
@@ -194,10 +194,10 @@ def _run_released(track: Track, setup: Setup, edit: Edit, quality: bool, base: f
         track.add_quality(_quality(setup, edit, delta, base))
 
 
-def _ideal(setup: Setup, requests: Sequence[Request], steps: Sequence[int]) -> float:
+def _ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) -> float:
     runner = Runner(setup.model)
     contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts])
-    return ideal_flops(runner, contexts, requests, steps, setup.layer)
+    return ideal_flops(runner, contexts, requests, records, setup.layer, setup.settings)
 
 
 def _quality(setup: Setup, edit: Edit, delta: Delta, base: float | None) -> dict[str, float]:
