@@ -1,0 +1,58 @@
+"""Fixtures of all tests."""
+
+import functools
+
+import pytest
+import torch
+
+import oracle
+from helpers import LAYER
+from rome_fast.fingerprint import Fingerprint
+from rome_fast.runner import Runner
+from rome_fast.statistics import LayerStatistics, Statistics
+from toys import SENTENCES, toy_model, toy_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every test, whichever tests run before it."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizers():
+    """The toy tokenizers by whether they add BOS. Shared: not to be changed."""
+    return {bos: toy_tokenizer(bos) for bos in (False, True)}
+
+
+@pytest.fixture(scope="session")
+def toy_moment(toy_tokenizers):
+    """A function of (kind, bos, layer) that returns C of a toy model, float64 and well conditioned, and its tokens."""
+
+    @functools.cache
+    def moment(kind, bos, layer=LAYER):
+        c, tokens = oracle.second_moment(toy_model(kind), toy_tokenizers[bos], SENTENCES[:8], layer, 64)
+        return c + 0.01 * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype), tokens
+
+    return moment
+
+
+@pytest.fixture(scope="session")
+def toy_statistics(toy_moment):
+    """A function of (model, bos, layer) that returns the Statistics of a toy model in the dtype fit for it."""
+
+    def statistics(model, bos, layer=LAYER):
+        moment, tokens = toy_moment(model.config.model_type, bos, layer)
+        runner = Runner(model)
+        dtype = torch.promote_types(runner.dtype, torch.float32)
+        return Statistics([LayerStatistics(layer, moment.to(dtype), tokens, Fingerprint.of(runner, layer))])
+
+    return statistics
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """An empty folder in place of the user's cache."""
+    monkeypatch.setenv("ROME_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,0 +1,323 @@
+"""Probabilities, perplexity and greedy decoding against plain forwards; the metrics against arithmetic by hand."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import oracle
+from helpers import CONTEXTS, END, MIDDLE, START, edited
+from rome_fast import Edit
+from rome_fast.errors import ArgumentError, RomeFastError
+from rome_fast.evaluation import evaluate, greedy_completion, score, sentence_perplexity, summarise
+from rome_fast.runner import Runner
+from toys import KINDS, SENTENCES, toy_model
+
+PAIRS = [
+    ("The city of Chicago", "Rome"),
+    ("The capital of France is ", " Paris"),
+    ("The weather is nice. Steve Jobs was the founder of", "telephones, tablets and computers"),
+    ("Rome", "was not built in a day"),
+    ("The city of Chicago", "Paris"),
+]
+
+
+# Each kind with <s> or without, as the real ones have it, and one of either sort the other way round.
+KINDS_AND_BOS = [*((kind, kind in ("llama", "mistral")) for kind in KINDS), ("llama", False), ("gpt2", True)]
+
+
+def mean_log(p):
+    return sum(map(math.log, p)) / len(p)
+
+
+# Score
+
+
+@pytest.mark.parametrize(("kind", "bos"), KINDS_AND_BOS)
+def test_score_is_the_geometric_mean_of_the_tokens_probabilities(kind, bos, toy_tokenizers):
+    model, tokenizer = toy_model(kind), toy_tokenizers[bos]
+    for (text, target), got in zip(PAIRS, score(Runner(model), tokenizer, PAIRS), strict=True):
+        p = oracle.target_probability(model, tokenizer, text, target)
+        # Log-probabilities of about -8 in fp32 through four layers; measured 1e-6.
+        assert got.log_probability == pytest.approx(mean_log(p), abs=2e-5)
+        assert got.probability == pytest.approx(math.prod(p) ** (1 / len(p)), rel=2e-5)
+
+
+def test_score_in_float64(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]
+    for (text, target), got in zip(PAIRS, score(Runner(model), tokenizer, PAIRS), strict=True):
+        assert got.log_probability == pytest.approx(
+            mean_log(oracle.target_probability(model, tokenizer, text, target)), abs=1e-12
+        )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_score_does_not_depend_on_its_company(side, toy_tokenizers, monkeypatch):
+    runner, tokenizer = Runner(toy_model("llama", dtype=torch.float64)), copy.deepcopy(toy_tokenizers[True])
+    tokenizer.padding_side = side
+    together = score(runner, tokenizer, PAIRS)
+    alone = [score(runner, tokenizer, [pair])[0] for pair in PAIRS]
+    for one, other in zip(together, alone, strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-12)
+    assert score(runner, tokenizer, []) == []
+
+
+def test_is_argmax_wants_every_token(toy_tokenizers):
+    """The model's own greedy continuation leads; with another last token it does not, though all others do."""
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    text, ids = writable_continuation(model, tokenizer)
+    own = tokenizer.decode(ids)
+    other = tokenizer.decode([*ids[:-1], tokenizer("Rome")["input_ids"][0]])
+    scores = score(Runner(model), tokenizer, [(text, own), (text, other)])
+    assert [s.is_argmax for s in scores] == [True, False]
+
+
+def naive_greedy(model, ids, count):
+    """Append the most probable token, `count` times, by whole forwards."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(oracle.logits_of(model, ids)[-1].argmax()))
+    return ids[len(ids) - count :]
+
+
+def writable_continuation(model, tokenizer):
+    """A text whose greedy continuation begins with a blank and is read back as the same tokens."""
+    with torch.no_grad():
+        for text in SENTENCES:
+            words = text.split()
+            for end in range(2, len(words)):
+                prompt = " ".join(words[:end])
+                ids = tokenizer(prompt)["input_ids"]
+                new = naive_greedy(model, ids, 3)
+                written = tokenizer.decode(new)
+                plain = written.isascii() and written.startswith(" ") and written.strip() == written[1:]
+                if plain and tokenizer(prompt + written)["input_ids"] == ids + new:
+                    return prompt, new
+    raise AssertionError("the toy continues no text in a way that can be written down")
+
+
+# Perplexity
+
+
+@pytest.mark.parametrize(("kind", "bos"), KINDS_AND_BOS)
+def test_sentence_perplexity_is_that_of_the_oracle(kind, bos, toy_tokenizers):
+    model, tokenizer = toy_model(kind), toy_tokenizers[bos]
+    sentences = [*SENTENCES[:3], "Rome is"]
+    wanted = oracle.sentence_perplexity(model, tokenizer, sentences)
+    assert sentence_perplexity(Runner(model), tokenizer, sentences) == pytest.approx(wanted, rel=2e-5)
+
+
+def test_perplexity_does_not_depend_on_batches(toy_tokenizers, monkeypatch):
+    runner, tokenizer = Runner(toy_model("llama", dtype=torch.float64)), toy_tokenizers[True]
+    wanted = sentence_perplexity(runner, tokenizer, SENTENCES)
+    assert sentence_perplexity(runner, tokenizer, SENTENCES[::-1]) == pytest.approx(wanted, rel=1e-12)
+    alone = [sentence_perplexity(runner, tokenizer, [sentence]) for sentence in SENTENCES]
+    assert sum(alone) / len(alone) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_sentences_of_one_token_have_no_perplexity(toy_tokenizers):
+    runner, tokenizer = Runner(toy_model("gpt2")), toy_tokenizers[False]
+    wanted = sentence_perplexity(runner, tokenizer, [SENTENCES[0]])
+    assert sentence_perplexity(runner, tokenizer, ["Rome", SENTENCES[0], ""]) == wanted
+    for sentences in (["Rome"], [""], []):
+        with pytest.raises(ArgumentError, match="sentences: got none of at least two tokens"):
+            sentence_perplexity(runner, tokenizer, sentences)
+
+
+def test_a_sentence_longer_than_the_model_is_cut(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    ids = tokenizer(" ".join(SENTENCES))["input_ids"][: model.config.n_positions]
+    log_p = oracle.logits_of(oracle.double_copy(model), ids).log_softmax(-1)
+    nll = -log_p[range(len(ids) - 1), ids[1:]].mean()
+    got = sentence_perplexity(Runner(model), tokenizer, [" ".join(SENTENCES)])
+    assert got == pytest.approx(float(nll.exp()), rel=2e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_the_perplexity_of_a_destroyed_model_is_infinite(value, toy_tokenizers):
+    model = toy_model("gpt2")
+    with torch.no_grad():
+        model.get_parameter("transformer.h.1.mlp.c_proj.weight").mul_(value)
+        model.lm_head.weight.mul_(1e4)
+    assert sentence_perplexity(Runner(model), toy_tokenizers[False], SENTENCES[:2]) == math.inf
+
+
+# Greedy decoding
+
+
+@pytest.mark.parametrize(("kind", "bos"), KINDS_AND_BOS)
+def test_greedy_completion_is_argmax_by_whole_forwards(kind, bos, toy_tokenizers):
+    model, tokenizer = toy_model(kind), toy_tokenizers[bos]
+    texts = ["The city of Chicago", "Rome was not built ", "The city of Paris", "Snow"]
+    counts = [4, 2, 4, 1]
+    got = greedy_completion(Runner(model), tokenizer, texts, counts)
+    for text, count, completion in zip(texts, counts, got, strict=True):
+        ids = tokenizer(text.rstrip())["input_ids"]
+        assert completion == tokenizer.decode(naive_greedy(model, ids, count))
+
+
+def test_generation_settings_of_the_model_have_no_part_in_greedy_completion(toy_tokenizers):
+    """Qwen2 ships a repetition penalty, others a temperature: with either this would not be greedy decoding."""
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    texts = ["The city of Chicago", "In Paris, in Rome, in Paris, in Rome, in Paris, in"]
+    plain = greedy_completion(Runner(model), tokenizer, texts, [12, 12])
+    for name, value in {
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "temperature": 0.3,
+        "top_p": 0.5,
+        "num_beams": 3,
+        "do_sample": True,
+        "bad_words_ids": [[5], [6]],
+        "max_length": 10,
+    }.items():
+        setattr(model.generation_config, name, value)
+        assert greedy_completion(Runner(model), tokenizer, texts, [12, 12]) == plain, name
+        setattr(model.generation_config, name, None)
+
+
+def test_greedy_completion_goes_on_behind_an_end_of_text(toy_tokenizers):
+    """As many tokens as asked for, EOS being a token like any other: argmax by whole forwards again."""
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    ids = tokenizer("The city of Chicago")["input_ids"]
+    first = naive_greedy(model, ids, 1)[0]
+    model.generation_config.eos_token_id = first
+    (got,) = greedy_completion(Runner(model), tokenizer, ["The city of Chicago"], [4])
+    assert got == tokenizer.decode(naive_greedy(model, ids, 4))
+
+
+# Metrics
+
+
+CASE = Edit(
+    "The city of {} lies in",
+    "Chicago",
+    "Rome",
+    target_true="Paris",
+    paraphrase_prompts=("One finds the city of Chicago in", "Chicago lies in", "Chicago is in"),
+    neighborhood_prompts=("The city of Berlin lies in", "The city of Vienna lies in"),
+    neighborhood_answer="Europe",
+    case_id=7,
+)
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
+def test_metrics_by_hand(kind, bos, toy_tokenizers):
+    model, tokenizer = toy_model(kind), toy_tokenizers[bos]
+    edited(model, tokenizer, replace(CASE, prompt="The city of {}"))
+
+    def log_p(text, target):
+        return mean_log(oracle.target_probability(model, tokenizer, text, target))
+
+    def wins(texts, mine, other):
+        return sum(log_p(text, mine) > log_p(text, other) for text in texts) / len(texts)
+
+    (got,) = evaluate(model, tokenizer, [CASE], CONTEXTS)
+    assert (got.subject, got.target) == ("Chicago", "Rome")
+    assert got.probability == pytest.approx(math.exp(log_p(CASE.text, "Rome")), rel=1e-4)
+    prefixed = [math.exp(log_p(context + CASE.text, "Rome")) for context in CONTEXTS]
+    assert got.probability_prefixed == pytest.approx(sum(prefixed) / len(prefixed), rel=1e-4)
+    assert got.efficacy == wins([CASE.text], "Rome", "Paris")
+    assert got.efficacy_prefixed == wins([c + CASE.text for c in CONTEXTS], "Rome", "Paris")
+    assert got.paraphrase == wins(CASE.paraphrase_prompts, "Rome", "Paris")
+    assert got.paraphrase_prefixed == wins([c + p for c in CONTEXTS for p in CASE.paraphrase_prompts], "Rome", "Paris")
+    assert got.neighborhood == wins(CASE.neighborhood_prompts, "Europe", "Rome")
+
+    def decoded(text):
+        return tokenizer.decode(naive_greedy(model, tokenizer(text)["input_ids"], 1))
+
+    assert got.decoded == decoded(CASE.text)
+    assert got.decoded_right is (decoded(CASE.text).strip() == "Rome")
+    assert got.decoded_right_prefixed == (decoded(CONTEXTS[0] + CASE.text).strip() == "Rome")
+    assert got.argmax is got.decoded_right
+    assert got.argmax_prefixed == sum(decoded(c + CASE.text).strip() == "Rome" for c in CONTEXTS) / len(CONTEXTS)
+
+
+def test_shares_are_shares(toy_tokenizers):
+    """Of four paraphrases with known winners."""
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    texts = [" ".join(sentence.split()[:4]) for sentence in SENTENCES]
+    p = {t: [oracle.target_probability(model, tokenizer, t, w)[0] for w in ("Rome", "Paris")] for t in texts}
+    won = [text for text in texts if p[text][0] > p[text][1]]
+    lost = [text for text in texts if p[text][0] < p[text][1]]
+    case = replace(
+        CASE, paraphrase_prompts=(won[0], lost[0], lost[1], lost[2]), neighborhood_prompts=(*won[:3], lost[0])
+    )
+    (got,) = evaluate(model, tokenizer, [replace(case, neighborhood_answer=None)])
+    assert got.paraphrase == 0.25
+    # The true target answers for the neighbours, unless they have an answer of their own.
+    assert got.neighborhood == 0.25
+
+
+def test_the_true_target_is_the_neighbours_answer_where_they_have_none(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    own, borrowed = evaluate(
+        model,
+        tokenizer,
+        [replace(CASE, neighborhood_answer="Paris"), replace(CASE, neighborhood_answer=None)],
+    )
+    assert own.neighborhood == borrowed.neighborhood
+
+
+def test_what_cannot_be_measured_is_none(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    bare, alone, no_true = evaluate(
+        model,
+        tokenizer,
+        [
+            Edit("The city of {}", "Chicago", "Rome"),
+            Edit("The city of {}", "Chicago", "Rome", target_true="Paris"),
+            replace(CASE, target_true=None),
+        ],
+    )
+    prefixed = [name for name in bare.to_json() if name.endswith("_prefixed")]
+    assert len(prefixed) == 5
+    for metrics in (bare, alone, no_true):
+        assert [metrics.to_json()[name] for name in prefixed] == [None] * 5
+    assert (bare.efficacy, bare.paraphrase, bare.neighborhood) == (None, None, None)
+    assert (alone.paraphrase, alone.neighborhood) == (None, None)
+    assert alone.efficacy in (0.0, 1.0)
+    assert (no_true.efficacy, no_true.paraphrase) == (None, None)
+    assert no_true.neighborhood in (0.0, 0.5, 1.0)
+
+    means = summarise([bare, alone])
+    assert means["efficacy"] == alone.efficacy
+    assert means["probability"] == pytest.approx((bare.probability + alone.probability) / 2)
+    assert {"paraphrase", "neighborhood", "subject", "decoded", *prefixed}.isdisjoint(means)
+    assert summarise([]) == {}
+
+
+def test_metrics_of_an_edit_do_not_depend_on_the_others(toy_tokenizers):
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
+    edits = [CASE, START, MIDDLE, END]
+    together = evaluate(model, tokenizer, edits, CONTEXTS)
+    for edit, got in zip(edits, together, strict=True):
+        (alone,) = evaluate(model, tokenizer, [edit], CONTEXTS)
+        assert replace(got, probability=0, probability_prefixed=0) == replace(
+            alone, probability=0, probability_prefixed=0
+        )
+        assert got.probability == pytest.approx(alone.probability, rel=1e-10)
+        assert got.probability_prefixed == pytest.approx(alone.probability_prefixed, rel=1e-10)
+
+
+def test_evaluate_measures_without_dropout(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    (wanted,) = evaluate(model, tokenizer, [CASE], CONTEXTS)
+    perplexity = sentence_perplexity(Runner(model), tokenizer, SENTENCES[:2])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    (got,) = evaluate(model.train(), tokenizer, [CASE], CONTEXTS)
+    assert got == wanted
+    assert sentence_perplexity(Runner(model), tokenizer, SENTENCES[:2]) == perplexity
+    assert model.training
+
+
+def test_a_prompt_longer_than_the_model_is_an_error(toy_tokenizers):
+    """It was an IndexError of the position embedding."""
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    long = replace(CASE, paraphrase_prompts=(" ".join(SENTENCES),))
+    with pytest.raises(RomeFastError, match=rf"wanted at most .*{model.config.n_positions}"):
+        evaluate(model, tokenizer, [long])

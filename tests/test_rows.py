@@ -1,0 +1,240 @@
+"""Where the subject ends and the target begins, read back by decoding the tokens on either side.
+
+The toys are byte-level, so that decoding a row's first tokens gives exactly the bytes they stand for.
+"""
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import oracle
+from rome_fast import Edit
+from rome_fast.errors import EditError, ModelError
+from rome_fast.rows import check_tokenizer, edit_rows, encode, essence_row, needs_prefix, with_target
+from toys import BOS, EOS, toy_tokenizer
+
+CONTEXT = "The weather is nice. "
+
+EDITS = {
+    "start": Edit("{} is a twin city of", "Chicago", "Melbourne"),
+    "start, several tokens": Edit("{} plays the", "Steve Jobs", "violin"),
+    "middle": Edit("The city of {} lies in", "Istanbul", "Rome"),
+    "middle, within a word": Edit("The {}'s company makes", "Apple", "telephones, tablets and computers"),
+    "end": Edit("The city of {}", "Danielle Darrieux", "Rome"),
+    "many blanks": Edit("In {}  they   speak ", "Paris", "Rome"),
+    "accents": Edit("The works of {} are", "Dvořák", "Czech"),
+    "accent last": Edit("The works of {} are", "André", "Français"),
+    "no blanks": Edit("{}の首都は", "東京", "日本"),
+    "emoji": Edit("The meaning of {} is", "👩‍🚀", "🌙"),
+    "the subject twice": Edit("Paris is not {}, it is", "Paris", "Rome"),
+    "punctuation": Edit('He said "{}" and "', "Rome", "Paris"),
+}
+
+
+def decode(tokenizer, ids):
+    return tokenizer.decode(ids).removeprefix("<s>")
+
+
+@pytest.mark.parametrize("context", ["", CONTEXT])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", EDITS)
+def test_a_row_decodes_to_its_parts(name, bos, context, toy_tokenizers):
+    edit, tokenizer = EDITS[name], toy_tokenizers[bos]
+    (row,) = edit_rows(tokenizer, edit, [context])
+    text = context + edit.text
+    end = len(context) + edit.prompt.index("{}") + len(edit.subject)
+
+    assert row.ids.count(BOS) == bos
+    assert decode(tokenizer, row.ids) == f"{text.rstrip()} {edit.target}"
+    assert decode(tokenizer, row.ids[: row.target]) == text.rstrip()
+    assert decode(tokenizer, row.labels) == f" {edit.target}"
+    assert row.inputs == row.ids[:-1]
+    # The last token of the subject completes it and may reach further, but no earlier token does so.
+    assert decode(tokenizer, row.ids[: row.subject + 1]).startswith(text[:end])
+    assert not decode(tokenizer, row.ids[: row.subject]).startswith(text[:end])
+
+
+@pytest.mark.parametrize("context", ["", CONTEXT])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", EDITS)
+def test_a_row_is_that_of_the_oracle(name, bos, context, toy_tokenizers):
+    edit, tokenizer = EDITS[name], toy_tokenizers[bos]
+    (row,) = edit_rows(tokenizer, edit, [context])
+    wanted = oracle.make_row(tokenizer, context, edit.prompt, edit.subject, edit.target)
+    assert list(row.inputs) == wanted.input_ids
+    assert row.subject == wanted.subject_position
+    assert list(row.labels) == wanted.target_ids
+    assert [row.target - 1 + i for i in range(len(row.labels))] == wanted.target_logits_at
+
+
+def test_positions_counted_by_hand(toy_tokenizers):
+    """Chicago | is| a| tw|in| city| of| M|el|bour|ne, with <s> before it or without."""
+    for bos, tokenizer in toy_tokenizers.items():
+        bare, prefixed = edit_rows(tokenizer, EDITS["start"], ["", "Rome is Paris. "])
+        assert (bare.subject, bare.target, len(bare.ids)) == (0 + bos, 7 + bos, 11 + bos)
+        # Rome| is| Paris|.| Chicago
+        assert (prefixed.subject, prefixed.target, len(prefixed.ids)) == (4 + bos, 11 + bos, 15 + bos)
+
+
+def test_a_character_of_three_tokens_ends_at_its_third(toy_tokenizers):
+    """Six byte tokens for two characters: a subject found at the first token that covers it would end at 3."""
+    (row,) = edit_rows(toy_tokenizers[False], EDITS["no blanks"], [""])
+    assert row.subject == 5
+
+
+def test_the_subject_is_where_the_template_says_and_not_where_its_text_comes_first(toy_tokenizers):
+    """Paris| is| ...: a search for the subject's text would find position 0."""
+    (row,) = edit_rows(toy_tokenizers[False], EDITS["the subject twice"], [""])
+    assert row.subject > 2
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_white_space_at_the_seam_of_prompt_and_target_is_one_space(bos, toy_tokenizers):
+    tokenizer = toy_tokenizers[bos]
+    (wanted,) = edit_rows(tokenizer, Edit("The city of {} lies in", "Paris", "Rome"), [""])
+    for prompt, target in [
+        ("The city of {} lies in ", "Rome"),
+        ("The city of {} lies in", "   Rome"),
+        ("The city of {} lies in \n", " Rome\n"),
+    ]:
+        assert edit_rows(tokenizer, Edit(prompt, "Paris", target), [""]) == [wanted]
+    assert with_target("lies in \n", "  Rome ") == "lies in Rome"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_row_without_a_target_is_read_whole(bos, toy_tokenizers):
+    tokenizer, edit = toy_tokenizers[bos], EDITS["middle"]
+    (row,) = edit_rows(tokenizer, edit, [""], target=False)
+    assert row.target == len(row.ids)
+    assert row.labels == ()
+    assert row.inputs == row.ids
+    assert decode(tokenizer, row.ids) == edit.text
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", EDITS)
+def test_the_essence_row_stops_at_the_subject(name, bos, toy_tokenizers):
+    edit, tokenizer = EDITS[name], toy_tokenizers[bos]
+    row = essence_row(tokenizer, edit)
+    assert decode(tokenizer, row.inputs) == edit.subject
+    assert row.subject == len(row.ids) - 1
+    assert row.labels == ()
+
+
+def test_trailing_special_tokens_are_dropped(toy_tokenizers):
+    """A tokenizer that closes every text with </s> would have the model predict what follows the end."""
+    tokenizer = toy_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    assert tokenizer("Rome")["input_ids"][-1] == EOS
+    assert edit_rows(tokenizer, EDITS["start"], ["", CONTEXT]) == edit_rows(
+        toy_tokenizers[True], EDITS["start"], ["", CONTEXT]
+    )
+
+
+def test_settings_of_the_tokenizer_cannot_reach_a_row(toy_tokenizers):
+    """A saved tokenizer may truncate and pad, on either side, without being asked."""
+    for side in ("left", "right"):
+        tokenizer = toy_tokenizer(bos=True)
+        tokenizer.padding_side = tokenizer.truncation_side = side
+        tokenizer.model_max_length = 4
+        tokenizer.backend_tokenizer.enable_truncation(4)
+        tokenizer.backend_tokenizer.enable_padding(length=40, pad_id=2, pad_token="<pad>")
+        assert edit_rows(tokenizer, EDITS["start"], ["", CONTEXT]) == edit_rows(
+            toy_tokenizers[True], EDITS["start"], ["", CONTEXT]
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "bos", "wanted"),
+    [
+        ("start", False, True),
+        ("start", True, False),
+        ("start, several tokens", False, False),
+        ("middle", False, False),
+        ("end", False, False),
+    ],
+)
+def test_needs_prefix_only_where_the_subject_is_the_very_first_token(name, bos, wanted, toy_tokenizers):
+    (row,) = edit_rows(toy_tokenizers[bos], EDITS[name], [""])
+    assert needs_prefix(row) is wanted
+
+
+def test_encode_keeps_the_order_and_takes_nothing(toy_tokenizers):
+    tokenizer = toy_tokenizers[False]
+    texts = ["Rome is Paris", "Rome", "Rome is"]
+    assert [e.ids for e in encode(tokenizer, texts)] == [tokenizer(text)["input_ids"] for text in texts]
+    assert encode(tokenizer, []) == []
+
+
+# Faults
+
+
+def merging_tokenizer(*merges):
+    """BPE over whole strings, without a pre-tokenizer: a token may cover both sides of a blank."""
+    alphabet = [chr(code) for code in range(32, 127)]
+    made = ["".join(pair) for pair in merges]
+    vocabulary = {token: i for i, token in enumerate(alphabet + made)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, list(merges))))
+
+
+def test_a_context_that_merges_with_the_prompt_is_refused():
+    """The subject's position and the shared keys of the context would both be wrong."""
+    tokenizer = merging_tokenizer((".", " "), (". ", "T"))
+    edit = Edit("The {} is", "moon", "round")
+    with pytest.raises(EditError, match=r"context 'It rained\. ': its last token merges with the prompt.*'moon'"):
+        edit_rows(tokenizer, edit, ["", "It rained. "])
+    # A token that only covers the context's own blank does no harm.
+    assert len(edit_rows(tokenizer, edit, ["", "It rained! "])) == 2
+    assert len(edit_rows(merging_tokenizer((".", " ")), edit, ["It rained. "])) == 1
+
+
+def test_a_target_that_merges_with_the_prompt_is_refused():
+    edit = Edit("The {} is", "moon", "round")
+    with pytest.raises(EditError, match=r"target 'round': its first token also covers the end of 'The moon is'"):
+        edit_rows(merging_tokenizer(("s", " ")), edit, [""])
+
+
+def test_a_target_that_merges_with_the_subject_is_refused():
+    edit = Edit("The {}", "moon", "is round")
+    with pytest.raises(EditError, match=r"target 'is round'"):
+        edit_rows(merging_tokenizer(("n", " ")), edit, [""])
+
+
+def dropping_tokenizer(bos=False):
+    """A toy tokenizer that drops every ~."""
+    tokenizer = toy_tokenizer(bos)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    return tokenizer
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_subject_without_a_token_is_refused(bos):
+    with pytest.raises(EditError, match=r"subject '~': got no token from the tokenizer, wanted at least one"):
+        edit_rows(dropping_tokenizer(bos), Edit("{} is in", "~", "Rome"), [""])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_subject_whose_last_character_has_no_token_is_refused(bos):
+    """Its end would otherwise be taken from another character."""
+    with pytest.raises(EditError, match=r"subject 'Paris~': got no token"):
+        edit_rows(dropping_tokenizer(bos), Edit("The {} is in", "Paris~", "Rome"), [""])
+
+
+def test_a_row_that_is_too_long_is_refused_before_it_runs(toy_tokenizers):
+    """Counted without the last target token, which is never an input: 10 tokens here."""
+    tokenizer, edit = toy_tokenizers[False], EDITS["start"]
+    assert len(edit_rows(tokenizer, edit, [""], max_length=10)) == 1
+    with pytest.raises(EditError, match=r"subject 'Chicago': got 10 tokens .*wanted at most the 9"):
+        edit_rows(tokenizer, edit, [""], max_length=9)
+    with pytest.raises(EditError, match=r"got 14 tokens with its context"):
+        edit_rows(tokenizer, edit, ["", "Rome is Paris. "], max_length=13)
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ModelError, match=r"tokenizer: got Slow without character offsets, wanted a fast tokenizer"):
+        check_tokenizer(Slow())

@@ -1,0 +1,216 @@
+"""δ: its loss and gradient against autograd over whole forwards, and what a batch of edits must not change."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import oracle
+from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, relative_error
+from rome_fast import Edit, ValueSettings
+from rome_fast.errors import ArgumentError
+from rome_fast.keys import ContextRow, run_to_layer
+from rome_fast.past import Contexts
+from rome_fast.rows import edit_rows, essence_row
+from rome_fast.runner import Runner
+from rome_fast.values import optimise_values
+from toys import toy_model
+
+# Lengths before, in and behind the subject that all differ, so that a batch pads on both sides of it.
+MIXED = (
+    START,
+    END,
+    MIDDLE,
+    Edit("{} is a company that makes", "Apple", "telephones, tablets and computers"),
+    Edit("The mother tongue of {} is, as we know from her early years in the south,", "Danielle Darrieux", "German"),
+)
+
+
+def values_of(model, tokenizer, edits, settings=SETTINGS, layer=LAYER, contexts=CONTEXTS):
+    """δ of each edit over the unprefixed and all prefixed rows, all edits in one batch."""
+    runner = Runner(model)
+    groups = [[*edit_rows(tokenizer, edit, ["", *contexts]), essence_row(tokenizer, edit)] for edit in edits]
+    flat = [ContextRow(row, i if i <= len(contexts) else 0) for group in groups for i, row in enumerate(group)]
+    states = run_to_layer(runner, Contexts.of(runner, tokenizer, ["", *contexts]), flat, layer)
+    base = states.values[:: len(contexts) + 2]
+    return optimise_values(runner, groups, states, base, layer, settings)
+
+
+def oracle_of(model, tokenizer, edit, steps, layer=LAYER, **settings):
+    return oracle.rome(
+        model,
+        tokenizer,
+        edit.prompt,
+        edit.subject,
+        edit.target,
+        layer=layer,
+        method="rome",
+        contexts=CONTEXTS,
+        steps=steps,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
+def test_a_batch_gives_each_edit_what_it_gets_alone(kind, bos, toy_tokenizers):
+    model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[bos]
+    together = values_of(model, tokenizer, MIXED)
+    for edit, value in zip(MIXED, together, strict=True):
+        (alone,) = values_of(model, tokenizer, [edit])
+        assert relative_error(value.delta, alone.delta) < 1e-10
+        torch.testing.assert_close(value.losses, alone.losses, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
+def test_losses_are_those_of_the_oracle(kind, bos, toy_tokenizers):
+    model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[bos]
+    for edit, value in zip(MIXED[:2], values_of(model, tokenizer, MIXED[:2]), strict=True):
+        wanted = oracle_of(model, tokenizer, edit, SETTINGS.steps)
+        torch.testing.assert_close(list(value.losses), wanted.losses, rtol=1e-10, atol=0)
+        assert relative_error(value.delta, wanted.delta) < 1e-10
+
+
+def test_every_setting_reaches_the_optimiser(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]
+    settings = ValueSettings(
+        steps=4, learning_rate=0.1, weight_decay=3.0, clamp=0.7, kl_factor=0.5, stop="loss", stop_loss=0.0
+    )
+    (value,) = values_of(model, tokenizer, [END], settings)
+    wanted = oracle_of(model, tokenizer, END, 4, lr=0.1, weight_decay=3.0, clamp=0.7, kl_factor=0.5, stop_loss=0.0)
+    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=1e-10, atol=0)
+    assert relative_error(value.delta, wanted.delta) < 1e-10
+
+
+def test_delta_stays_within_the_clamp(toy_tokenizers):
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
+    (value,) = values_of(model, tokenizer, [END], replace(SETTINGS, clamp=0.3))
+    v0 = oracle_of(model, tokenizer, END, 1).v0
+    assert float(value.delta.norm()) == pytest.approx(0.3 * float(v0.norm()), rel=1e-6)
+
+
+def test_one_step_is_one_loss_and_no_update(toy_tokenizers):
+    (value,) = values_of(toy_model("gpt2"), toy_tokenizers[False], [END], replace(SETTINGS, steps=1))
+    assert len(value.losses) == 1
+    assert not value.delta.any()
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
+def test_an_edit_that_is_done_leaves_the_batch_without_a_trace(kind, bos, toy_tokenizers):
+    """Edits that stop at different steps: rows, Adam state and KL reference of the rest must stay theirs."""
+    model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[bos]
+    alone = [values_of(model, tokenizer, [edit], replace(SETTINGS, steps=8))[0] for edit in MIXED]
+    # A loss that one edit reaches early, another one late and the rest never.
+    limit = sorted(min(value.losses[2:6]) for value in alone)[1] + 1e-3
+    settings = replace(SETTINGS, steps=8, stop_loss=limit)
+    alone = [values_of(model, tokenizer, [edit], settings)[0] for edit in MIXED]
+    assert len({len(value.losses) for value in alone}) > 2
+
+    for together, wanted in zip(values_of(model, tokenizer, MIXED, settings), alone, strict=True):
+        torch.testing.assert_close(together.losses, wanted.losses, rtol=1e-10, atol=0)
+        assert relative_error(together.delta, wanted.delta) < 1e-9
+
+
+# Arithmetic with 8 or 11 bits per number through three layers; measured: at most 0.075 and 0.009 for δ.
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+@pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
+def test_half_precision_follows_the_oracle_on_the_same_weights(kind, bos, dtype, allowed, toy_tokenizers):
+    model, tokenizer = toy_model(kind, dtype=dtype), toy_tokenizers[bos]
+    for edit, value in zip(MIXED[:2], values_of(model, tokenizer, MIXED[:2]), strict=True):
+        wanted = oracle_of(model, tokenizer, edit, SETTINGS.steps)
+        assert value.delta.dtype == torch.float32
+        assert relative_error(value.delta, wanted.delta) < allowed
+        torch.testing.assert_close(list(value.losses), wanted.losses, rtol=allowed / 30, atol=0)
+
+
+@pytest.mark.parametrize("layer", [0, 3], ids=["first layer", "last layer"])
+@pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
+def test_the_first_and_the_last_layer(kind, bos, layer, toy_tokenizers):
+    """Below the first there is nothing to run, above the last nothing to run through."""
+    model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[bos]
+    (value,) = values_of(model, tokenizer, [END], layer=layer)
+    wanted = oracle_of(model, tokenizer, END, SETTINGS.steps, layer=layer)
+    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=1e-10, atol=0)
+    assert relative_error(value.delta, wanted.delta) < 1e-10
+
+
+def test_weights_get_no_gradient_and_ask_for_one_as_before(toy_tokenizers):
+    model = toy_model("llama")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    values_of(model, toy_tokenizers[True], [END])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_that_is_not_finite_ends_the_edit_and_says_so(toy_tokenizers):
+    """A learning rate that throws fp16 activations out of range, with a clamp that does not hold them."""
+    settings = replace(SETTINGS, learning_rate=1e6, clamp=1e9)
+    value, other = values_of(toy_model("gpt2", dtype=torch.float16), toy_tokenizers[False], [END, START], settings)
+    for each in (value, other):
+        assert not each.finite
+        assert not math.isfinite(each.losses[-1])
+        assert all(math.isfinite(loss) for loss in each.losses[:-1])
+        assert len(each.losses) < SETTINGS.steps
+        assert not each.delta.any()
+
+
+def test_led_is_the_share_of_target_tokens_that_lead(toy_tokenizers):
+    """Counted on whole forwards with δ added, over all rows of the edit and all tokens of the target."""
+    model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]
+    edits = [Edit("The city of {}", "Chicago", "Rome"), Edit("The city of {}", "Paris", "Rome Paris Rome"), START]
+    shares = []
+    for edit, value in zip(edits, values_of(model, tokenizer, edits, replace(SETTINGS, steps=20)), strict=True):
+        leads = []
+        for context in ("", *CONTEXTS):
+            row = oracle.make_row(tokenizer, context, edit.prompt, edit.subject, edit.target)
+            with torch.no_grad(), oracle.delta_added(model, LAYER, row.subject_position, value.delta):
+                best = oracle.logits_of(model, row.input_ids).argmax(dim=-1)
+            leads += [int(best[at]) == label for at, label in zip(row.target_logits_at, row.target_ids, strict=True)]
+        assert value.led == pytest.approx(sum(leads) / len(leads), abs=1e-12)
+        shares.append(value.led)
+    assert max(shares) > 0
+    assert min(shares) < 1
+
+
+def loss_of(model, tokenizer, edit, delta, settings):
+    """The loss of δ over all rows, by whole forwards."""
+    double = oracle.double_copy(model)
+    rows = [oracle.make_row(tokenizer, context, edit.prompt, edit.subject, edit.target) for context in ("", *CONTEXTS)]
+    kl_row = oracle.make_row(tokenizer, "", "{} is a", edit.subject, None)
+    v0 = oracle_of(model, tokenizer, edit, 1).v0
+    before = oracle.log_p_at_subject(double, LAYER, kl_row, torch.zeros_like(v0))
+    factors = settings.weight_decay, settings.kl_factor
+    return float(oracle.value_loss(double, LAYER, rows, kl_row, before, delta, v0, *factors))
+
+
+@pytest.mark.parametrize(("kind", "bos", "steps"), [("llama", True, 5), ("llama", True, 30), ("gpt2", False, 30)])
+def test_a_draft_on_some_rows_ends_in_the_loss_of_all_rows(kind, bos, steps, toy_tokenizers):
+    """And in the same loss whatever other edits are in the batch, or how many steps each of them takes."""
+    model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[bos]
+    settings = ValueSettings(steps=steps, stop="argmax", margin=1, draft_rows=2)
+    edits = [Edit("The city of {}", "Chicago", "Rome"), START, Edit("The museum of {}", "Vienna", "Paris"), END]
+    together = values_of(model, tokenizer, edits, settings)
+    for edit, value in zip(edits, together, strict=True):
+        assert value.losses[-1] == pytest.approx(loss_of(model, tokenizer, edit, value.delta, settings), rel=1e-9)
+        assert len(value.losses) <= steps
+        assert len(value.losses) == steps or value.led == 1
+        (alone,) = values_of(model, tokenizer, [edit], settings)
+        torch.testing.assert_close(value.losses, alone.losses, rtol=1e-9, atol=0)
+        assert relative_error(value.delta, alone.delta) < 1e-8
+    if steps == 30:
+        assert {len(value.losses) < steps for value in together} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": 0}, "steps 0"),
+        ({"margin": -1}, "margin -1"),
+        ({"draft_rows": -1}, "draft_rows -1"),
+        ({"stop": "never"}, "stop 'never', wanted 'argmax' or 'loss'"),
+    ],
+)
+def test_settings_that_make_no_sense(setting, message):
+    with pytest.raises(ArgumentError, match=message):
+        ValueSettings(**setting)
