@@ -1,6 +1,8 @@
 """What several test files share: the usual requests, contexts and settings, and comparison bit for bit."""
 
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from rome_fast import Edit, ValueSettings, apply_edits
 
@@ -58,3 +60,11 @@ def changed(model, before):
     after = all_bits(model)
     assert after.keys() == before.keys()
     return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def merging_tokenizer(*merges):
+    """BPE over whole strings, without a pre-tokenizer: a token may cover both sides of a blank."""
+    alphabet = [chr(code) for code in range(32, 127)]
+    made = ["".join(pair) for pair in merges]
+    vocabulary = {token: i for i, token in enumerate(alphabet + made)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, list(merges))))

@@ -118,20 +118,16 @@ def test_a_delta_that_is_not_applied_cannot_be_reverted():
         lambda weight: weight[3, 5].mul_(1 + 2**-20),
         lambda weight: weight[0, 0].neg_(),
         lambda weight: weight.copy_(weight.flip(0)),
-        lambda weight: weight[:, [2, 7]].copy_(weight[:, [7, 2]]),
+        lambda weight: weight.copy_(weight.flip(1)),
     ],
-    ids=["one bit", "one sign", "rows swapped", "nothing"],
+    ids=["one bit", "one sign", "rows swapped", "columns swapped"],
 )
-def test_revert_is_refused_when_the_weight_changed_since(kind, change, request):
+def test_revert_is_refused_when_the_weight_changed_since(kind, change):
     model, delta = toy_model(kind), random_delta(kind)
     delta.apply(model)
     with torch.no_grad():
         change(model.get_parameter(NAMES[kind].format(LAYER)))
     before = all_bits(model)
-    if "nothing" in request.node.callspec.id:
-        # An indexed copy goes to a temporary: the weight is still the edited one.
-        delta.revert(model)
-        return
     with pytest.raises(ArgumentError, match=r"mlp\..*weight was changed after this delta was applied"):
         delta.revert(model)
     assert changed(model, before) == []

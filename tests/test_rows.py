@@ -4,10 +4,10 @@ The toys are byte-level, so that decoding a row's first tokens gives exactly the
 """
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import normalizers, processors
 
 import oracle
+from helpers import merging_tokenizer
 from rome_fast import Edit
 from rome_fast.errors import EditError, ModelError
 from rome_fast.rows import check_tokenizer, edit_rows, encode, essence_row, needs_prefix, with_target
@@ -169,14 +169,6 @@ def test_encode_keeps_the_order_and_takes_nothing(toy_tokenizers):
 
 
 # Faults
-
-
-def merging_tokenizer(*merges):
-    """BPE over whole strings, without a pre-tokenizer: a token may cover both sides of a blank."""
-    alphabet = [chr(code) for code in range(32, 127)]
-    made = ["".join(pair) for pair in merges]
-    vocabulary = {token: i for i, token in enumerate(alphabet + made)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, list(merges))))
 
 
 def test_a_context_that_merges_with_the_prompt_is_refused():
