@@ -15,7 +15,7 @@ from .batches import BatchSizer
 from .delta import Delta, LowRank
 from .edits import Edit
 from .errors import ConvergenceError
-from .guard import Guard, judge, predicts_collapse
+from .guard import Guard, judge, judge_together, predicts_collapse
 from .kernels import prefixed_solve
 from .keys import ContextRow, run_to_layer
 from .methods import Factors, RomeVariant, close, residual
@@ -114,6 +114,7 @@ class Flow:
                 return None, records
             if len(kept) < len(solved):
                 factors = self.close(kept)
+            judge_together(factors.joint_norm, [record for record in records if record.applied], self.guard)
             self.condition = max(self.condition, factors.condition)
             return self.delta(factors), records
 

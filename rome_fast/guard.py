@@ -17,6 +17,10 @@ UPDATE_RATIO_LIMIT = 1.5
 """‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted."""
 
 
+_JOINT_EXCESS = 2.0
+"""Healthy edits add up like independent vectors; beyond this multiple of that, they fight each other."""
+
+
 class CollapseWarning(UserWarning):
     """An edit that is predicted to collapse the model was applied all the same (guard="warn")."""
 
@@ -45,3 +49,23 @@ def judge(records: Sequence[Record], guard: Guard) -> list[bool]:
             raise CollapseError(f"{what}\nnothing was written; {remedy}")
         warnings.warn(f"{what}\n{remedy}", CollapseWarning, stacklevel=3)
     return [guard != "skip" or not record.collapsed for record in records]
+
+
+def judge_together(joint_norm: float, records: Sequence[Record], guard: Guard) -> None:
+    """The same for edits made together: harmless ones can collapse a model when they contradict each other.
+
+    Raises CollapseError, also for guard="skip", since none of them is to blame alone; or warns (guard="warn").
+    """
+    weight_norm = records[0].weight_norm
+    independent = sum(record.update_norm**2 for record in records) ** 0.5
+    if guard == "off" or not predicts_collapse(joint_norm, weight_norm) or joint_norm <= _JOINT_EXCESS * independent:
+        return
+    what = (
+        f"{len(records)} edits together would collapse the model: ‖Δ‖ = {joint_norm:.3g} against ‖W‖ = "
+        f"{weight_norm:.3g}, where independent edits of these sizes make {independent:.3g}; "
+        "some ask for different things of one subject"
+    )
+    remedy = "make them one after another with schedule='sequential', or drop some"
+    if guard != "warn":
+        raise CollapseError(f"{what}\nnothing was written; {remedy}")
+    warnings.warn(f"{what}\n{remedy}", CollapseWarning, stacklevel=4)

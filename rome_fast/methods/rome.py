@@ -57,6 +57,7 @@ class Factors:
     denominators: Tensor  # (r,) uᵀ k_den of every edit alone
     numerator_norms: Tensor  # (r,) ‖r uᵀ‖
     update_norms: Tensor  # (r,) ‖r uᵀ / (uᵀ k_den)‖ of every edit alone
+    joint_norm: float  # ‖Δ‖ of all of them together
     condition: float  # of Uᵀ K_den with its columns scaled to unit diagonal; 1 for one edit
 
 
@@ -93,4 +94,5 @@ def close(
     else:
         left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ (scale[:, None] * r)
     left = scale[:, None] * left
-    return Factors(left.T, u, denominators, numerators, numerators / denominators.abs(), condition)
+    joint = float(((left @ left.T) * (u @ u.T)).sum().clamp(min=0).sqrt())
+    return Factors(left.T, u, denominators, numerators, numerators / denominators.abs(), joint, condition)
