@@ -46,7 +46,7 @@ def _quiet(message: str) -> None:
 
 def statistics_dir(say: Callable[[str], None] = _quiet) -> Path:
     """Folder with the statistics of the demo's model at its edit layer; made on the first call (about 2 min)."""
-    return made_once("SmolLM2-135M-Instruct-statistics-1", _make_statistics, say)
+    return made_once("SmolLM2-135M-Instruct-statistics-2", _make_statistics, say)
 
 
 def held_out_sentences(count: int = _SENTENCES) -> list[str]:

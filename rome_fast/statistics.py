@@ -164,12 +164,13 @@ def collect_statistics(
     texts: Iterable[str],
     layers: Sequence[int],
     tokens: int = 100_000,
-    max_length: int = 512,
+    max_length: int = 128,
     progress: Progress | None = None,
 ) -> Statistics:
     """Second moments of the down-projection's inputs over the first `tokens` tokens of `texts`, in one pass.
 
-    Each text is tokenised whole and cut into rows of at most `max_length` tokens; layers above the last wanted one
+    Each text is tokenised whole and cut into rows of at most `max_length` tokens; short rows, like those of ordinary
+    use, give first tokens, whose keys are of their own kind, their weight in C. Layers above the last wanted one
     are not run. Products are taken in fp32 (fp64 for an fp64 model) and summed in fp64.
 
     Raises ArgumentError for a layer out of range, a budget below one token or texts that are not strings,
