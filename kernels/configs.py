@@ -28,7 +28,7 @@ class Tile:
 # Keyed by the number of 16-bit pieces an element is split into: 1 for bf16 and fp16 rows, 2 or 3 for fp32 rows.
 SECOND_MOMENT: dict[int, dict[int, Tile]] = {
     80: {
-        1: Tile(128, 128, 32, warps=8, stages=4, descriptors=False),
+        1: Tile(128, 256, 32, warps=8, stages=4, descriptors=False),
         2: Tile(128, 128, 32, warps=8, stages=3, descriptors=False),
         3: Tile(128, 128, 32, warps=8, stages=3, descriptors=False),
     },

@@ -24,7 +24,9 @@ def _check(name: str, value: Tensor, dims: int, dtypes: tuple[torch.dtype, ...],
 
 def _check_target(name: str, value: Tensor) -> None:
     if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
-        raise ValueError(f"{name}: got an expanded tensor whose elements share memory, wanted one to write to; clone it")
+        raise ValueError(
+            f"{name}: got an expanded tensor whose elements share memory, wanted one to write to; clone it"
+        )
 
 
 def _check_apart(name: str, value: Tensor, target_name: str, target: Tensor) -> None:
@@ -58,7 +60,10 @@ def second_moment_(
         _check_size("mask", mask.shape[0], x.shape[0], "entries")
     _check_target("total", total)
     _check_apart("x", x, "total", total)
-    if choose(total.device, "fp64 rows have no 16-bit pieces" if x.dtype == torch.float64 else None).backend == "triton":
+    if (
+        choose(total.device, "fp64 rows have no 16-bit pieces" if x.dtype == torch.float64 else None).backend
+        == "triton"
+    ):
         from .second_moment import second_moment_triton_
 
         return second_moment_triton_(total, x, mask)

@@ -41,13 +41,17 @@ def _rank_update_kernel(
     columns = (tl.program_id(0) % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < d)[:, None] & (columns < width)[None, :]
     pointers = weight + rows[:, None] * weight_row + columns[None, :] * weight_column
+    left += rows * left_row
+    right += columns * right_column
     update = tl.zeros((ROWS, COLUMNS), WIDE)
     for start in range(0, rank, CHUNK):
         for step in tl.static_range(CHUNK):
-            k = (start + step).to(tl.int64)
-            a = tl.load(left + rows * left_row + k * left_column, mask=(rows < d) & (k < rank), other=0.0)
-            b = tl.load(right + k * right_row + columns * right_column, mask=(columns < width) & (k < rank), other=0.0)
+            exists = tl.full((1,), start + step, tl.int32) < rank
+            a = tl.load(left, mask=(rows < d) & exists, other=0.0)
+            b = tl.load(right, mask=(columns < width) & exists, other=0.0)
             update += a.to(WIDE)[:, None] * b.to(WIDE)[None, :]
+            left += left_column
+            right += right_row
     value = tl.load(pointers, mask=inside, other=0.0).to(WIDE) + update
     tl.store(pointers, value.to(weight.dtype.element_ty), mask=inside)
 

@@ -10,13 +10,13 @@ bf16 pieces, x = a + b (+ c), because the matrix unit takes a transposed operand
   3 pieces, 6 products (aa, ab, ba, ac, bb, ca): as accurate as fp32, the default;
   2 pieces, 3 products (aa, ab, ba): twice as fast, but 10 to 30 times the error of an fp32 GEMM (3e-6 relative).
 The split is a pass of its own: done while tiles are loaded, it would be repeated for every tile that reads them.
-Masked rows are zeroed in that pass too (one extra read and write of X in 16 bit), as are rows whose layout the copy
-engine cannot read.
+Masked rows are zeroed in that pass too (one extra read and write of X in 16 bit), and rows that do not start at
+multiples of 16 bytes are copied to ones that do.
 
-Error: at most `CHAIN_TOKENS` products are summed in one fp32 accumulator, so |error| ≤ CHAIN_TOKENS · 2⁻²⁴ ·
-Σ|x_i x_j| at worst; partial sums are added in the dtype of `total`. An fp32 total rounds once per call, so its error grows
-with the number of calls: use an fp64 total for a corpus. A second fp32 buffer for compensated sums was ruled out; it
-takes the same memory as fp64 and is no more accurate.
+Error: at most `CHAIN_TOKENS` tokens are summed in one fp32 accumulator, so |error| ≤ CHAIN_TOKENS · 2⁻²⁴ · Σ|x_i x_j| at
+worst where the matrix unit rounds its sums; partial sums are added in the dtype of `total`. An fp32 total rounds once
+per call, so its error grows with the number of calls: use an fp64 total for a corpus. A second fp32 buffer for
+compensated sums was ruled out; it takes the same memory as fp64 and is no more accurate.
 
 Adding the tile to the total inside the matrix kernel was ruled out: the 64-bit addresses of an fp64 total spill
 (1 KiB of stack per thread on sm_90), and the split needs the second kernel anyway. On sm_80 tensor descriptors are
@@ -106,21 +106,31 @@ def _load(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """A block of rows before `stop`, zeros elsewhere; a descriptor knows its own end."""
     if DESCRIPTORS:
         block = x.load([first_row, first_column])
+        if TRANSPOSED:
+            block = block.T
     else:
         rows = first_row + tl.arange(0, ROWS)
         columns = first_column + tl.arange(0, COLUMNS)
-        inside = (rows < stop)[:, None] & (columns < d)[None, :]
-        block = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+        # Pointers are transposed, not the block: on sm_80 a block that is transposed after loading is not copied
+        # asynchronously and takes registers for every stage.
+        if TRANSPOSED:
+            inside = (columns < d)[:, None] & (rows < stop)[None, :]
+            pointers = x + rows.to(tl.int64)[None, :] * stride + columns[:, None]
+        else:
+            inside = (rows < stop)[:, None] & (columns < d)[None, :]
+            pointers = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        block = tl.load(pointers, mask=inside, other=0.0)
     return block
 
 
 @triton.jit
 def _second_moment_kernel(
-    left,  # (pieces · padded_n, d) 16 bit: a pointer, or a descriptor with blocks of TOKENS x ROWS
+    left,  # (pieces · padded_n, d) 16 bit, d a multiple of 16: a pointer, or a descriptor with blocks of TOKENS x ROWS
     right,  # the same with blocks of TOKENS x COLUMNS
     partial,  # (splits, programs, ROWS, COLUMNS) fp32, contiguous
     n,
@@ -144,31 +154,31 @@ def _second_moment_kernel(
     stop = tl.minimum(start + tokens_per_split, n)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for token in range(start, stop, TOKENS):
-        a = _load(left, token, row, stop, d, stride, TOKENS, ROWS, DESCRIPTORS)
-        p = _load(right, token, column, stop, d, stride, TOKENS, COLUMNS, DESCRIPTORS)
+        a = _load(left, token, row, stop, d, stride, TOKENS, ROWS, DESCRIPTORS, True)
+        p = _load(right, token, column, stop, d, stride, TOKENS, COLUMNS, DESCRIPTORS, False)
         if UPCAST:
             a = a.to(tl.float32)
             p = p.to(tl.float32)
-        total = tl.dot(a.T, p, total, out_dtype=tl.float32)
+        total = tl.dot(a, p, total, out_dtype=tl.float32)
         if PIECES > 1:
             second = token + padded_n
-            b = _load(left, second, row, stop + padded_n, d, stride, TOKENS, ROWS, DESCRIPTORS)
-            q = _load(right, second, column, stop + padded_n, d, stride, TOKENS, COLUMNS, DESCRIPTORS)
+            b = _load(left, second, row, stop + padded_n, d, stride, TOKENS, ROWS, DESCRIPTORS, True)
+            q = _load(right, second, column, stop + padded_n, d, stride, TOKENS, COLUMNS, DESCRIPTORS, False)
             if UPCAST:
                 b = b.to(tl.float32)
                 q = q.to(tl.float32)
-            total = tl.dot(a.T, q, total, out_dtype=tl.float32)
-            total = tl.dot(b.T, p, total, out_dtype=tl.float32)
+            total = tl.dot(a, q, total, out_dtype=tl.float32)
+            total = tl.dot(b, p, total, out_dtype=tl.float32)
         if PIECES > 2:
             third = token + 2 * padded_n
-            c = _load(left, third, row, stop + 2 * padded_n, d, stride, TOKENS, ROWS, DESCRIPTORS)
-            r = _load(right, third, column, stop + 2 * padded_n, d, stride, TOKENS, COLUMNS, DESCRIPTORS)
+            c = _load(left, third, row, stop + 2 * padded_n, d, stride, TOKENS, ROWS, DESCRIPTORS, True)
+            r = _load(right, third, column, stop + 2 * padded_n, d, stride, TOKENS, COLUMNS, DESCRIPTORS, False)
             if UPCAST:
                 c = c.to(tl.float32)
                 r = r.to(tl.float32)
-            total = tl.dot(a.T, r, total, out_dtype=tl.float32)
-            total = tl.dot(b.T, q, total, out_dtype=tl.float32)
-            total = tl.dot(c.T, p, total, out_dtype=tl.float32)
+            total = tl.dot(a, r, total, out_dtype=tl.float32)
+            total = tl.dot(b, q, total, out_dtype=tl.float32)
+            total = tl.dot(c, p, total, out_dtype=tl.float32)
     tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     within = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(partial + tile * (ROWS * COLUMNS) + within, total)
@@ -191,6 +201,8 @@ def _add_kernel(
 ):
     """total += the partial sums, in order, on and below the diagonal."""
     row, column = _tile_corner(tl.program_id(0), SUPER, ROWS, COLUMNS)
+    if row + ROWS <= column or row >= d:
+        return
     across: tl.constexpr = COLUMNS // BLOCK_COLUMNS
     down = tl.program_id(1) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     right = tl.program_id(1) % across * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -247,7 +259,7 @@ def _launch(
     """One chunk of tokens: prepare if needed, multiply, add."""
     n, d = x.shape
     padded_n = triton.cdiv(n, tile.tokens) * tile.tokens
-    if pieces > 1 or mask is not None or not _readable(x, tile.descriptors):
+    if pieces > 1 or mask is not None or not _readable(x):
         x = _prepare(x, mask, pieces, padded_n)
     live = triton.cdiv(d, tile.rows) * triton.cdiv(d, tile.columns) / 2
     fill = min(triton.cdiv(2 * configs.PROCESSORS[architecture], int(live) or 1), triton.cdiv(n, configs.SPLIT_TOKENS))
@@ -258,7 +270,7 @@ def _launch(
     left: Any = x
     right: Any = x
     if tile.descriptors:
-        shape, strides = [x.shape[0], d], [x.stride(0), 1]
+        shape, strides = list(x.shape), [x.stride(0), 1]
         left = TensorDescriptor(x, shape, strides, [tile.tokens, tile.rows])
         right = TensorDescriptor(x, shape, strides, [tile.tokens, tile.columns])
     _second_moment_kernel[(programs, splits)](
@@ -266,7 +278,7 @@ def _launch(
         right,
         partial,
         n,
-        d,
+        x.shape[1],
         padded_n,
         x.stride(0),
         per_split,
@@ -300,17 +312,15 @@ def _launch(
     )
 
 
-def _readable(x: Tensor, descriptors: bool) -> bool:
-    """Whether the tiles of x can be loaded where they lie."""
-    if x.stride(1) != 1:
-        return False
-    return not descriptors or (x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0)
+def _readable(x: Tensor) -> bool:
+    """Whether the tiles of x can be loaded where they lie, in 16-byte pieces."""
+    return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _prepare(x: Tensor, mask: Tensor | None, pieces: int, padded_n: int) -> Tensor:
-    """The pieces of x below one another, (pieces · padded_n, d), each row starting at a multiple of 16 bytes."""
+    """The pieces of x below one another, (pieces · padded_n, d rounded up to 16); what is added is zero."""
     n, d = x.shape
-    padded_d = triton.cdiv(d, 8) * 8
+    padded_d = triton.cdiv(d, 16) * 16
     dtype = x.dtype if pieces == 1 else torch.bfloat16
     out = torch.empty((pieces * padded_n, padded_d), dtype=dtype, device=x.device)
     rows, columns = configs.ADD_BLOCK
@@ -330,4 +340,4 @@ def _prepare(x: Tensor, mask: Tensor | None, pieces: int, padded_n: int) -> Tens
         COLUMNS=columns,
         enable_fp_fusion=True,
     )
-    return out[:, :d]
+    return out
