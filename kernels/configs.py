@@ -63,8 +63,9 @@ WORKSPACE_BYTES = 1 << 30
 
 # The other ops are bound by bandwidth: the tile only has to keep enough loads in flight, on any architecture.
 ADD_BLOCK = (16, 256)
+PREPARE_BLOCK = (8, 256)
 RANK_UPDATE_BLOCK = (16, 512)
-RANK_CHUNKS = (1, 4, 16)
+RANK_CHUNKS = (1, 4)
 MEAN_BLOCK = 512
 INVERSE_BLOCK = (8, 1024)
 LOW_RANK_BLOCK = 1024

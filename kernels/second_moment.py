@@ -13,8 +13,8 @@ The split is a pass of its own: done while tiles are loaded, it would be repeate
 Masked rows are zeroed in that pass too (one extra read and write of X in 16 bit), and rows that do not start at
 multiples of 16 bytes are copied to ones that do.
 
-Error: at most `CHAIN_TOKENS` tokens are summed in one fp32 accumulator, so |error| ≤ CHAIN_TOKENS · 2⁻²⁴ · Σ|x_i x_j| at
-worst where the matrix unit rounds its sums; partial sums are added in the dtype of `total`. An fp32 total rounds once
+Error: at most `CHAIN_TOKENS` tokens are summed in one fp32 accumulator, so where the matrix unit rounds its sums
+|error| ≤ CHAIN_TOKENS · 2⁻²⁴ · Σ|x_i x_j|; partial sums are added in the dtype of `total`. An fp32 total rounds once
 per call, so its error grows with the number of calls: use an fp64 total for a corpus. A second fp32 buffer for
 compensated sums was ruled out; it takes the same memory as fp64 and is no more accurate.
 
@@ -323,7 +323,7 @@ def _prepare(x: Tensor, mask: Tensor | None, pieces: int, padded_n: int) -> Tens
     padded_d = triton.cdiv(d, 16) * 16
     dtype = x.dtype if pieces == 1 else torch.bfloat16
     out = torch.empty((pieces * padded_n, padded_d), dtype=dtype, device=x.device)
-    rows, columns = configs.ADD_BLOCK
+    rows, columns = configs.PREPARE_BLOCK
     _prepare_kernel[(triton.cdiv(padded_n, rows) * triton.cdiv(padded_d, columns),)](
         x,
         out if mask is None else mask.contiguous().view(torch.uint8),

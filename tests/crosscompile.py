@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 _INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Compiled:
     name: str
     instructions: tuple[str, ...]
     registers: int
-    stack: int  # bytes per thread; registers are spilled to the stack, so 0 means none were
+    spills: int  # instructions that store registers to the stack or load them from it
     shared: int  # bytes, static and dynamic
     ptx: str
 
@@ -63,19 +63,24 @@ class _Recorder:
         return compile_only
 
 
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
 def _examine(name: str, compiled: Any, folder: Path) -> Compiled:
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
-    command = [str(_CUOBJDUMP), "--dump-resource-usage", str(binary)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = _tool("cuobjdump", "--dump-resource-usage", str(binary))
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     assert {"REG", "STACK", "SHARED", "LOCAL"} <= numbers.keys(), usage
+    # A stack alone is no spill (an unused byte gets eight); without one there is nowhere to spill to.
+    code = _tool("nvdisasm", "-c", str(binary)) if numbers["STACK"] + numbers["LOCAL"] else ""
     ptx = compiled.asm["ptx"]
     return Compiled(
         name,
         tuple(i for i in _INSTRUCTIONS if i in ptx),
         numbers["REG"],
-        numbers["STACK"] + numbers["LOCAL"],
+        len(re.findall(r"\b(?:STL|LDL)\b", code)),
         numbers["SHARED"] + compiled.metadata.shared,
         ptx,
     )
