@@ -62,7 +62,7 @@ WORKSPACE_BYTES = 1 << 30
 """Soft limit for each of the two workspaces of a second moment; more tokens mean more launches, not more memory."""
 
 # The other ops are bound by bandwidth: the tile only has to keep enough loads in flight, on any architecture.
-ADD_BLOCK = (16, 256)
+ADD_BLOCK = (8, 256)
 PREPARE_BLOCK = (8, 256)
 RANK_UPDATE_BLOCK = (16, 512)
 RANK_CHUNKS = (1, 4)

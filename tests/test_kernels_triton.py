@@ -28,6 +28,11 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_alone(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code that imports the kernels by their folder's name, without the package around them: seconds faster."""
+    return run("-c", f"import sys\nsys.path.insert(0, {str(Path(kernels.__file__).parents[1])!r})\n{code}")
+
+
 def test_the_kernels_agree_with_float64_in_the_interpreter() -> None:
     here = Path(__file__).parent
     done = run(
@@ -46,25 +51,23 @@ def test_the_kernels_agree_with_float64_in_the_interpreter() -> None:
 
 def test_nothing_heavy_is_imported_before_triton_is_chosen() -> None:
     code = """
-import sys
 import torch
 before = set(sys.modules)
-import rome_fast.kernels as kernels
+import kernels
 total = kernels.second_moment_(torch.zeros(2, 2), torch.eye(2))
 assert total.tolist() == [[1, 0], [0, 1]], total
 print(sorted(name for name in set(sys.modules) - before if name.startswith("triton")))
 """
-    done = run("-c", code)
+    done = run_alone(code)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stdout + done.stderr
 
 
 def test_a_machine_without_triton_works() -> None:
     """`None` in sys.modules is Python's own way of saying that an import must fail."""
     code = """
-import sys
 sys.modules["triton"] = None
 import torch
-import rome_fast.kernels as kernels
+import kernels
 print(kernels.rank_update_(torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[3.0, 4.0]])).tolist())
 import os
 os.environ["ROME_FAST_KERNELS"] = "triton"
@@ -73,7 +76,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    done = run("-c", code)
+    done = run_alone(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[[3.0, 4.0]]\nROME_FAST_KERNELS=triton: ")
 
