@@ -72,7 +72,7 @@ def rounding_of_the_oracle(dtype: torch.dtype) -> float:
     [
         (configs.OTHER, 1, 1),
         (configs.OTHER, 77, 65),
-        (configs.OTHER, 33, 257),  # several groups of tiles
+        (configs.OTHER, 17, 130),  # several groups of tiles
         (80, 130, 129),
         (90, 70, 272),  # descriptors; d a multiple of 16, so that 16-bit rows are read in place
         (90, 65, 257),
@@ -144,10 +144,10 @@ def test_second_moment_in_partial_sums(
     architecture: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several splits per launch and several launches give the sum of all tokens, the same to the bit every time."""
-    monkeypatch.setattr(configs, "CHAIN_TOKENS", 64)
+    monkeypatch.setattr(configs, "CHAIN_TOKENS", 32)
     monkeypatch.setattr(configs, "SPLIT_TOKENS", 32)
     monkeypatch.setattr(configs, "WORKSPACE_BYTES", 3 * 4 * configs.SUPER_TILE**2)  # three splits of one group
-    x = torch.randn(261, 40, generator=generator)
+    x = torch.randn(133, 40, generator=generator)
     exact = x.double().T @ x.double()
     first = second_moment_triton_(blank(40), x, None, architecture=architecture)
     again = second_moment_triton_(blank(40), x, None, architecture=architecture)
@@ -157,7 +157,7 @@ def test_second_moment_in_partial_sums(
 
 def test_second_moment_error_over_many_calls(generator: torch.Generator) -> None:
     """An fp64 total keeps the error of a single call, an fp32 total gathers one rounding per call, as torch's does."""
-    x = torch.rand(240, 16, generator=generator).to(BF16)
+    x = torch.rand(120, 16, generator=generator).to(BF16)
     narrow, wide, plain = blank(16, F32), blank(16), torch.zeros(16, 16)
     for part in x.split(8):
         second_moment_triton_(narrow, part, None)
