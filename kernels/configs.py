@@ -25,29 +25,13 @@ class Tile:
     descriptors: bool  # load through tensor descriptors (the bulk copy engine of sm_90 and later)
 
 
-# Keyed by the number of 16-bit pieces an element is split into: 1 for bf16 and fp16 rows, 2 or 3 for fp32 rows.
-SECOND_MOMENT: dict[int, dict[int, Tile]] = {
-    80: {
-        1: Tile(128, 256, 32, warps=8, stages=4, descriptors=False),
-        2: Tile(128, 128, 32, warps=8, stages=3, descriptors=False),
-        3: Tile(128, 128, 32, warps=8, stages=3, descriptors=False),
-    },
-    90: {
-        1: Tile(128, 256, 64, warps=8, stages=4, descriptors=True),
-        2: Tile(128, 256, 32, warps=8, stages=4, descriptors=True),
-        3: Tile(128, 256, 32, warps=8, stages=3, descriptors=True),
-    },
-    100: {
-        1: Tile(128, 256, 64, warps=8, stages=4, descriptors=True),
-        2: Tile(128, 256, 32, warps=8, stages=4, descriptors=True),
-        3: Tile(128, 256, 32, warps=8, stages=3, descriptors=True),
-    },
-    OTHER: {
-        1: Tile(64, 64, 32, warps=4, stages=3, descriptors=False),
-        2: Tile(64, 64, 32, warps=4, stages=3, descriptors=False),
-        3: Tile(64, 64, 32, warps=4, stages=2, descriptors=False),
-    },
+SECOND_MOMENT = {
+    80: Tile(128, 256, 32, warps=8, stages=4, descriptors=False),
+    90: Tile(128, 256, 64, warps=8, stages=4, descriptors=True),
+    100: Tile(128, 256, 64, warps=8, stages=4, descriptors=True),
+    OTHER: Tile(64, 64, 64, warps=4, stages=3, descriptors=False),
 }
+"""For every dtype: what is not 16 bit is split into 16-bit pieces first."""
 
 SUPER_TILE = 1024
 """Edge of the square group of tiles that run one after another and so share their columns of X in the L2 cache."""

@@ -9,7 +9,9 @@ bf16 and fp16 rows go to the matrix unit as they are; their products are exact i
 bf16 pieces, x = a + b (+ c), because the matrix unit takes a transposed operand in 16 bit only:
   3 pieces, 6 products (aa, ab, ba, ac, bb, ca): as accurate as fp32, the default;
   2 pieces, 3 products (aa, ab, ba): twice as fast, but 10 to 30 times the error of an fp32 GEMM (3e-6 relative).
-The split is a pass of its own: done while tiles are loaded, it would be repeated for every tile that reads them.
+The split is a pass of its own: done while tiles are loaded, it would be repeated for every tile that reads them. Each
+product is then a sweep of the 16-bit kernel. Taking all products of a tile in one step would save loads, but triton 3.6
+gives every product an accumulator of its own on sm_100, and six of them do not fit.
 Masked rows are zeroed in that pass too (one extra read and write of X in 16 bit), and rows that do not start at
 multiples of 16 bytes are copied to ones that do.
 
@@ -135,10 +137,10 @@ def _second_moment_kernel(
     partial,  # (splits, programs, ROWS, COLUMNS) fp32, contiguous
     n,
     d,
+    pieces,
     padded_n,  # rows from one piece to the next
     stride,
     tokens_per_split,  # a multiple of TOKENS
-    PIECES: tl.constexpr,
     SUPER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -153,32 +155,30 @@ def _second_moment_kernel(
     start = tl.program_id(1) * tokens_per_split
     stop = tl.minimum(start + tokens_per_split, n)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for token in range(start, stop, TOKENS):
-        a = _load(left, token, row, stop, d, stride, TOKENS, ROWS, DESCRIPTORS, True)
-        p = _load(right, token, column, stop, d, stride, TOKENS, COLUMNS, DESCRIPTORS, False)
-        if UPCAST:
-            a = a.to(tl.float32)
-            p = p.to(tl.float32)
-        total = tl.dot(a, p, total, out_dtype=tl.float32)
-        if PIECES > 1:
-            second = token + padded_n
-            b = _load(left, second, row, stop + padded_n, d, stride, TOKENS, ROWS, DESCRIPTORS, True)
-            q = _load(right, second, column, stop + padded_n, d, stride, TOKENS, COLUMNS, DESCRIPTORS, False)
-            if UPCAST:
-                b = b.to(tl.float32)
-                q = q.to(tl.float32)
-            total = tl.dot(a, q, total, out_dtype=tl.float32)
-            total = tl.dot(b, p, total, out_dtype=tl.float32)
-        if PIECES > 2:
-            third = token + 2 * padded_n
-            c = _load(left, third, row, stop + 2 * padded_n, d, stride, TOKENS, ROWS, DESCRIPTORS, True)
-            r = _load(right, third, column, stop + 2 * padded_n, d, stride, TOKENS, COLUMNS, DESCRIPTORS, False)
-            if UPCAST:
-                c = c.to(tl.float32)
-                r = r.to(tl.float32)
-            total = tl.dot(a, r, total, out_dtype=tl.float32)
-            total = tl.dot(b, q, total, out_dtype=tl.float32)
-            total = tl.dot(c, p, total, out_dtype=tl.float32)
+    # Small products first: pieces a, b, c give ac bb ca, then ab ba, then aa.
+    for done in range(pieces):
+        order = pieces - 1 - done
+        for piece in range(order + 1):
+            left_start = piece * padded_n
+            right_start = (order - piece) * padded_n
+            for token in range(start, stop, TOKENS):
+                a = _load(left, left_start + token, row, left_start + stop, d, stride, TOKENS, ROWS, DESCRIPTORS, True)
+                b = _load(
+                    right,
+                    right_start + token,
+                    column,
+                    right_start + stop,
+                    d,
+                    stride,
+                    TOKENS,
+                    COLUMNS,
+                    DESCRIPTORS,
+                    False,
+                )
+                if UPCAST:
+                    a = a.to(tl.float32)
+                    b = b.to(tl.float32)
+                total = tl.dot(a, b, total, out_dtype=tl.float32)
     tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     within = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(partial + tile * (ROWS * COLUMNS) + within, total)
@@ -232,7 +232,7 @@ def second_moment_triton_(
         return total
     pieces = 1 if x.dtype != torch.float32 else {3: 2, 6: 3}[products]
     architecture = configs.architecture(x.device) if architecture is None else architecture
-    tile = configs.SECOND_MOMENT[architecture][pieces]
+    tile = configs.SECOND_MOMENT[architecture]
     groups = triton.cdiv(d, configs.SUPER_TILE)
     programs = groups * (groups + 1) // 2 * (configs.SUPER_TILE // tile.rows) * (configs.SUPER_TILE // tile.columns)
     splits_per_launch = max(1, configs.WORKSPACE_BYTES // (programs * tile.rows * tile.columns * 4))
@@ -279,10 +279,10 @@ def _launch(
         partial,
         n,
         x.shape[1],
+        pieces,
         padded_n,
         x.stride(0),
         per_split,
-        PIECES=pieces,
         SUPER=configs.SUPER_TILE,
         ROWS=tile.rows,
         COLUMNS=tile.columns,

@@ -78,7 +78,7 @@ def test_second_moment_uses_the_matrix_unit(
         assert kernel.instructions == wanted
         if wanted:
             # Loads must run ahead of the products: bulk tensor copies with descriptors, else asynchronous ones.
-            tile = configs.SECOND_MOMENT[key][1 if not split else {3: 2, 6: 3}[products]]
+            tile = configs.SECOND_MOMENT[key]
             copy = "cp.async.bulk.tensor" if tile.descriptors else "cp.async.cg.shared.global"
             assert copy in kernel.ptx
 
