@@ -7,6 +7,7 @@ works.
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,11 @@ def choose(device: torch.device, unsupported: str | None = None) -> Choice:
             "TRITON_INTERPRET=1 to run the kernels in the interpreter"
         )
     return Choice("triton", f"{VARIABLE}=triton")
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, wherever the tensors are; within this block that is `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def explain(device: str | torch.device | None = None) -> dict[str, Choice]:

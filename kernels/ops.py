@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import choose
+from .backends import choose, launching_on
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WIDE = (torch.float32, torch.float64)
@@ -66,7 +66,8 @@ def second_moment_(
     ):
         from .second_moment import second_moment_triton_
 
-        return second_moment_triton_(total, x, mask)
+        with launching_on(total.device):
+            return second_moment_triton_(total, x, mask)
     return reference.second_moment_ref_(total, x, mask)
 
 
@@ -109,7 +110,8 @@ def prefixed_solve(
     if choose(keys.device).backend == "triton":
         from .solve import prefixed_solve_triton
 
-        return prefixed_solve_triton(keys, groups, count, factor, inverse)
+        with launching_on(keys.device):
+            return prefixed_solve_triton(keys, groups, count, factor, inverse)
     return reference.prefixed_solve_ref(keys, groups, count, factor, inverse)
 
 
@@ -153,7 +155,8 @@ def rank_update_(
     if choose(weight.device).backend == "triton":
         from .rank_update import rank_update_triton_
 
-        return rank_update_triton_(weight, left, right)
+        with launching_on(weight.device):
+            return rank_update_triton_(weight, left, right)
     return reference.rank_update_ref_(weight, left, right)
 
 
@@ -185,5 +188,6 @@ def low_rank_apply_(
     if choose(y.device).backend == "triton":
         from .low_rank_apply import low_rank_apply_triton_
 
-        return low_rank_apply_triton_(y, x, left, right, ids)
+        with launching_on(y.device):
+            return low_rank_apply_triton_(y, x, left, right, ids)
     return reference.low_rank_apply_ref_(y, x, left, right, ids)

@@ -314,7 +314,9 @@ def _launch(
 
 def _readable(x: Tensor) -> bool:
     """Whether the tiles of x can be loaded where they lie, in 16-byte pieces."""
-    return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        return False
+    return x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _prepare(x: Tensor, mask: Tensor | None, pieces: int, padded_n: int) -> Tensor:

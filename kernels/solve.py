@@ -29,19 +29,25 @@ def _mean_kernel(
     key_row,
     key_column,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """mean[g] = sum over the rows of group g / their number."""
-    wide: tl.constexpr = mean.dtype.element_ty
     group = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
     start = tl.load(bounds + group)
     stop = tl.load(bounds + group + 1)
-    total = tl.zeros((BLOCK,), wide)
+    total = tl.zeros((BLOCK,), WIDE)
     for place in range(start, stop):
         row = tl.load(order + place)
-        total += tl.load(keys + row * key_row + columns * key_column, mask=inside, other=0.0).to(wide)
-    tl.store(mean + group * d + columns, total / (stop - start).to(wide), mask=inside)
+        total += tl.load(keys + row * key_row + columns * key_column, mask=inside, other=0.0).to(WIDE)
+    number = (stop - start).to(WIDE)
+    # Plain division of fp32 is approximate, two units in the last place.
+    if total.dtype == tl.float32:
+        result = tl.div_rn(total, tl.zeros_like(total) + number)
+    else:
+        result = total / number
+    tl.store(mean + group * d + columns, result.to(mean.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def _inverse_kernel(
 
 
 def group_mean_triton(keys: Tensor, groups: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Mean key of each group, (count, d) in `dtype`, summed in that dtype and in the order of the rows."""
+    """Mean key of each group, (count, d) in `dtype`, summed in fp32 or fp64 in the order of the rows."""
     d = keys.shape[1]
     mean = torch.empty((count, d), dtype=dtype, device=keys.device)
     order = torch.argsort(groups, stable=True)
@@ -81,7 +87,15 @@ def group_mean_triton(keys: Tensor, groups: Tensor, count: int, dtype: torch.dty
     bounds[1:] = torch.bincount(groups, minlength=count).cumsum(0)
     block = configs.MEAN_BLOCK
     _mean_kernel[(count, triton.cdiv(d, block))](
-        keys, order, bounds, mean, d, *keys.stride(), BLOCK=block, enable_fp_fusion=True
+        keys,
+        order,
+        bounds,
+        mean,
+        d,
+        *keys.stride(),
+        BLOCK=block,
+        WIDE=tl.float64 if dtype == torch.float64 else tl.float32,
+        enable_fp_fusion=True,
     )
     return mean
 

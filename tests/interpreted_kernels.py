@@ -124,9 +124,10 @@ def test_second_moment_of_no_rows_or_columns_changes_nothing() -> None:
 @pytest.mark.parametrize("architecture", [configs.OTHER, 90])
 def test_second_moment_of_strided_views(architecture: int, generator: torch.Generator) -> None:
     wide = torch.full((60, 160), NAN, dtype=F16)
-    views = [wide[::2, 3:83], wide.T[40:120, 5:50], wide[:, 16:96:2]]
-    for x in views:
-        x.copy_(torch.randn(x.shape, generator=generator).to(F16))
+    repeated = torch.randn(1, 80, generator=generator).to(F16).expand(60, 80)
+    for x in (wide[::2, 3:83], wide.T[40:120, 5:50], wide[:, 16:96:2], repeated):
+        if x is not repeated:
+            x.copy_(torch.randn(x.shape, generator=generator).to(F16))
         d = x.shape[1]
         store = blank(2 * d)
         total = store[::2, ::2].T  # strided as well, and transposed
@@ -252,6 +253,15 @@ def test_rank_update_of_strided_views_leaves_the_rest_alone(generator: torch.Gen
     untouched = torch.ones(40, 120, dtype=torch.bool)
     untouched[1::3, 2:100:2] = False
     assert torch.equal(store[untouched], before[untouched])
+
+
+def test_mean_of_bf16_keys_under_the_identity_is_rounded_once(generator: torch.Generator) -> None:
+    """Without a matrix the result is bf16 like the keys; summed in bf16 it would be off by several units."""
+    keys = torch.randn(40, 33, generator=generator).to(BF16)
+    mean, _, _ = prefixed_solve_triton(keys, torch.zeros(40, dtype=torch.int64), 1, None, None)
+    exact = keys.double().mean(0, keepdim=True)
+    assert mean.dtype == BF16
+    assert ((mean.double() - exact).abs() <= 2**-7 * exact.abs() + 1e-6).all()
 
 
 def test_rank_update_of_nothing_changes_nothing() -> None:

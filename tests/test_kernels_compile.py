@@ -3,6 +3,7 @@
 `pytest -s` prints the table. What this cannot show is numbers and speed; the interpreter shows the numbers.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -142,3 +143,5 @@ def test_the_other_ops_do_not_spill(
     for kernel in found:
         table(capability, str(dtype).removeprefix("torch."), kernel)
         check(kernel, capability)
+        # Approximate division would make the mean less accurate than torch's.
+        assert not re.search(r"div\.(full|approx)", kernel.ptx)

@@ -19,10 +19,10 @@ pytest.importorskip("triton", reason="the kernels extra is not installed")
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    lean = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(
         [sys.executable, *command],
-        env={**os.environ, **threads, **environment},
+        env={**os.environ, **lean, **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -35,7 +35,7 @@ def run_alone(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def broken_interpreter() -> bool:
-    """triton up to 3.6 converts one-element arrays in a way that numpy refuses from 2.4 on; the kernels are innocent."""
+    """triton up to 3.6 converts one-element arrays in a way that numpy refuses from 2.4 on."""
 
     def release(package: str) -> tuple[int, int]:
         major, minor, *_ = version(package).split(".")
