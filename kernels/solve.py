@@ -43,10 +43,7 @@ def _mean_kernel(
         total += tl.load(keys + row * key_row + columns * key_column, mask=inside, other=0.0).to(WIDE)
     number = (stop - start).to(WIDE)
     # Plain division of fp32 is approximate, two units in the last place.
-    if total.dtype == tl.float32:
-        result = tl.div_rn(total, tl.zeros_like(total) + number)
-    else:
-        result = total / number
+    result = tl.div_rn(total, tl.zeros_like(total) + number) if total.dtype == tl.float32 else total / number
     tl.store(mean + group * d + columns, result.to(mean.dtype.element_ty), mask=inside)
 
 
