@@ -36,9 +36,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of tiles as small as the tiles allow: the interpreter runs one program after another."""
+    """Groups of two tiles across, no more: the interpreter runs one program after another."""
     architecture = getattr(request.node, "callspec", None) and request.node.callspec.params.get("architecture")
-    monkeypatch.setattr(configs, "SUPER_TILE", 256 if architecture else 64)
+    monkeypatch.setattr(configs, "SUPER_TILE", 512 if architecture else 128)
     monkeypatch.setattr(configs, "ADD_BLOCK", (64, 128))
     monkeypatch.setattr(configs, "RANK_UPDATE_BLOCK", (16, 64))
 
@@ -312,8 +312,8 @@ def test_low_rank_apply_ignores_what_unedited_rows_hold(generator: torch.Generat
 
 
 def far_apart(rows: int, columns: int, dtype: torch.dtype = F16) -> Tensor:
-    """Rows more than 2³¹ elements apart. Only the pages touched become real memory."""
-    step = 2**31 + 16
+    """Rows whose stride still fits 32 bits, unlike the offset of the third. Only touched pages become real memory."""
+    step = 2**30 + 16
     return torch.empty(step * (rows - 1) + columns, dtype=dtype).as_strided((rows, columns), (step, 1))
 
 
@@ -326,8 +326,8 @@ def unpoisoned() -> None:
 @pytest.mark.usefixtures("unpoisoned")
 def test_addresses_past_two_to_the_31(generator: torch.Generator) -> None:
     """An offset taken in 32 bits wraps, and reads or writes somewhere else."""
-    far = far_apart(2, 16)
-    near = torch.randn(2, 16, generator=generator).to(F16)
+    far = far_apart(3, 16)
+    near = torch.randn(3, 16, generator=generator).to(F16)
 
     def reset() -> Tensor:
         return far.copy_(near)
@@ -335,17 +335,17 @@ def test_addresses_past_two_to_the_31(generator: torch.Generator) -> None:
     total = second_moment_triton_(blank(16), reset(), None)
     again = second_moment_triton_(blank(16), near, None)
     assert torch.equal(total.tril(), again.tril())
-    masked = second_moment_triton_(blank(16), reset(), torch.tensor([False, True]))
+    masked = second_moment_triton_(blank(16), reset(), torch.tensor([False, True, True]))
     assert torch.equal(masked.tril(), second_moment_triton_(blank(16), near[1:], None).tril())
 
-    mean, _, _ = prefixed_solve_triton(reset(), torch.tensor([0, 0]), 1, torch.eye(16), None)
+    mean, _, _ = prefixed_solve_triton(reset(), torch.tensor([0, 0, 0]), 1, torch.eye(16), None)
     assert torch.allclose(mean, near.float().mean(0, keepdim=True), rtol=1e-6)
 
-    left, right = torch.randn(2, 1, generator=generator), torch.randn(1, 16, generator=generator)
+    left, right = torch.randn(3, 1, generator=generator), torch.randn(1, 16, generator=generator)
     assert torch.equal(rank_update_triton_(reset(), left, right), rank_update_triton_(near.clone(), left, right))
 
-    y = torch.randn(2, 16, generator=generator).to(F16)
-    ids = torch.tensor([1, 1])
+    y = torch.randn(3, 16, generator=generator).to(F16)
+    ids = torch.tensor([2, 1, 2])
     wanted = low_rank_apply_triton_(y.clone(), near, near, near, ids)
     reset()
     assert torch.equal(low_rank_apply_triton_(y.clone(), far, far, far, ids), wanted)
@@ -355,14 +355,14 @@ def test_addresses_past_two_to_the_31(generator: torch.Generator) -> None:
 
 @pytest.mark.usefixtures("unpoisoned")
 def test_totals_and_inverses_past_two_to_the_31() -> None:
-    store = far_apart(2, 2, F32)
+    store = far_apart(3, 3, F32)
     store.zero_()
-    second_moment_triton_(store, torch.tensor([[1.0, 2.0]]).half(), None)
-    assert store.tril().tolist() == [[1, 0], [2, 4]]
-    store.copy_(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
-    solved, shares = apply_inverse_triton(store, torch.tensor([1.0, 10.0]))
-    assert solved.tolist() == [12, 31]
-    assert float(shares.sum()) == 322
+    second_moment_triton_(store, torch.tensor([[1.0, 2.0, 3.0]]).half(), None)
+    assert store.tril().tolist() == [[1, 0, 0], [2, 4, 0], [3, 6, 9]]
+    store.copy_(torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 5.0]]))
+    solved, shares = apply_inverse_triton(store, torch.tensor([1.0, 10.0, 2.0]))
+    assert solved.tolist() == [12, 31, 10]
+    assert float(shares.sum()) == 342
 
 
 def test_the_public_ops_reach_the_kernels(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
