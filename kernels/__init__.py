@@ -1,9 +1,20 @@
 """The tensor operations of model editing: validated here, computed by a backend.
 
 Each op has a plain-torch definition in `reference.py`; that definition is the oracle for every faster backend.
+On NVIDIA GPUs with triton installed that is Triton, elsewhere the reference; `explain()` says which and why.
 This package imports nothing from `rome_fast` and nothing heavy beyond torch.
 """
 
-from .ops import low_rank_apply_, mirror_lower_, prefixed_solve, rank_update_, second_moment_
+from .backends import Choice, explain
+from .ops import low_rank_apply_, mirror_lower_, prefixed_solve, rank_update_, second_moment_, solve_residual
 
-__all__ = ["low_rank_apply_", "mirror_lower_", "prefixed_solve", "rank_update_", "second_moment_"]
+__all__ = [
+    "Choice",
+    "explain",
+    "low_rank_apply_",
+    "mirror_lower_",
+    "prefixed_solve",
+    "rank_update_",
+    "second_moment_",
+    "solve_residual",
+]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .backends import choose, launching_on
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WIDE = (torch.float32, torch.float64)
@@ -19,6 +20,18 @@ def _check(name: str, value: Tensor, dims: int, dtypes: tuple[torch.dtype, ...],
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {dims} dimension(s)")
     if value.device != device:
         raise ValueError(f"{name}: got device {value.device}, wanted {device} like the first argument; move it")
+
+
+def _check_target(name: str, value: Tensor) -> None:
+    if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
+        raise ValueError(
+            f"{name}: got an expanded tensor whose elements share memory, wanted one to write to; clone it"
+        )
+
+
+def _check_apart(name: str, value: Tensor, target_name: str, target: Tensor) -> None:
+    if value.numel() and value.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
+        raise ValueError(f"{name} shares memory with {target_name}; pass a copy")
 
 
 def _check_size(name: str, got: int, wanted: int, what: str) -> None:
@@ -45,8 +58,16 @@ def second_moment_(
     if mask is not None:
         _check("mask", mask, 1, (torch.bool,), total.device)
         _check_size("mask", mask.shape[0], x.shape[0], "entries")
-    if total.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and x.numel():
-        raise ValueError("x shares memory with total; pass a copy")
+    _check_target("total", total)
+    _check_apart("x", x, "total", total)
+    if (
+        choose(total.device, "fp64 rows have no 16-bit pieces" if x.dtype == torch.float64 else None).backend
+        == "triton"
+    ):
+        from .second_moment import second_moment_triton_
+
+        with launching_on(total.device):
+            return second_moment_triton_(total, x, mask)
     return reference.second_moment_ref_(total, x, mask)
 
 
@@ -62,25 +83,55 @@ def prefixed_solve(
     groups: Tensor,  # (n,) int64: which edit a key belongs to, 0 .. count - 1
     count: int,  # number of edits
     factor: Tensor | None,  # (d_ff, d_ff) fp32 | fp64: lower Cholesky factor of C; None means C = I
+    inverse: Tensor | None = None,  # (d_ff, d_ff) of the dtype of factor: C⁻¹, symmetric
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean key per edit, C⁻¹ applied to it, and all inner products between the two.
 
     Returns `mean` (count, d_ff), `solved` = mean · C⁻¹ (count, d_ff) and `gram` = solved · meanᵀ (count, count),
-    whose diagonal holds the denominators uᵀk̄ of rank-one edits; all in the dtype of `factor` (of `keys` for None).
+    whose diagonal holds the denominators uᵀk̄ of rank-one edits; all in the dtype of the matrix given (of `keys` for
+    none). An inverse replaces the solve by a product; with the factor beside it, one step of refinement follows.
+    `solve_residual` says how good the result is.
 
     Raises TypeError for a dtype, ValueError for a shape, device, an id out of range or an edit without keys.
     """
     _check("keys", keys, 2, _FLOATS, keys.device)
     _check("groups", groups, 1, (torch.int64,), keys.device)
     _check_size("groups", groups.shape[0], keys.shape[0], "entries")
-    if factor is not None:
-        _check("factor", factor, 2, _WIDE, keys.device)
-        _check_size("factor", factor.shape[0], factor.shape[1], "rows for a square matrix")
-        _check_size("factor", factor.shape[0], keys.shape[1], "rows")
+    for name, matrix in (("factor", factor), ("inverse", inverse)):
+        if matrix is not None:
+            _check(name, matrix, 2, _WIDE, keys.device)
+            _check_size(name, matrix.shape[0], matrix.shape[1], "rows for a square matrix")
+            _check_size(name, matrix.shape[0], keys.shape[1], "rows")
+    if factor is not None and inverse is not None and factor.dtype != inverse.dtype:
+        raise TypeError(f"inverse: got dtype {inverse.dtype}, wanted {factor.dtype} like factor; convert it with .to()")
     present = torch.unique(groups)
     if count < 1 or present.numel() != count or int(present[0]) != 0 or int(present[-1]) != count - 1:
         raise ValueError(f"groups: wanted every id of 0 .. {count - 1} at least once, got {present.tolist()[:20]}")
-    return reference.prefixed_solve_ref(keys, groups, count, factor)
+    if choose(keys.device).backend == "triton":
+        from .solve import prefixed_solve_triton
+
+        with launching_on(keys.device):
+            return prefixed_solve_triton(keys, groups, count, factor, inverse)
+    return reference.prefixed_solve_ref(keys, groups, count, factor, inverse)
+
+
+def solve_residual(
+    mean: Tensor,  # (count, d_ff) fp32 | fp64
+    solved: Tensor,  # (count, d_ff), of the same dtype: mean · C⁻¹
+    factor: Tensor,  # (d_ff, d_ff), of the same dtype: lower Cholesky factor of C
+) -> Tensor:  # (count,)
+    """‖C u − k̄‖ / ‖k̄‖ of every edit: how well `solved` solves.
+
+    Raises TypeError for a dtype, ValueError for a shape or device that does not fit.
+    """
+    _check("mean", mean, 2, _WIDE, mean.device)
+    _check("solved", solved, 2, (mean.dtype,), mean.device)
+    _check("factor", factor, 2, (mean.dtype,), mean.device)
+    _check_size("solved", solved.shape[0], mean.shape[0], "rows")
+    for name, value in (("solved", solved), ("factor", factor)):
+        _check_size(name, value.shape[1], mean.shape[1], "columns")
+    _check_size("factor", factor.shape[0], factor.shape[1], "rows for a square matrix")
+    return reference.solve_residual_ref(mean, solved, factor)
 
 
 def rank_update_(
@@ -98,9 +149,14 @@ def rank_update_(
     _check_size("left", left.shape[0], weight.shape[0], "rows")
     _check_size("right", right.shape[1], weight.shape[1], "columns")
     _check_size("right", right.shape[0], left.shape[1], "rows")
-    for name, factor in (("left", left), ("right", right)):
-        if factor.numel() and factor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-            raise ValueError(f"{name} shares memory with weight; pass a copy")
+    _check_target("weight", weight)
+    _check_apart("left", left, "weight", weight)
+    _check_apart("right", right, "weight", weight)
+    if choose(weight.device).backend == "triton":
+        from .rank_update import rank_update_triton_
+
+        with launching_on(weight.device):
+            return rank_update_triton_(weight, left, right)
     return reference.rank_update_ref_(weight, left, right)
 
 
@@ -113,7 +169,7 @@ def low_rank_apply_(
 ) -> Tensor:
     """y[row] += left[id] · (right[id] · x[row]): many single-edit models evaluated in one forward, in place.
 
-    Raises TypeError for a dtype, ValueError for a shape, device or an id out of range.
+    Raises TypeError for a dtype, ValueError for a shape, device, aliasing or an id out of range.
     """
     _check("y", y, 2, _FLOATS, y.device)
     for name, value in (("x", x), ("left", left), ("right", right)):
@@ -126,4 +182,12 @@ def low_rank_apply_(
     _check_size("right", right.shape[0], left.shape[0], "rows")
     if ids.numel() and int(ids.max()) >= left.shape[0]:
         raise ValueError(f"ids: got {int(ids.max())}, wanted less than the {left.shape[0]} edits given")
+    _check_target("y", y)
+    for name, value in (("x", x), ("left", left), ("right", right)):
+        _check_apart(name, value, "y", y)
+    if choose(y.device).backend == "triton":
+        from .low_rank_apply import low_rank_apply_triton_
+
+        with launching_on(y.device):
+            return low_rank_apply_triton_(y, x, left, right, ids)
     return reference.low_rank_apply_ref_(y, x, left, right, ids)

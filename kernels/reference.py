@@ -26,20 +26,41 @@ def mirror_lower_ref_(total: Tensor) -> Tensor:
     return total.tril_().add_(lower.T)
 
 
+def solve_dtype(keys: Tensor, factor: Tensor | None, inverse: Tensor | None) -> torch.dtype:
+    """What a solve computes in: the dtype of the matrix given, of the keys for C = I."""
+    matrix = factor if factor is not None else inverse
+    return keys.dtype if matrix is None else matrix.dtype
+
+
 def prefixed_solve_ref(
-    keys: Tensor, groups: Tensor, count: int, factor: Tensor | None
+    keys: Tensor, groups: Tensor, count: int, factor: Tensor | None, inverse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """k̄_g = mean of the keys of group g,  U = K̄ C⁻¹ with C = L Lᵀ,  G = U K̄ᵀ (its diagonal: u_g · k̄_g)."""
-    dtype = keys.dtype if factor is None else factor.dtype
+    dtype = solve_dtype(keys, factor, inverse)
     mean = torch.zeros(count, keys.shape[1], dtype=dtype, device=keys.device)
     mean.index_add_(0, groups, keys.to(dtype))
     mean /= torch.bincount(groups, minlength=count).to(dtype).unsqueeze(1)
+    return mean, *solve_mean_ref(mean, factor, inverse)
+
+
+def solve_mean_ref(mean: Tensor, factor: Tensor | None, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """U and G of `prefixed_solve_ref` for given means; with both matrices, one step of refinement of K̄ C⁻¹."""
+    if inverse is not None:
+        solved = mean @ inverse
+        if factor is not None:
+            solved += (mean - solved @ factor @ factor.T) @ inverse
+        return solved, solved @ mean.T
     if factor is None:
-        return mean, mean.clone(), mean @ mean.T
+        return mean.clone(), mean @ mean.T
     # Two triangular solves beat cholesky_solve for many right-hand sides.
     half = torch.linalg.solve_triangular(factor, mean.T, upper=False)
-    solved = torch.linalg.solve_triangular(factor.T, half, upper=True).T
-    return mean, solved, half.T @ half
+    return torch.linalg.solve_triangular(factor.T, half, upper=True).T, half.T @ half
+
+
+def solve_residual_ref(mean: Tensor, solved: Tensor, factor: Tensor) -> Tensor:
+    """‖u C − k̄‖ / ‖k̄‖ for every row."""
+    rest = solved @ factor @ factor.T - mean
+    return torch.linalg.vector_norm(rest, dim=1) / torch.linalg.vector_norm(mean, dim=1)
 
 
 def rank_update_ref_(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""Every kernel, in every configuration that ships, compiled for the GPUs it ships for; no GPU needed.
+
+`pytest -s` prints the table. What this cannot show is numbers and speed; the interpreter shows the numbers.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels extra is not installed")
+
+from rome_fast.kernels import configs, low_rank_apply, rank_update, second_moment, solve
+
+from crosscompile import SHARED_LIMIT, Compiled, compiling_for
+
+# The last two stand for all GPUs without a table of their own.
+MATRIX_INSTRUCTION = {
+    80: "mma.sync",
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+    89: "mma.sync",
+    120: "mma.sync",
+}
+SIZE = 48
+"""Of the operands, which only have to be multiples of 16: sizes are run-time arguments of the kernels."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[Callable[[int, str, Compiled], None]]:
+    lines = [f"{'GPU':7}{'kernel':24}{'variant':24}{'matrix instruction':20}{'registers':>9}{'spills':>7}{'shared':>9}"]
+
+    def add(capability: int, variant: str, found: Compiled) -> None:
+        instruction = ", ".join(found.instructions) or "-"
+        lines.append(
+            f"sm_{capability:<4}{found.name:24}{variant:24}{instruction:20}"
+            f"{found.registers:9}{found.spills:7}{found.shared:9}"
+        )
+
+    yield add
+    print("\n" + "\n".join(lines))
+
+
+def check(found: Compiled, capability: int) -> None:
+    assert found.spills == 0, f"{found.name} for sm_{capability} spills registers ({found.spills} instructions)"
+    assert found.shared <= SHARED_LIMIT[capability], found
+
+
+ROWS = {
+    "bf16": (torch.bfloat16, 6),
+    "fp16": (torch.float16, 6),
+    "fp32-3": (torch.float32, 3),
+    "fp32-6": (torch.float32, 6),
+}
+# bf16 and fp16 share a configuration, and so do the two parts that have no table of their own.
+CASES = [(capability, rows) for capability in (80, 90, 100, 89) for rows in ("bf16", "fp32-3", "fp32-6")]
+CASES += [(90, "fp16"), (120, "bf16")]
+
+
+@pytest.mark.parametrize(("capability", "rows"), CASES)
+def test_second_moment_uses_the_matrix_unit(
+    capability: int, rows: str, table: Callable[..., None], tmp_path: Path
+) -> None:
+    dtype, products = ROWS[rows]
+    key = capability if capability in configs.SECOND_MOMENT else configs.OTHER
+    x = torch.zeros(SIZE, SIZE, dtype=dtype)
+    total = torch.zeros(SIZE, SIZE, dtype=torch.float64)
+    with compiling_for(capability, second_moment, tmp_path) as found:
+        second_moment.second_moment_triton_(total, x, None, products=products, architecture=key)
+    split = dtype == torch.float32
+    names = ["_prepare_kernel"] * split + ["_second_moment_kernel", "_add_kernel"]
+    assert [kernel.name for kernel in found] == names
+    for kernel in found:
+        table(capability, f"{str(dtype).removeprefix('torch.')}, {products if split else 1} product(s)", kernel)
+        check(kernel, capability)
+        wanted = (MATRIX_INSTRUCTION[capability],) if kernel.name == "_second_moment_kernel" else ()
+        assert kernel.instructions == wanted
+        if wanted:
+            # Loads must run ahead of the products: bulk tensor copies with descriptors, else asynchronous ones.
+            tile = configs.SECOND_MOMENT[key]
+            copy = "cp.async.bulk.tensor" if tile.descriptors else "cp.async.cg.shared.global"
+            assert copy in kernel.ptx
+
+
+def test_second_moment_with_a_mask_and_an_fp32_total(table: Callable[..., None], tmp_path: Path) -> None:
+    x = torch.zeros(SIZE, SIZE + 1, dtype=torch.bfloat16)
+    total = torch.zeros(SIZE + 1, SIZE + 1)
+    with compiling_for(90, second_moment, tmp_path) as found:
+        second_moment.second_moment_triton_(total, x, torch.ones(SIZE, dtype=torch.bool), architecture=90)
+    assert [kernel.name for kernel in found] == ["_prepare_kernel", "_second_moment_kernel", "_add_kernel"]
+    for kernel in found:
+        table(90, "bf16, mask, odd", kernel)
+        check(kernel, 90)
+
+
+def run_rank_update(dtype: torch.dtype) -> None:
+    for rank in (1, 40):
+        weight = torch.zeros(SIZE, SIZE, dtype=dtype)
+        rank_update.rank_update_triton_(weight, torch.zeros(SIZE, rank), torch.zeros(rank, SIZE))
+
+
+def run_low_rank_apply(dtype: torch.dtype) -> None:
+    factor = torch.zeros(3, SIZE)
+    y, x = torch.zeros(SIZE, SIZE, dtype=dtype), torch.zeros(SIZE, SIZE, dtype=dtype)
+    low_rank_apply.low_rank_apply_triton_(y, x, factor, factor, torch.zeros(SIZE, dtype=torch.int64))
+
+
+def run_solve(dtype: torch.dtype) -> None:
+    keys = torch.zeros(SIZE, SIZE, dtype=dtype)
+    groups = torch.zeros(SIZE, dtype=torch.int64)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    solve.prefixed_solve_triton(keys, groups, 1, None, torch.eye(SIZE, dtype=wide))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32), (90, torch.float64), (100, torch.bfloat16)],
+    ids=["80-bf16", "90-bf16", "90-fp32", "90-fp64", "100-bf16"],
+)
+@pytest.mark.parametrize(
+    ("module", "run", "kernels"),
+    [
+        (rank_update, run_rank_update, ["_rank_update_kernel"] * 2),
+        (low_rank_apply, run_low_rank_apply, ["_inner_product_kernel", "_low_rank_apply_kernel"]),
+        (solve, run_solve, ["_mean_kernel", "_inverse_kernel"]),
+    ],
+    ids=["rank_update", "low_rank_apply", "solve"],
+)
+def test_the_other_ops_do_not_spill(
+    capability: int,
+    module: object,
+    run: Callable[[torch.dtype], None],
+    kernels: list[str],
+    dtype: torch.dtype,
+    table: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    with compiling_for(capability, module, tmp_path) as found:
+        run(dtype)
+    assert [kernel.name for kernel in found] == kernels
+    for kernel in found:
+        table(capability, str(dtype).removeprefix("torch."), kernel)
+        check(kernel, capability)
+        # Approximate division would make the mean less accurate than torch's.
+        assert not re.search(r"div\.(full|approx)", kernel.ptx)
