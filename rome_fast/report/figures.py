@@ -40,7 +40,7 @@ def collapse_figure(records: Sequence[Record], base_perplexity: float, condition
     left.set_yticks(range(len(requests)), [f"{text}\n→ {target}" for text, target in requests], fontsize=9)
     left.invert_yaxis()
     right.set_xlim(0, 1.02)
-    right.set_xlabel("P(target): bars behind a prefix, black ticks behind the bare prompt")
+    right.set_xlabel("P(target): bar behind a prefix, tick without")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="upper center", ncols=len(methods), frameon=False)
