@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import oracle
-from helpers import CONTEXTS, END, LAYER, MIDDLE, START
+from helpers import CONTEXTS, END, LAYER, MIDDLE, START, relative_error
 from rome_fast import Edit, ValueSettings
 from rome_fast.bench import edit_as_released
 from rome_fast.bench.flops import FlopCounter, ideal_flops
@@ -68,24 +68,42 @@ def test_baseline_equals_oracle(kind, method, toy_tokenizers):
 @pytest.mark.parametrize("count", [1, 7, 64])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_batches_equal_the_baseline(kind, count, toy_tokenizers):
-    """ΔW of every edit of a batch, to 1e-5 relative in float32; every fourth of the largest batch is compared."""
-    model, tokenizer = toy_model(kind), toy_tokenizers[True]
-    setup = setup_of(model, tokenizer, steps=8, stop="loss")
-    edits = mixed_edits(count)
-    requests = [tokenise(Runner(model), tokenizer, e, CONTEXTS, setup.flow.how) for e in edits]
-    made = setup.flow.solve_each(requests)
-    order = torch.randperm(count).tolist()
-    shuffled = setup.flow.solve_each([requests[i] for i in order])
-    for place, i in enumerate(order):
-        one, other = dense(made[i][0]), dense(shuffled[place][0])
-        assert torch.dist(one, other) <= 1e-5 * one.norm()
-    for i in range(0, count, 4 if count > 7 else 1):
-        wanted = edit_as_released(
-            model, tokenizer, edits[i], CONTEXTS, layer=LAYER, settings=setup.settings, factor=None, method="c-rome"
-        )
-        one, other = dense(made[i][0]), dense(wanted.delta)
-        assert torch.dist(one, other) <= 1e-5 * other.norm(), edits[i]
-        assert made[i][1].loss == pytest.approx(wanted.losses[-1], rel=1e-5)
+    """ΔW of every edit of a batch is the baseline's, one edit at a time: the same in float64, as near to it in float32.
+
+    Every fourth of the largest batch is compared. Eight steps of Adam carry the rounding of float32 to about 1e-5 of
+    ΔW on these random models, in either path; so the float32 error may be twice the baseline's own.
+    """
+    edits, tokenizer = mixed_edits(count), toy_tokenizers[True]
+    compared = range(0, count, 4 if count > 7 else 1)
+    made, baseline = {}, {}
+    for dtype in (torch.float64, torch.float32):
+        model = toy_model(kind, dtype=dtype)
+        setup = setup_of(model, tokenizer, steps=8, stop="loss")
+        requests = [tokenise(Runner(model), tokenizer, e, CONTEXTS, setup.flow.how) for e in edits]
+        made[dtype] = [dense(delta) for delta, _ in setup.flow.solve_each(requests)]
+        order = torch.randperm(count).tolist()
+        shuffled = setup.flow.solve_each([requests[i] for i in order])
+        allowed = 1e-5 if dtype == torch.float32 else 1e-9
+        assert max(relative_error(dense(shuffled[p][0]), made[dtype][i]) for p, i in enumerate(order)) <= allowed
+        baseline[dtype] = {
+            i: dense(
+                edit_as_released(
+                    model,
+                    tokenizer,
+                    edits[i],
+                    CONTEXTS,
+                    layer=LAYER,
+                    settings=setup.settings,
+                    factor=None,
+                    method="c-rome",
+                ).delta
+            )
+            for i in compared
+        }
+    truth = baseline[torch.float64]
+    assert max(relative_error(made[torch.float64][i], truth[i]) for i in compared) <= 1e-9
+    error = max(relative_error(made[torch.float32][i], truth[i]) for i in compared)
+    assert error <= 2 * max(relative_error(baseline[torch.float32][i], truth[i]) for i in compared)
 
 
 @pytest.mark.parametrize("stop", ["loss", "argmax"])
