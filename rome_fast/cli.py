@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--layer", type=int, help="edit layer (default: by model)")
     edit.add_argument("--schedule", choices=("joint", "sequential"), default="joint")
     edit.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")
+    edit.add_argument("--unconverged", choices=("skip", "write", "raise"), default="skip")
     edit.add_argument("--seed", type=int, default=0, help="seed of the prefix contexts")
 
     evaluate = verb(
@@ -185,6 +186,7 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
             layer=arguments.layer,
             schedule=arguments.schedule,
             guard=arguments.guard,
+            unconverged=arguments.unconverged,
             seed=arguments.seed,
             out=arguments.out,
             progress=advance,

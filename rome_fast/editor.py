@@ -56,7 +56,7 @@ class EditResult:
         checkpoints.check_new(out)
         if not self.delta.updates:
             raise ArgumentError("out: no edit was applied, so there is no edited model to write")
-        directory = checkpoints.resolve(source or self.model.config._name_or_path)
+        directory = checkpoints.resolve(source or _origin(self.model))
         checkpoints.write(directory, out, self.model, self.delta, self.report())
 
     def report(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def apply_edits(
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ArgumentError("tokenizer: got None, wanted the model's tokenizer, since the model is in memory")
-        source = None
+        source = None if out is None else Path(_origin(model))
     else:
         if not isinstance(model, str | Path):
             raise ModelError(
@@ -194,6 +194,17 @@ def apply_edits(
                 delta.revert(model)
             raise
     return result
+
+
+def _origin(model: PreTrainedModel) -> str:
+    """Where a model says it was loaded from."""
+    name = model.config._name_or_path
+    if not name:
+        raise ArgumentError(
+            "out: the model in memory does not say which checkpoint it was loaded from; save it with "
+            "model.save_pretrained() and edit that directory, or call result.save(out, source=...)"
+        )
+    return str(name)
 
 
 def _checked_edits(given: object) -> list[Edit]:
