@@ -30,8 +30,7 @@ pytestmark = [
 def parts():
     model = AutoModelForCausalLM.from_pretrained(model_dir())
     tokenizer = AutoTokenizer.from_pretrained(model_dir())
-    # A mean of exponentials: of 50 short sentences, as in ME-PPL_50, one or two decide it.
-    sentences = [entry["Text"] for entry in json.loads((DATA / "ME-PPL_1k.json").read_text())[:200]]
+    sentences = [entry["Text"] for entry in json.loads((DATA / "ME-PPL_50.json").read_text())]
     base = sentence_perplexity(Runner(model), tokenizer, sentences)
     return model, tokenizer, Statistics.load(statistics_dir()), sample_contexts(model, tokenizer), sentences, base
 
