@@ -25,7 +25,7 @@ _DEFAULTS: dict[tuple[str, int, int], Default] = {
     ("mistral", 32, 4096): Default(5, _LLAMA),
     ("qwen2", 28, 3584): Default(5, _LLAMA),
     # SmolLM2-135M: measured, see docs/layers.md.
-    ("llama", 30, 576): Default(9, ValueSettings()),
+    ("llama", 30, 576): Default(9, ValueSettings(clamp=3.0, weight_decay=20.0)),
 }
 # Published layers lie between 0.16 (Llama) and 0.35 (GPT-2) of the depth.
 _UNKNOWN_DEPTH = {"gpt2": 0.35}

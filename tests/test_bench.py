@@ -132,6 +132,7 @@ def test_report(toy_tokenizers):
     assert report["edits"] == 3
     assert report["as_released"]["edits"] == report["released_stop_rule"]["edits"] == 3
     assert report["flops_ratio"] > 1
+    assert 0 < report["median_difference"] <= report["largest_difference"] <= 1e-4
     share = report["share"]
     assert report["process_time_ratio"] == pytest.approx(share["algebra"] * share["stop_rule"] * share["dtype"])
     for name in ("efficacy", "perplexity_ratio"):

@@ -149,5 +149,9 @@ def _table(report: dict[str, Any]) -> Table:
             f"(algebra {share['algebra']:.1f} x stop rule {share['stop_rule']:.2f}), "
             f"FLOPs {report['flops_ratio']:.1f}"
         )
+        ratios.append(
+            f"ΔW against the baseline's, same stop rule: {report['median_difference']:.1e} apart (median), "
+            f"{report['largest_difference']:.1e} (largest)"
+        )
     table.caption = "\n".join(ratios)
     return table

@@ -1,6 +1,7 @@
 """`rome-fast bench`: seconds, FLOPs and quality per edit, and against the baseline, interleaved in one run."""
 
 import resource
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -96,6 +97,8 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
     stages: dict[str, float] = {}
     ideal = 0.0
     old_rule = replace(setup, settings=replace(setup.settings, stop="loss"))
+    differences: list[float] = []
+    counts: dict[tuple[int, int], tuple[int, int]] = {}
     runner = Runner(setup.model)
     base = sentence_perplexity(runner, setup.tokenizer, setup.sentences) if quality else None
     for start in range(0, len(edits), batch):
@@ -110,9 +113,10 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
             setup.flow.solve_each(requests)
         fast.flops += counter.total
         if baseline:
-            _run(rule, old_rule.flow, requests)
-            for edit in group:
-                _run_released(released, old_rule, edit, quality, base)
+            same_rule = _run(rule, old_rule.flow, requests)
+            for edit, request, (delta, _) in zip(group, requests, same_rule, strict=True):
+                theirs_delta = _run_released(released, old_rule, edit, request, quality, base, counts)
+                differences.append(_difference(delta, theirs_delta))
         if quality:
             for edit, (delta, _) in zip(group, made, strict=True):
                 fast.add_quality(_quality(setup, edit, delta, base))
@@ -145,6 +149,9 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
                 "stop_rule": middle["process_seconds_per_edit"] / mine["process_seconds_per_edit"],
                 "dtype": 1.0,
             },
+            # ‖ΔW − ΔW of the baseline‖ / ‖ΔW of the baseline‖, both with the released stop rule
+            "largest_difference": max(differences),
+            "median_difference": statistics.median(differences),
             "as_released": theirs,
             "released_stop_rule": middle,
         }
@@ -163,7 +170,17 @@ def _run(track: Track, flow: Flow, requests: Sequence[Request]) -> list[tuple[De
     return made
 
 
-def _run_released(track: Track, setup: Setup, edit: Edit, quality: bool, base: float | None) -> None:
+def _run_released(
+    track: Track,
+    setup: Setup,
+    edit: Edit,
+    request: Request,
+    quality: bool,
+    base: float | None,
+    counts: dict[tuple[int, int], tuple[int, int]],
+) -> Delta:
+    """One edit by the baseline; `counts` keeps the FLOPs of one and of two steps by the shape of the padded rows."""
+
     def once(settings: ValueSettings) -> tuple[int, Delta]:
         made = edit_as_released(
             setup.model,
@@ -184,14 +201,25 @@ def _run_released(track: Track, setup: Setup, edit: Edit, quality: bool, base: f
     track.edits += 1
     track.steps += steps
     # Every step costs the same: one evaluation, and the difference that a second one makes, tell the rest.
-    counts = []
-    for few in (1, 2):
-        with FlopCounter() as counter:
-            once(replace(setup.settings, steps=few))
-        counts.append(counter.total)
-    track.flops += counts[0] + (steps - 1) * (counts[1] - counts[0])
+    shape = (len(request.rows), max(len(r.row.inputs) for r in request.rows))
+    if shape not in counts:
+        counted = []
+        for few in (1, 2):
+            with FlopCounter() as counter:
+                once(replace(setup.settings, steps=few))
+            counted.append(counter.total)
+        counts[shape] = (counted[0], counted[1])
+    first, second = counts[shape]
+    track.flops += first + (steps - 1) * (second - first)
     if quality:
         track.add_quality(_quality(setup, edit, delta, base))
+    return delta
+
+
+def _difference(delta: Delta, wanted: Delta) -> float:
+    ((name, update),) = wanted.updates.items()
+    truth = update.dense().double()
+    return float((delta.updates[name].dense().double() - truth).norm() / truth.norm())
 
 
 def _ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) -> float:
