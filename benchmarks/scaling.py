@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py --edits edits.jsonl --counts 1 10 30 100 --schedule joint
 
-Every point is one row of benchmarks/results/scaling.csv; a point that is there already is not measured again, so a run
-that was interrupted goes on where it stopped. Joint edits are all optimised on the unedited model, so that the points
-of one curve share their values.
+Every point is one row of benchmarks/results/scaling.csv; a point that is there already is not measured again. The
+points of one curve share their work: joint edits are all optimised on the unedited model, sequential ones go on from
+the model of the point before, which is kept as a Delta in the cache, so that a run that was interrupted goes on there.
+With sequential batches of 100, points below 100 edits are one batch, that is the joint ones, and are left out.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from rome_fast import Edit, Statistics, apply_edits, checkpoints, load_edits
-from rome_fast.assets import model_dir
+from rome_fast.assets import cache_dir, model_dir
 from rome_fast.contexts import sample_contexts
 from rome_fast.defaults import default_layer, default_settings
 from rome_fast.delta import Delta
@@ -101,25 +102,45 @@ def joint(study: Study, edits: Sequence[Edit], counts: Sequence[int]) -> None:
 
 
 def sequential(study: Study, edits: Sequence[Edit], counts: Sequence[int], batch: int) -> None:
+    kept = cache_dir() / f"scaling-{METHOD}-{batch}"
+    kept.mkdir(parents=True, exist_ok=True)
+    done, total = resume(study, kept)
     for count in counts:
-        start = time.process_time()
-        result = apply_edits(
-            study.model,
-            edits[:count],
-            tokenizer=study.tokenizer,
-            statistics=study.statistics,
-            contexts=study.contexts,
-            schedule="sequential",
-            batch_size=batch,
-            guard="off",
-            unconverged="write",
-            measure=False,
-            progress=lambda done, total: print(f"  {done} of {total}", flush=True) if done % 10 == 0 else None,
-        )
-        seconds = time.process_time() - start
+        if count % batch or count < done:
+            continue
+        if count > done:
+            start = time.process_time()
+            result = apply_edits(
+                study.model,
+                edits[done:count],
+                tokenizer=study.tokenizer,
+                statistics=study.statistics,
+                contexts=study.contexts,
+                schedule="sequential",
+                batch_size=batch,
+                guard="off",
+                unconverged="write",
+                measure=False,
+                progress=lambda now, total: print(f"  {now} of {total}", flush=True) if now % 10 == 0 else None,
+            )
+            seconds = float(total.metadata.get("process_seconds", 0)) + time.process_time() - start
+            total = total.merge(result.delta)
+            total.metadata |= {"process_seconds": str(seconds), "condition": str(result.condition)}
+            total.save(kept / f"{count}.safetensors")
+            done = count
         figures = study.measure(edits[:count])
-        record(study, "sequential", batch, count, figures, norm(result.delta), result.condition, seconds)
-        result.revert()
+        condition, seconds = (float(total.metadata[name]) for name in ("condition", "process_seconds"))
+        record(study, "sequential", batch, count, figures, norm(total), condition, seconds)
+
+
+def resume(study: Study, kept: Path) -> tuple[int, Delta]:
+    """Bring the model to where the last run of this curve left it: the edits made, and their Delta."""
+    done = max((int(file.stem) for file in kept.glob("*.safetensors")), default=0)
+    if not done:
+        return 0, Delta({})
+    delta = Delta.load(kept / f"{done}.safetensors")
+    delta.apply(study.model)
+    return done, delta
 
 
 def norm(delta: Delta) -> float:
