@@ -177,6 +177,7 @@ def record(
         "torch": torch.__version__,
     }
     print(row, flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, list(row))

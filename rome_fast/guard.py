@@ -44,7 +44,8 @@ def judge(records: Sequence[Record], guard: Guard) -> list[bool]:
             for r in bad
         ]
         what = f"{len(bad)} edit(s) by method {bad[0].method!r} would collapse the model:\n" + "\n".join(lines)
-        remedy = "use method='c-rome', or choose what to do with guard='warn' | 'skip' | 'off'"
+        consistent = "use method='c-rome', " if bad[0].method != "c-rome" else "check the statistics, lower the clamp, "
+        remedy = f"{consistent}or choose what to do with guard='warn' | 'skip' | 'off'"
         if guard == "raise":
             raise CollapseError(f"{what}\nnothing was written; {remedy}")
         warnings.warn(f"{what}\n{remedy}", CollapseWarning, stacklevel=3)
