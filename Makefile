@@ -6,6 +6,9 @@ VENV_FLAGS ?=
 # Test processes, with one thread each.
 WORKERS ?= 2
 
+# Threads that wait by spinning take the processor from those that work as soon as a machine is shared.
+export OMP_WAIT_POLICY ?= passive
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 
