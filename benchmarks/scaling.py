@@ -47,6 +47,7 @@ class Study:
         self.contexts = sample_contexts(self.model, self.tokenizer)
         self.sentences = held_out_sentences(50)
         self.base = sentence_perplexity(self.runner, self.tokenizer, self.sentences)
+        self.weight_norm = float(self.runner.weight(self.layer).norm())
 
     def requests(self, file: Path) -> list[Edit]:
         """Requests that say one thing each and answer without a prefix, in the file's order."""
@@ -164,7 +165,7 @@ def record(
         "edits": count,
         **{name: round(value, 4) for name, value in figures.items()},
         "update_norm": round(update_norm, 2),
-        "weight_norm": round(float(study.runner.weight(study.layer).norm()), 2),
+        "weight_norm": round(study.weight_norm, 2),
         "condition": f"{condition:.3g}",
         "process_seconds": round(seconds, 1),
         "model": "SmolLM2-135M-Instruct",
