@@ -39,7 +39,10 @@ class BatchSizer:
         self.limit: int | None = None
 
     def choose(self, waiting: Sequence[Shaped]) -> int:
-        """How many of the waiting requests, in their order, to take into the next batch; at least one."""
+        """How many of the waiting requests, in their order, to take into the next batch; at least one.
+
+        All requests of a batch have the same number of rows.
+        """
         budget = _SHARE * free_memory(self.runner.device)
         most = _MOST_POSITIONS.get(self.runner.device.type, _ENOUGH_POSITIONS)
         size, suffix, before, used = 0, 0, 0, 0
@@ -48,7 +51,8 @@ class BatchSizer:
             used += request.suffix
             rows = (size + 1) * len(request.rows)
             padded = used < (1 - _MOST_PADDING) * (size + 1) * suffix
-            if size and (padded or rows * suffix > most or rows * self._row_bytes(suffix, before) > budget):
+            other = len(request.rows) != len(waiting[0].rows)
+            if size and (other or padded or rows * suffix > most or rows * self._row_bytes(suffix, before) > budget):
                 break
             size += 1
         return size if self.limit is None else min(size, self.limit)

@@ -61,10 +61,11 @@ def tokenise(
     unprefixed, *prefixed = edit_rows(tokenizer, edit, ["", *contexts], max_length=runner.max_length)
     # Context 0 is the empty one.
     rows = [ContextRow(row, i) for i, row in enumerate([unprefixed, *prefixed])]
-    if how.rows == "prefixed":
+    alone = needs_prefix(unprefixed)
+    if how.rows == "prefixed" and alone:
         rows = rows[1:]
     essence = ContextRow(essence_row(tokenizer, edit), 0)
-    return Request(edit, [*rows, essence], needs_prefix(unprefixed))
+    return Request(edit, [*rows, essence], alone)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Flow:
         with self.clock("keys"):
             contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts])
         # Requests of like shape share a batch with little padding.
-        order = sorted(range(len(group)), key=lambda i: (group[i].suffix, group[i].before))
+        order = sorted(range(len(group)), key=lambda i: (len(group[i].rows), group[i].suffix, group[i].before))
         sizer = BatchSizer(self.runner, self.layer)
         solved: dict[int, Solved] = {}
         start = 0

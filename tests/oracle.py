@@ -73,13 +73,13 @@ def rome(
 ) -> OracleResult:
     """One ROME edit of one layer, by the textbook.
 
-    `contexts` are the prefixed ones only, each ending in its joiner ("The weather is nice. "); the empty
-    context is added here for the methods that use it.
+    `contexts` are the prefixed ones only, each ending in its joiner ("The weather is nice. "); the empty context is
+    added here. c-rome leaves it out where it would put the subject's last token at position 0.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, wanted one of {METHODS}")
     if method == "c-rome" and not contexts:
-        raise ValueError("contexts: got none, but c-rome averages over prefixed rows only")
+        raise ValueError("contexts: got none, but c-rome needs prefixed rows")
     if steps < 1:
         raise ValueError(f"steps: got {steps}, wanted at least 1")
 
@@ -89,7 +89,9 @@ def rome(
     unprefixed_row = make_row(tokenizer, "", prompt, subject, target)
     prefixed_rows = [make_row(tokenizer, context, prompt, subject, target) for context in contexts]
     kl_row = make_row(tokenizer, "", "{} is a", subject, None)
-    rows = prefixed_rows if method == "c-rome" else [unprefixed_row, *prefixed_rows]
+    rows = [unprefixed_row, *prefixed_rows]
+    if method == "c-rome" and unprefixed_row.subject_position == 0:
+        rows = prefixed_rows  # in the other one, nothing at all precedes the subject's last token
 
     k_unprefixed = key_of(model, layer, unprefixed_row)
     k_mean = torch.stack([key_of(model, layer, row) for row in rows]).mean(dim=0)

@@ -133,12 +133,12 @@ def test_skip_of_everything_changes_nothing(collapsing, tokenizer):
 
 
 def test_edits_that_only_together_collapse_the_model_are_found(tokenizer):
-    """Two values for keys that are all but equal: each update alone is a sixth of ‖W‖, both together are twice ‖W‖."""
+    """Two values for keys that are all but equal: each update alone is an eighth of ‖W‖, both together are twice ‖W‖."""
     model = toy_model(KIND)
     before = all_bits(model)
     pair = [
-        Edit("Snow fell in the city of {}", "Chicago", "Rome"),
-        Edit("Snow fell on the city of {}", "Chicago", "Paris"),
+        Edit("Snow fell in Berlin and snow fell in Paris and in the city of {}", "Chicago", "Rome"),
+        Edit("Snow fell in Vienna and snow fell in Paris and in the city of {}", "Chicago", "Paris"),
     ]
     alone = [edited(copy.deepcopy(model), tokenizer, edit, layer=0).records[0] for edit in pair]
     together = edited(copy.deepcopy(model), tokenizer, pair, layer=0)

@@ -116,7 +116,8 @@ def test_an_edited_model_puts_out_v0_plus_delta_at_the_key_of_the_method(kind: s
     )
     torch.testing.assert_close(result.delta_w @ result.k_den, result.residual, **SOLVED)
 
-    contexts = {"rome": [""], "p-rome": [""], "c-rome": CONTEXTS, "c-rome-released": ["", *CONTEXTS]}[method]
+    everything = ["", *CONTEXTS]
+    contexts = {"rome": [""], "p-rome": [""], "c-rome": everything, "c-rome-released": everything}[method]
     before, after, keys = [], [], []
     edited = edited_copy(model, result.delta_w)
     for context in contexts:
@@ -143,12 +144,25 @@ def test_the_left_key_is_the_mean_over_the_rows_of_the_method(
         keys[context] = read_down_projection(double_copy(gpt2), ids)[0][position]
     prefixed = sum(keys[context] for context in CONTEXTS) / 3
     everything = (3 * prefixed + keys[""]) / 4
-    wanted = {"rome": everything, "c-rome-released": everything, "c-rome": prefixed, "p-rome": keys[""]}
     for method in METHODS:
         result = edit(gpt2, plain, method=method, contexts=CONTEXTS, steps=1)
-        torch.testing.assert_close(result.k_left, wanted[method], **SOLVED)
+        torch.testing.assert_close(result.k_left, keys[""] if method == "p-rome" else everything, **SOLVED)
         torch.testing.assert_close(result.k_unprefixed, keys[""], **SOLVED)
-        mean = prefixed if method == "c-rome" else everything
+        torch.testing.assert_close(result.k_mean, everything, **SOLVED)
+
+
+def test_c_rome_leaves_out_the_row_in_which_nothing_precedes_the_subject(
+    gpt2: PreTrainedModel, plain: PreTrainedTokenizerFast
+) -> None:
+    subject, prompt = "Rome", "{} is a twin city of"
+    assert token_count(plain, subject) == 1
+    keys = {}
+    for context in ["", *CONTEXTS]:
+        ids = plain(context + prompt.replace("{}", subject))["input_ids"]
+        keys[context] = read_down_projection(double_copy(gpt2), ids)[0][token_count(plain, context + subject) - 1]
+    prefixed = sum(keys[context] for context in CONTEXTS) / 3
+    for method, mean in (("c-rome", prefixed), ("c-rome-released", (3 * prefixed + keys[""]) / 4)):
+        result = rome(gpt2, plain, prompt, subject, TARGET, layer=LAYER, method=method, contexts=CONTEXTS, steps=1)
         torch.testing.assert_close(result.k_mean, mean, **SOLVED)
 
 

@@ -17,7 +17,7 @@ from ..delta import Delta, LowRank
 from ..edits import Edit
 from ..kernels import prefixed_solve
 from ..methods import close, residual, variant
-from ..rows import edit_rows, essence_row
+from ..rows import edit_rows, essence_row, needs_prefix
 from ..runner import Runner, frozen_weights
 from ..values import ValueSettings
 
@@ -47,7 +47,9 @@ def edit_as_released(
     Of `settings`, both stop rules are honoured, so that the shares of algebra and of the rule can be told apart.
     """
     runner, how = Runner(model), variant(method)
-    rows = edit_rows(tokenizer, edit, list(contexts) if how.rows == "prefixed" else ["", *contexts])
+    rows = edit_rows(tokenizer, edit, ["", *contexts])
+    if how.rows == "prefixed" and needs_prefix(rows[0]):
+        del rows[0]
     essence = essence_row(tokenizer, edit)
     packed = runner.pack([row.inputs for row in [*rows, essence]])
     subjects = torch.tensor([row.subject for row in [*rows, essence]])

@@ -22,7 +22,9 @@ class RomeVariant:
     """Which keys and which residual a variant uses."""
 
     name: str
-    rows: Literal["prefixed", "all"]  # rows δ is optimised on and k̄ is the mean of; "all" adds the unprefixed one
+    # Rows δ is optimised on and k̄ is the mean of. "prefixed": those with any text before the subject's last token, be it
+    # a context, the prompt, the rest of the subject or BOS; "all": the row without a context in any case.
+    rows: Literal["prefixed", "all"]
     left: Literal["mean", "unprefixed"]
     denominator: Literal["mean", "unprefixed"]
     residual: Literal["delta", "to_unprefixed_value"]
