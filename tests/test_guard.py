@@ -133,7 +133,7 @@ def test_skip_of_everything_changes_nothing(collapsing, tokenizer):
 
 
 def test_edits_that_only_together_collapse_the_model_are_found(tokenizer):
-    """Two values for keys that are all but equal: each update alone is an eighth of ‖W‖, both together are twice ‖W‖."""
+    """Two values for keys that are all but equal: one update alone is an eighth of ‖W‖, both together twice ‖W‖."""
     model = toy_model(KIND)
     before = all_bits(model)
     pair = [

@@ -22,8 +22,8 @@ class RomeVariant:
     """Which keys and which residual a variant uses."""
 
     name: str
-    # Rows δ is optimised on and k̄ is the mean of. "prefixed": those with any text before the subject's last token, be it
-    # a context, the prompt, the rest of the subject or BOS; "all": the row without a context in any case.
+    # Rows δ is optimised on and k̄ is the mean of. "prefixed": those with anything before the subject's last token, be
+    # it a context, the prompt, the rest of the subject or BOS; "all": the row without a context in any case.
     rows: Literal["prefixed", "all"]
     left: Literal["mean", "unprefixed"]
     denominator: Literal["mean", "unprefixed"]
