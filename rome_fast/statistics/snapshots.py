@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -105,12 +106,10 @@ class Snapshots:
 
     def remove(self) -> None:
         """Remove this process's snapshots, when what they are for is safely elsewhere."""
-        for slot in (0, 1):
-            self._file(slot).unlink(missing_ok=True)
-        for folder in (self.folder, self.folder.parent):
-            # The parent goes with the last process of the run.
-            with suppress(OSError):
-                folder.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        # The parent goes with the last process of the run.
+        with suppress(OSError):
+            self.folder.parent.rmdir()
         self.release()
 
     def release(self) -> None:
