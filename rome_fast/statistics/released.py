@@ -38,12 +38,16 @@ def import_npz(file: str | Path, model: PreTrainedModel, layer: int) -> Statisti
     actual = Fingerprint.of(runner, layer)
     width = actual.key_size
     try:
-        with np.load(file, allow_pickle=False) as content:
+        # Opened here, because numpy leaves a damaged file open.
+        with Path(file).open("rb") as stream:
+            content = np.load(stream, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                raise StatisticsError(f"{file}: got a single array, wanted an .npz file with mom2.mom2 and mom2.count")
             if missing := {"mom2.mom2", "mom2.count"} - set(content.files):
                 raise StatisticsError(f"{file}: wanted mom2.mom2 and mom2.count in it, {', '.join(missing)} missing")
             total, count = content["mom2.mom2"], content["mom2.count"]
             named = str(content[_FINGERPRINT]) if _FINGERPRINT in content.files else None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise StatisticsError(f"{file}: cannot be read as an .npz file of second moments ({error})") from error
     if total.shape != (width, width):
         raise StatisticsError(
