@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 
 from helpers import LAYER
 from rome_fast import Statistics, collect_statistics
+from rome_fast.cli import main
 from rome_fast.errors import ArgumentError, CheckpointError, StatisticsError
 from rome_fast.statistics import collect, reading, snapshots
 from rome_fast.weights import files
@@ -30,6 +29,16 @@ def many_snapshots(monkeypatch):
     monkeypatch.setattr(snapshots, "_MOST_SHARE", float("inf"))
     monkeypatch.setitem(collect._BATCH_TOKENS, "cpu", 32)
     monkeypatch.setattr(reading, "_WINDOW_BATCHES", 4)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Those of torch and of the tokenizer do not survive a fork."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -119,61 +128,39 @@ def killed_child(task, moment, name):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_twenty_times_at_random_moments(work, tmp_path, monkeypatch):
+def test_killed_twenty_times_at_random_moments(work, tmp_path, one_thread):
     """Before and after a snapshot's bytes are synced, before it is renamed, and in the middle of a batch."""
-    # One thread: those of torch and of the tokenizer do not survive a fork.
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        wanted = work(None)
-        moments = random.Random(0)
-        killed = 0
-        for _ in range(KILLS):
-            name = moments.choice(["rename", "sync", "batch"])
-            killed += killed_child(lambda: work(tmp_path), moments.randint(1, 3), name)
-        assert killed == KILLS
-        assert snapshot_files(tmp_path)
-        same(work(tmp_path), wanted)
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["layer-0.safetensors", "layer-1.safetensors"]
-    finally:
-        torch.set_num_threads(threads)
+    wanted = work(None)
+    moments = random.Random(0)
+    killed = 0
+    for _ in range(KILLS):
+        name = moments.choice(["rename", "sync", "batch"])
+        killed += killed_child(lambda: work(tmp_path), moments.randint(1, 3), name)
+    assert killed == KILLS
+    assert snapshot_files(tmp_path)
+    same(work(tmp_path), wanted)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["layer-0.safetensors", "layer-1.safetensors"]
 
 
-SCRIPT = """
-import sys
-from rome_fast import cli
-from rome_fast.statistics import collect, reading, snapshots
-snapshots._EVERY_SECONDS, snapshots._MOST_SHARE = 0.0, float("inf")
-collect._BATCH_TOKENS["cpu"], reading._WINDOW_BATCHES = 32, 4
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def test_the_same_command_goes_on_after_kill_9(tmp_path, toy_tokenizers, monkeypatch, capfd):
-    """Real processes and a real SIGKILL, whenever it comes."""
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_the_same_command_goes_on_after_kill_9(tmp_path, toy_tokenizers, one_thread, monkeypatch):
+    """A real SIGKILL, at whatever moment it comes."""
     monkeypatch.chdir(tmp_path)
     save_toy("model", toy_model("gpt2"), toy_tokenizers[False])
     Path("corpus.txt").write_text("\n\n".join(SENTENCES * 8))
     command = ["statistics", "model", "--corpus", "corpus.txt", "--tokens", "6000", "--device", "cpu", "--out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for _ in range(2):
-        with subprocess.Popen([sys.executable, "-c", SCRIPT, *command, "killed"], env=environment) as process:
-            before = newest(Path("killed"))
-            while process.poll() is None and newest(Path("killed")) - before < 5:
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            os._exit(main([*command, "killed"]))
+        before = newest(Path("killed"))
+        while newest(Path("killed")) - before < 5:
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         assert not list(Path("killed").glob("layer-*"))
-    from rome_fast.cli import main
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main([*command, "killed"]) == 0
-        assert main([*command, "whole"]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main([*command, "killed"]) == 0
+    assert main([*command, "whole"]) == 0
     same(Statistics.load("killed"), Statistics.load("whole"))
     assert [file.name for file in Path("killed").iterdir()] == ["layer-1.safetensors"]
 
