@@ -15,7 +15,7 @@ from rome_fast.cli import main
 from rome_fast.errors import ArgumentError, StatisticsError
 from rome_fast.fingerprint import Fingerprint
 from rome_fast.runner import Runner
-from rome_fast.statistics import LayerStatistics, export_npz, import_npz, list_cache, prune_cache
+from rome_fast.statistics import LayerStatistics, collect, export_npz, import_npz, list_cache, prune_cache
 from toys import D_FF, SENTENCES, save_toy, toy_model
 
 CPU = torch.device("cpu")
@@ -308,7 +308,7 @@ def test_parts_are_merged_on_the_command_line(toy, capsys):
 
 
 def test_released_files_on_the_command_line(toy):
-    run("statistics", "model", "--corpus", ".", "--out", "stats")
+    run("statistics", "model", "--corpus", "one.txt", "two.txt", "--out", "stats")
     (toy / "files").mkdir()
     run("statistics", "model", "--export", "files", "--out", "stats", "--sample-size", 26)
     file = toy / "files" / f"transformer.h.{LAYER}.mlp.c_proj_float32_mom2_26.npz"
@@ -367,3 +367,11 @@ def test_the_cache_is_listed_and_pruned(toy, capsys, empty_cache, toy_statistics
         prune_cache(["good", "best"])
     run("statistics", "good", "--prune")
     assert list(cache.iterdir()) == []
+
+
+def test_progress_in_a_log_is_a_line_per_tenth(toy, capsys, monkeypatch):
+    monkeypatch.setitem(collect._BATCH_TOKENS, "cpu", 32)
+    run("statistics", "model", "--corpus", "one.txt", "two.txt", "--tokens", 800, "--device", "cpu")
+    lines = re.findall(r"^(\d+) of 800 tokens, [\d,]+/s, \d:\d\d:\d\d left$", capsys.readouterr().err, re.MULTILINE)
+    assert len(lines) == 10
+    assert lines[-1] == "800"

@@ -78,7 +78,13 @@ def collect_statistics(
         "max_length": str(reading.length),
         "dtype": str(runner.dtype).removeprefix("torch."),
     }
-    run = {**about, "tokens": budget, "batch_tokens": batch_tokens, "layers": {n: str(fingerprints[n]) for n in wanted}}
+    run = {
+        **about,
+        "tokens": budget,
+        "batch_tokens": batch_tokens,
+        "vocabulary": len(tokenizer),
+        "layers": {layer: str(fingerprint) for layer, fingerprint in fingerprints.items()},
+    }
     snapshots = None if out is None else Snapshots(Path(out), run, processes.rank, processes.count)
     totals = {}
     for layer in wanted:

@@ -2,8 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,7 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
         torch.nn.Module.to(model, torch.device(device))
         layers = arguments.layers or [default_layer(model.config)]
         out = arguments.out or _cache_folder(runner, directory, layers)
-        progress = stack.enter_context(shown("second moments", "tokens")) if first else None
+        progress = stack.enter_context(_shown(shown)) if first else None
         statistics = collect_statistics(
             model,
             tokenizer,
@@ -83,6 +86,30 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
         for layer in statistics.layers:
             print(_usable(statistics, layer))
     return report
+
+
+@contextmanager
+def _shown(shown: Shown) -> Iterator[Progress]:
+    """The bar; where it cannot be drawn, as in a log, a line per tenth."""
+    if sys.stderr.isatty():
+        with shown("second moments", "tokens") as advance:
+            yield advance
+        return
+    begun: tuple[float, int] | None = None
+    told = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal begun, told
+        if begun is None:
+            # An interrupted run begins where it was: the speed is that of what comes now.
+            begun, told = (time.monotonic(), done), done * 10 // total
+        elif done * 10 // total > told:
+            told = done * 10 // total
+            rate = (done - begun[1]) / max(time.monotonic() - begun[0], 1e-6)
+            left = timedelta(seconds=round((total - done) / rate))
+            print(f"{done:,} of {total:,} tokens, {rate:,.0f}/s, {left} left", file=sys.stderr, flush=True)
+
+    yield tell
 
 
 def _texts(arguments: argparse.Namespace) -> Iterable[Any]:

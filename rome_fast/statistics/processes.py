@@ -80,7 +80,9 @@ def joined(device: str) -> Iterator[Processes]:
     try:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
+            dist.init_process_group("nccl", timeout=_PATIENCE, device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
         try:
             yield Processes.of_default_group()
         finally:
