@@ -243,9 +243,16 @@ def test_a_result_that_cannot_be_written_leaves_the_snapshots(work, tmp_path, mo
     assert seen == []
 
 
-def test_another_corpus_is_not_mixed_in(interrupted, work, tmp_path):
-    with pytest.raises(StatisticsError, match=r"texts: the first .* are others than when the run began"):
-        work(tmp_path, texts=SENTENCES[::-1])
+@pytest.mark.parametrize(("changed", "window_batches"), [(0, 4), (7, 4), (0, 1000), (15, 1000)])
+def test_another_corpus_is_not_mixed_in(changed, window_batches, work, tmp_path, monkeypatch):
+    """Whether the change is before the place to go on from, or among rows that are half done."""
+    monkeypatch.setattr(reading, "_WINDOW_BATCHES", window_batches)
+    with pytest.raises(Killed):
+        work(tmp_path, progress=stop_after(9))
+    texts = list(SENTENCES)
+    texts[changed] = texts[changed].upper()
+    with pytest.raises(StatisticsError, match="texts: got others than when the run began that is to be resumed"):
+        work(tmp_path, texts=texts)
 
 
 @pytest.mark.parametrize("change", [{"layers": [0]}, {"tokens": 600}, {"max_length": 8}, {"model": "another"}])

@@ -15,7 +15,7 @@ from ..kernels import mirror_lower_, second_moment_
 from ..runner import Runner, evaluating, watching
 from .layer import LayerStatistics
 from .processes import Processes
-from .reading import Reading, Rows, made_ahead
+from .reading import Reading, Rows, made_ahead, other_texts
 from .snapshots import Snapshots, Sums
 from .store import Statistics
 
@@ -129,7 +129,9 @@ def _sum_up(
     passed = sums.start.tokens
     with made_ahead(reading.windows(sums.start)) as windows:
         for window in windows:
-            sums.start = window.start
+            if sums.batches > window.start.batches and sums.rows != window.digest:
+                raise other_texts()
+            sums.start, sums.rows = window.start, window.digest
             for number, batch in enumerate(window.batches(reading.batch_tokens), window.start.batches):
                 passed += sum(map(len, batch))
                 if number < sums.batches:

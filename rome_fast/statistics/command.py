@@ -124,7 +124,7 @@ def _texts(arguments: argparse.Namespace) -> Iterable[Any]:
 
 def _cache_folder(runner: Runner, directory: Path, layers: list[int]) -> Path:
     # The name alone would let two models of one folder name replace each other's files.
-    layer = min(max(layers), len(runner.layers) - 1)
+    layer = max(0, min(max(layers), len(runner.layers) - 1))
     return statistics_cache() / f"{directory.resolve().name}-{Fingerprint.of(runner, layer)}"
 
 

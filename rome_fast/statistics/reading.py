@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,11 @@ class Window:
 
     start: Place
     rows: Rows
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells these rows from any others."""
+        return hashlib.sha256(repr(self.rows).encode()).hexdigest()
 
     def batches(self, most: int) -> list[Rows]:
         """The rows, longest first, in batches of at most `most` tokens with padding (a longer row stands alone)."""
@@ -134,10 +140,7 @@ class Reading:
                 break
             self.corpus.update(_bytes(text, number))
         if self.corpus.hexdigest() != start.digest:
-            raise StatisticsError(
-                f"texts: the first {start.texts} of them are others than when the run began that is to be resumed; "
-                "give it the texts it began with, or another folder to begin anew in"
-            )
+            raise other_texts()
 
     def _group(self, texts: Iterator[str], left: int) -> list[str]:
         """Texts to tokenise together; not many more than needed, since a token takes about a character at least."""
@@ -150,6 +153,14 @@ class Reading:
             group.append(text)
             size += len(text) + 1
         return group
+
+
+def other_texts() -> StatisticsError:
+    """The error of a run that is resumed with texts that it did not begin with."""
+    return StatisticsError(
+        "texts: got others than when the run began that is to be resumed; give it the texts it began with, or another "
+        "folder to begin anew in"
+    )
 
 
 def _bytes(text: str, number: int) -> bytes:

@@ -38,6 +38,7 @@ class Sums:
     totals: dict[int, Tensor]  # per layer (d_ff, d_ff) fp64, at least the lower triangle
     tokens: int = 0  # in the sums
     start: Place = field(default_factory=Place)  # of the current window
+    rows: str = ""  # digest of that window
     batches: int = 0  # of the whole corpus: those before this one are done, by this process or another
 
 
@@ -91,6 +92,7 @@ class Snapshots:
                 "tokens": sums.tokens,
                 "batches": sums.batches,
                 "start": asdict(sums.start),
+                "rows": sums.rows,
             }
         )
         metadata = {"format": _FORMAT, "state": state, "sha256": _checksum(state, tensors)}
@@ -148,7 +150,9 @@ class Snapshots:
         if any(totals[layer].shape != total.shape for layer, total in like.items()) or fields["run"] != self._run:
             raise damaged
         moved = {layer: totals[layer].to(total.device) for layer, total in like.items()}
-        return fields["number"], Sums(moved, fields["tokens"], Place(**fields["start"]), fields["batches"])
+        return fields["number"], Sums(
+            moved, fields["tokens"], Place(**fields["start"]), fields["rows"], fields["batches"]
+        )
 
 
 def _checksum(state: str, tensors: Mapping[str, Tensor]) -> str:
