@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -109,7 +110,9 @@ def _shown(shown: Shown) -> Iterator[Progress]:
             left = timedelta(seconds=round((total - done) / rate))
             print(f"{done:,} of {total:,} tokens, {rate:,.0f}/s, {left} left", file=sys.stderr, flush=True)
 
-    yield tell
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+        yield tell
 
 
 def _texts(arguments: argparse.Namespace) -> Iterable[Any]:

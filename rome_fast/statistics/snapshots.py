@@ -69,8 +69,8 @@ class Snapshots:
                     damaged.append(str(error))
         self._number = max(found, default=0)
         if damaged:
-            where = f"at {found[self._number].tokens} tokens" if found else "the beginning"
-            warnings.warn(f"{'; '.join(damaged)}; going on from the snapshot before it, {where}", stacklevel=3)
+            rest = f"going on from the other one, at {found[self._number].tokens} tokens" if found else "beginning anew"
+            warnings.warn(f"{'; '.join(damaged)}; {rest}", stacklevel=3)
         return found[self._number] if found else None
 
     def due(self) -> bool:
