@@ -75,11 +75,26 @@ def _parser() -> argparse.ArgumentParser:
         "collect the second moments of a model's keys",
         "rome-fast statistics ./model --corpus text.txt --layers 9 --tokens 100000",
     )
-    stats.add_argument("model", help="directory or hub id of the model")
-    stats.add_argument("--corpus", type=Path, required=True, help="text file; blank lines part documents")
+    stats.add_argument("model", nargs="?", help="directory or hub id of the model")
+    stats.add_argument(
+        "--corpus", type=Path, nargs="+", help="text (blank lines part documents) or .jsonl files, or folders of them"
+    )
+    stats.add_argument("--dataset", metavar="NAME[:CONFIG]", help="a data set of the hub in place of --corpus")
+    stats.add_argument("--split", default="train", help="of the data set (default: train)")
+    stats.add_argument("--field", default="text", help="where JSON lines or the data set have the text (default: text)")
     stats.add_argument("--layers", type=int, nargs="+", help="layers to collect (default: the model's edit layer)")
     stats.add_argument("--tokens", type=int, help="tokens to read (default: 10 per dimension of the keys)")
+    stats.add_argument("--max-length", type=int, default=128, help="tokens of a row at most (default: 128)")
+    stats.add_argument("--ridge", type=float, default=0.0, help="solve with C + RIDGE · mean(diag C) · I (default: 0)")
+    stats.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     stats.add_argument("--out", type=Path, help="folder for the files (default: the cache)")
+    stats.add_argument("--list", action="store_true", help="list the cache")
+    stats.add_argument("--prune", action="store_true", help="clear the cache of damaged files and interrupted runs, or "
+                       "of the folder named in place of the model")  # fmt: skip
+    stats.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="join statistics of parts of a corpus")
+    stats.add_argument("--import", type=Path, dest="import_npz", metavar="NPZ", help="take a released .npz file")
+    stats.add_argument("--export", type=Path, dest="export_npz", metavar="DIR", help="write released .npz files there")
+    stats.add_argument("--sample-size", type=int, default=100_000, help="named in exported files (default: 100000)")
 
     edit = verb(
         "edit",
@@ -144,27 +159,9 @@ def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _statistics(arguments: argparse.Namespace) -> dict[str, Any]:
-    from . import checkpoints
-    from .defaults import default_layer
-    from .fingerprint import Fingerprint
-    from .runner import Runner
-    from .statistics import collect_statistics, statistics_cache
+    from .statistics.command import run_statistics
 
-    texts = _documents(arguments.corpus)
-    model, tokenizer, directory = checkpoints.load(arguments.model)
-    layers = arguments.layers or [default_layer(model.config)]
-    runner = Runner(model)
-    width = runner.weight(0).shape[1]
-    tokens = 10 * width if arguments.tokens is None else arguments.tokens
-    with _progress("second moments", "tokens") as advance:
-        statistics = collect_statistics(model, tokenizer, texts, layers, tokens, progress=advance)
-    # The name alone would let two models of one folder name replace each other's files.
-    name = f"{directory.resolve().name}-{Fingerprint.of(runner, max(layers))}"
-    out = arguments.out or statistics_cache() / name
-    statistics.save(out)
-    seen = next(iter(statistics.layers.values())).tokens
-    print(f"{seen} tokens, {seen / width:.1f} per dimension of the keys, layers {sorted(statistics.layers)} → {out}")
-    return {"model": arguments.model, "layers": sorted(statistics.layers), "tokens": seen, "out": str(out)}
+    return run_statistics(arguments, _progress)
 
 
 def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -252,7 +249,22 @@ def _revert(arguments: argparse.Namespace) -> dict[str, Any]:
 def _progress(stage: str, unit: str) -> Iterator[Any]:
     """A bar on standard error; a line per tenth where that is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """How many a second, measured over the last of them."""
+
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f}/s" if task.speed and task.speed >= 10 else "")
 
     console = Console(stderr=True)
     columns = (
@@ -260,6 +272,7 @@ def _progress(stage: str, unit: str) -> Iterator[Any]:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        Rate(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
@@ -281,21 +294,6 @@ def _text(file: Path) -> str:
         raise ArgumentError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{file}: is not UTF-8 text (byte {error.start}); convert it") from error
-
-
-def _documents(file: Path) -> list[str]:
-    """JSON lines with a "text" field, or plain text whose documents are parted by blank lines."""
-    text = _text(file)
-    if file.suffix != ".jsonl":
-        return [part for part in text.split("\n\n") if part.strip()]
-    out = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                out.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ArgumentError(f'{file}, line {number}: wanted a JSON object with a "text" field') from error
-    return out
 
 
 def _write_json(file: Path, report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from rome_fast import RomeFastError, Statistics, collect_statistics
 from rome_fast.errors import ArgumentError, CheckpointError, StatisticsError
 from rome_fast.fingerprint import Fingerprint
 from rome_fast.runner import Runner
-from rome_fast.statistics import LayerStatistics, statistics_cache
+from rome_fast.statistics import LayerStatistics, collect, statistics_cache
 from toys import D_FF, HIDDEN, KINDS, LAYERS, SENTENCES, toy_model
 
 # Rounding of the keys and of sums over a few hundred of them in fp32; measured 1e-7.
@@ -67,7 +67,7 @@ def test_the_model_sets_the_length_of_a_row(toy_tokenizers):
     text = " ".join(SENTENCES)
     count = len(tokenizer(text)["input_ids"])
     assert count > model.config.n_positions
-    entry = collect_statistics(model, tokenizer, [text], [LAYER], max_length=10_000).layers[LAYER]
+    entry = collect_statistics(model, tokenizer, [text], [LAYER], 10_000, max_length=10_000).layers[LAYER]
     assert entry.tokens == count
     assert entry.provenance["max_length"] == str(model.config.n_positions)
 
@@ -91,7 +91,7 @@ def test_the_budget_is_kept_to_the_token(toy_tokenizers):
 def test_neither_padding_nor_batching_matters(side, toy_tokenizers, monkeypatch):
     model, tokenizer = toy_model("llama"), copy.deepcopy(toy_tokenizers[True])
     together = moment(collect_statistics(model, tokenizer, TEXTS, [LAYER]))
-    monkeypatch.setattr("rome_fast.statistics._BATCH_TOKENS", 1)
+    monkeypatch.setitem(collect._BATCH_TOKENS, "cpu", 1)
     tokenizer.padding_side = side
     one_by_one = moment(collect_statistics(model, tokenizer, reversed(TEXTS), [LAYER]))
     assert relative_error(one_by_one, together) < ALLOWED
@@ -290,7 +290,7 @@ def test_a_singular_c_says_how_many_tokens_it_saw(toy_tokenizers):
     before = all_bits(model)
     with pytest.raises(
         StatisticsError,
-        match=rf"C of layer {LAYER} is singular .*of {D_FF}; it saw {seen} tokens for {D_FF} dimensions.*'identity'",
+        match=rf"C of layer {LAYER} is singular: it saw {seen} tokens for {D_FF} dimensions.*'identity'",
     ):
         edited(model, tokenizer, END, statistics=statistics)
     assert changed(model, before) == []

@@ -1,0 +1,79 @@
+"""What is in the cache of statistics, and removing what nobody can use."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ArgumentError, CheckpointError, StatisticsError
+from ..fingerprint import Fingerprint
+from ..weights import read_header
+from .snapshots import PATTERN
+from .store import FORMAT, statistics_cache
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """One file of the cache."""
+
+    file: Path
+    size_bytes: int
+    layer: int = -1
+    tokens: int = 0
+    model: str = ""  # its fingerprint
+    width: int = 0  # d_ff
+    problem: str = ""  # why it cannot be used; then the fields above are unknown
+
+
+def list_cache() -> list[CachedLayer]:
+    """All layers in the cache, by folder and layer; only headers are read."""
+    found = [_cached(file) for file in statistics_cache().glob("*/layer-*.safetensors")]
+    return sorted(found, key=lambda entry: (entry.file.parent, entry.layer))
+
+
+def prune_cache(names: Iterable[str] = ()) -> list[Path]:
+    """Remove the named folders of the cache, or by default damaged files and what interrupted runs left.
+
+    Returns what was removed. Raises ArgumentError, before anything is removed, for a name that is not in the cache.
+    """
+    cache = statistics_cache()
+    removed: list[Path] = []
+    names = list(names)
+    if names:
+        known = sorted(folder.name for folder in cache.glob("*/"))
+        if unknown := [name for name in names if name not in known]:
+            raise ArgumentError(
+                f"prune: got {', '.join(unknown)}, wanted some of {', '.join(known) or 'nothing'} in {cache}"
+            )
+        removed = [cache / name for name in names]
+    else:
+        removed = [entry.file for entry in list_cache() if entry.problem]
+        removed += sorted(cache.glob(f"*/{PATTERN}"))
+    for path in removed:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for folder in cache.glob("*/"):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    return removed
+
+
+def _cached(file: Path) -> CachedLayer:
+    size = file.stat().st_size
+    try:
+        header = read_header(file)
+        if header.metadata.get("format") != FORMAT:
+            raise StatisticsError("not second moments of rome_fast")
+        fingerprint = Fingerprint.from_json(header.metadata["fingerprint"])
+        return CachedLayer(
+            file,
+            size,
+            int(header.metadata["layer"]),
+            int(header.metadata["tokens"]),
+            str(fingerprint),
+            fingerprint.key_size,
+        )
+    except (CheckpointError, StatisticsError, KeyError, ValueError, TypeError) as error:
+        return CachedLayer(file, size, problem=str(error) or type(error).__name__)

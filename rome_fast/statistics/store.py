@@ -1,0 +1,171 @@
+"""Statistics of several layers: in files, in the cache, and merged out of parts."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..assets import cache_dir
+from ..errors import ArgumentError, CheckpointError, StatisticsError
+from ..fingerprint import Fingerprint
+from ..runner import Runner
+from ..weights import load_tensors, save_tensors
+from .layer import LayerStatistics, check_ridge
+
+FORMAT = "rome_fast second moment 1"
+
+
+def statistics_cache() -> Path:
+    """Where statistics are kept when no directory is given, one folder per model."""
+    return cache_dir() / "statistics"
+
+
+class Statistics:
+    """Second moments of one model's keys, by layer."""
+
+    def __init__(self, layers: Iterable[LayerStatistics]) -> None:
+        self.layers = {entry.layer: entry for entry in layers}
+
+    def for_layer(self, runner: Runner, layer: int) -> LayerStatistics:
+        """The entry of a layer, checked to belong to this model.
+
+        Raises StatisticsError naming both fingerprints for another model, layer or width.
+        """
+        if layer not in self.layers:
+            have = ", ".join(map(str, sorted(self.layers))) or "none"
+            raise StatisticsError(
+                f"statistics: got layer(s) {have}, wanted layer {layer}; "
+                f"collect it with: rome-fast statistics MODEL --corpus FILE --layers {layer} --out DIR"
+            )
+        entry = self.layers[layer]
+        width = runner.weight(layer).shape[1]
+        actual = Fingerprint.of(runner, layer)
+        if entry.moment.shape != (width, width):
+            raise StatisticsError(
+                f"statistics: got C of shape {tuple(entry.moment.shape)} (model {entry.fingerprint}), wanted "
+                f"({width}, {width}) for layer {layer} of this model ({actual})"
+            )
+        if not entry.fingerprint.matches(actual):
+            raise StatisticsError(
+                f"statistics: got those of model {entry.fingerprint}, wanted {actual}: the weights below layer "
+                f"{layer} differ; collect statistics of this very model"
+            )
+        return entry
+
+    def with_ridge(self, ridge: float) -> "Statistics":
+        """The same, solved with as C + ridge · mean(diag C) · I; ArgumentError for a ridge that is not from 0 on."""
+        check_ridge(ridge)
+        return Statistics(replace(entry, ridge=ridge, _factor=None) for entry in self.layers.values())
+
+    @classmethod
+    def merge(cls, parts: Sequence["Statistics"]) -> "Statistics":
+        """Statistics of all parts' tokens together, layer by layer, as if collected in one go (up to rounding).
+
+        Raises ArgumentError for no parts, StatisticsError for parts of different models (with both fingerprints),
+        and for the same corpus twice, whose tokens would count double.
+        """
+        if not parts:
+            raise ArgumentError("parts: got none, wanted at least one Statistics")
+        layers = sorted({layer for part in parts for layer in part.layers})
+        return cls(_merged([part.layers[layer] for part in parts if layer in part.layers]) for layer in layers)
+
+    def save(self, directory: str | Path) -> None:
+        """One safetensors file per layer, each replaced atomically."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for layer, entry in self.layers.items():
+            metadata = {
+                "format": FORMAT,
+                "layer": str(layer),
+                "tokens": str(entry.tokens),
+                "fingerprint": entry.fingerprint.to_json(),
+                "provenance": json.dumps(entry.provenance),
+                "ridge": repr(entry.ridge),
+            }
+            save_tensors(directory / f"layer-{layer}.safetensors", {"second_moment": entry.moment}, metadata)
+
+    @classmethod
+    def cached(cls, runner: Runner, layer: int) -> "Statistics":
+        """Those of this model and layer in the cache folder; StatisticsError with the command that makes them."""
+        unreadable = ""
+        for file in sorted(statistics_cache().glob(f"*/layer-{layer}.safetensors")):
+            try:
+                entry = _read_layer(file)
+            except (CheckpointError, StatisticsError) as error:
+                unreadable += f"\nunreadable there: {error}"
+                continue
+            if entry.fingerprint.matches(Fingerprint.of(runner, layer)):
+                return cls([entry])
+        name = runner.model.config._name_or_path or "MODEL"
+        raise StatisticsError(
+            f"statistics: none for layer {layer} of {name} in {statistics_cache()}; make them (once) with: "
+            f"rome-fast statistics {name} --corpus FILE --layers {layer}\n"
+            f"or edit without them, at some loss of specificity, by statistics='identity'{unreadable}"
+        )
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Statistics":
+        """Read what `save` wrote; CheckpointError for a damaged file, StatisticsError for anything else."""
+        directory = Path(directory)
+        files = sorted(directory.glob("layer-*.safetensors"))
+        if not files:
+            raise StatisticsError(
+                f"statistics: found no layer-*.safetensors in {directory}; make them with: "
+                f"rome-fast statistics MODEL --corpus FILE --out {directory}"
+            )
+        return cls(_read_layer(file) for file in files)
+
+
+def _merged(entries: Sequence[LayerStatistics]) -> LayerStatistics:
+    first = entries[0]
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.moment.shape != first.moment.shape or not entry.fingerprint.matches(first.fingerprint):
+            raise StatisticsError(
+                f"parts: got layer {entry.layer} of model {entry.fingerprint}, C {tuple(entry.moment.shape)}, wanted "
+                f"{first.fingerprint}, C {tuple(first.moment.shape)}, like the first part; merge parts of one model"
+            )
+        corpora = set(entry.provenance.get("corpus_sha256", "").split()) - {""}
+        if twice := corpora & seen:
+            raise StatisticsError(
+                f"parts: layer {entry.layer} has the corpus {min(twice)[:12]}… twice; leave one of the two out"
+            )
+        seen |= corpora
+    if len(entries) == 1:
+        return first
+    tokens = sum(entry.tokens for entry in entries)
+    total = torch.zeros(first.moment.shape, dtype=torch.float64)
+    for entry in entries:
+        total += entry.moment.to("cpu", torch.float64) * entry.tokens
+    shared = set(first.provenance.items()).intersection(*(entry.provenance.items() for entry in entries))
+    provenance = {name: value for name, value in first.provenance.items() if (name, value) in shared}
+    provenance |= {"corpus_sha256": " ".join(sorted(seen)), "parts": str(len(entries))}
+    ridge = max(entry.ridge for entry in entries)
+    return LayerStatistics(
+        first.layer, (total / tokens).to(first.moment.dtype), tokens, first.fingerprint, provenance, ridge
+    )
+
+
+def _read_layer(file: Path) -> LayerStatistics:
+    tensors, metadata = load_tensors(file)
+    if metadata.get("format") != FORMAT or set(tensors) != {"second_moment"}:
+        raise StatisticsError(f"statistics: {file} is a safetensors file but not one of second moments")
+    moment = tensors["second_moment"]
+    if moment.dim() != 2 or moment.shape[0] != moment.shape[1]:
+        raise StatisticsError(f"statistics: {file} has C of shape {tuple(moment.shape)}, wanted a square matrix")
+    if not bool(torch.isfinite(moment).all()):
+        raise StatisticsError(f"statistics: {file} contains NaN or infinity; collect it again")
+    try:
+        return LayerStatistics(
+            layer=int(metadata["layer"]),
+            moment=moment,
+            tokens=int(metadata["tokens"]),
+            fingerprint=Fingerprint.from_json(metadata["fingerprint"]),
+            provenance=json.loads(metadata["provenance"]),
+            # Files from before there was one have none.
+            ridge=float(metadata.get("ridge", 0.0)),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise StatisticsError(f"statistics: {file} has unreadable metadata ({error}); collect it again") from error
