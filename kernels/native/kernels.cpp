@@ -96,12 +96,12 @@ struct Fp16 {
     static Stored narrow(Vector x) {
         Bits bits = (Bits)x;
         Bits magnitude = bits & 0x7FFFFFFF;
-        // From 65520 on the nearest value is infinity.
+        // What is rounded up to 2¹⁶ has the bits of infinity by itself.
         Bits normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
         // A number below 2⁻¹⁴ has its last place at 2⁻²⁴, which is where the last place of 0.5 is in fp32.
         Bits subnormal = (Bits)((Vector)magnitude + 0.5f) - (126u << 23);
         Bits is_small = (Bits)(magnitude < (113u << 23));
-        Bits is_huge = (Bits)(magnitude >= 0x477FF000);
+        Bits is_huge = (Bits)(magnitude >= (143u << 23));
         Bits is_nan = (Bits)(magnitude > 0x7F800000);
         Bits half = (is_small & subnormal) | (~is_small & normal);
         half = (is_huge & 0x7C00) | (~is_huge & half);
