@@ -32,7 +32,7 @@ class BuildWithKernels(build_py):
             subprocess.run(["cmake", "-S", ".", "-B", build, *generator, "-DBUILD_TESTING=OFF"], check=True)
             subprocess.run(["cmake", "--build", build], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"rome_fast: no native kernels, so second moments and 16-bit rank updates are slower on CPUs ({error})")
+            print(f"rome_fast: no native kernels; second moments and 16-bit updates are slower on a CPU ({error})")
             return
         shutil.copy2(build / LIBRARY, target)
         self.library = target

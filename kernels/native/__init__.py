@@ -3,8 +3,8 @@
 Chosen by themselves for rows in fp32, bf16 and fp16, and for weights in bf16 and fp16; `benchmarks/native_kernels.py`
 measures both against torch.
   second_moment_: lower triangle only, half the products of a GEMM; 16-bit rows are widened while they are packed. Sums
-    run in fp32 over at most 1,024 rows, in chains of at most 256, and are then added in the dtype of `total`:
-    |error| ≤ 264 · 2⁻²⁴ · Σ|x_i x_j| for an fp64 total, however many rows there are. An fp32 total rounds once more per
+    run in fp32 over at most 1,024 rows, in chains of at most 128, and are then added in the dtype of `total`:
+    |error| ≤ 137 · 2⁻²⁴ · Σ|x_i x_j| for an fp64 total, however many rows there are. An fp32 total rounds once more per
     1,024 rows and per call, so take an fp64 total for a corpus. The result does not depend on the number of threads.
   rank_update_: one pass over the weight, where torch needs three and two fp32 copies of it.
 

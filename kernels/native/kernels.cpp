@@ -143,7 +143,7 @@ constexpr int ROWS = 8;  // 24 sums in 32 registers
 #else
 constexpr int ROWS = 4;  // 12 sums in 16 registers
 #endif
-constexpr int64_t DEPTH = 256;
+constexpr int64_t DEPTH = 128;
 constexpr int64_t CHUNK = 1024;
 constexpr int64_t TILE_PANELS = 8;
 constexpr int64_t TILE = TILE_PANELS * WIDTH;

@@ -23,7 +23,7 @@ int rome_fast_select(const char* name);
 
 // total += XᵀX over the rows whose mask byte is not 0 (all rows for a null mask); only elements on and below the
 // diagonal are touched. total is (d, d) float or double, x (n, d); both have unit stride along a row. Products are summed
-// in fp32 over at most 1,024 rows, in chains of at most 256, before they are added to total. The result does not depend on
+// in fp32 over at most 1,024 rows, in chains of at most 128, before they are added to total. The result does not depend on
 // the number of threads. Returns 0, or 1 for want of memory, with total unchanged.
 int rome_fast_second_moment(
     void* total, int total_is_double, int64_t total_stride,

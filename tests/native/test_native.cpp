@@ -84,8 +84,8 @@ void test_second_moment(int64_t n, int64_t d, int kind, bool masked, bool is_dou
         if (threads == 1) first_float = total_float, first_double = total_double;
         expect(status == 0 && first_float == total_float && first_double == total_double, "second moment: threads");
     }
-    // One rounding per product and addition of a chain, one per chain, and those of the total.
-    const double chain = std::min<int64_t>(n, 256) + 4.0 + (is_double ? 0 : n / 1024 + 1);
+    // One rounding per addition of a chain, a product's where it is not fused, one per chain, and those of the total.
+    const double chain = std::min<int64_t>(n, 128) + 9.0 + (is_double ? 0 : n / 1024 + 1);
     for (int64_t i = 0; i < d; i++)
         for (int64_t j = 0; j < stride; j++) {
             const double got = is_double ? first_double[i * stride + j] : first_float[i * stride + j];
