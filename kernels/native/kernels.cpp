@@ -36,6 +36,9 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// No more threads than have `least` of the work each: waking one up costs some 10 microseconds.
+int useful(int threads, int64_t work, int64_t least) { return smaller(threads, larger(work / least, 1)); }
+
 int thread_number() {
 #ifdef _OPENMP
     return omp_get_thread_num();
@@ -148,6 +151,7 @@ constexpr int64_t CHUNK = 1024;
 constexpr int64_t TILE_PANELS = 8;
 constexpr int64_t TILE = TILE_PANELS * WIDTH;
 constexpr int64_t PACKED_ROWS = 16;
+constexpr int64_t PRODUCTS_PER_THREAD = 1 << 25;  // about a millisecond
 
 static_assert(WIDTH % ROWS == 0, "a panel is a whole number of left operands");
 
@@ -237,13 +241,13 @@ void add_rows(void* total, bool total_is_double, int64_t total_stride, const voi
         for (; next < n && count < CHUNK; next++)
             if (!mask || mask[next]) rows[count++] = next;
         if (!count) break;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(useful(threads, count * d * d / 2, PRODUCTS_PER_THREAD))
         {
 #pragma omp for schedule(static)
             for (int64_t from = 0; from < count; from += PACKED_ROWS)
                 pack<Kind>(packed, static_cast<const typename Kind::Element*>(x), x_stride, rows, from,
                            smaller(from + PACKED_ROWS, count), count, d);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
             for (int64_t tile = 0; tile < tiles(); tile++) {
                 int64_t i = 0;
                 while ((i + 1) * (i + 2) / 2 <= tile) i++;
@@ -271,6 +275,7 @@ int second_moment(void* total, int total_is_double, int64_t total_stride, const 
 
 constexpr int UPDATED_ROWS = 4;
 constexpr int64_t STRIP_FLOATS = 4096;
+constexpr int64_t ELEMENTS_PER_THREAD = 1 << 18;  // about a tenth of a millisecond
 
 // ROWS rows of one strip; right is (rank, strip).
 template <class Kind, int ROWS>
@@ -320,6 +325,7 @@ void update(void* weight, int64_t stride, const float* left, const float* right,
 int rank_update(void* weight, int kind, int64_t stride, const float* left, const float* right, int64_t d, int64_t width,
                 int64_t rank, int threads) {
     if (!d || !width || !rank) return 0;
+    threads = useful(threads, d * width, ELEMENTS_PER_THREAD);
     const int64_t strip = smaller(larger(STRIP_FLOATS / rank / LANES, 1), divide_up(width, LANES)) * LANES;
     float* strips = allocate(threads * rank * strip);
     if (!strips) return 1;
