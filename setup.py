@@ -26,8 +26,9 @@ class BuildWithKernels(build_py):
         target = package / "native" / LIBRARY
         build = Path(self.get_finalized_command("build").build_temp, "native").absolute()
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        # One left by an earlier build may not fit the sources of this one.
+        # What an earlier build left may not fit these sources or this folder.
         target.unlink(missing_ok=True)
+        shutil.rmtree(build, ignore_errors=True)
         try:
             subprocess.run(["cmake", "-S", ".", "-B", build, *generator, "-DBUILD_TESTING=OFF"], check=True)
             subprocess.run(["cmake", "--build", build], check=True)

@@ -5,12 +5,26 @@
 #include <atomic>
 #include <cstring>
 
+#ifdef ROME_FAST_X86
+#include <cpuid.h>
+#endif
+
 namespace {
+
+#ifdef ROME_FAST_X86
+// Conversions of fp16; compilers before GCC 11 cannot be asked by its name.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 bool has(const RomeFastKernels* kernels) {
 #ifdef ROME_FAST_X86
-    if (kernels == &rome_fast_avx512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-    if (kernels == &rome_fast_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    if (kernels == &rome_fast_avx2) return avx2;
+    if (kernels == &rome_fast_avx512)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 #endif
     return kernels == &rome_fast_generic;
 }
