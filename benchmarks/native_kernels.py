@@ -9,6 +9,7 @@ A row of benchmarks/results/native_kernels.csv is one provider on one problem, a
 
 import argparse
 import csv
+import itertools
 import os
 import platform
 import statistics
@@ -23,7 +24,7 @@ from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "native_kernels.csv"
 KEY = ("op", "provider", "shape", "dtype", "threads", "cpu")
-ROUNDS = 7
+ROUNDS = 5
 
 Providers = dict[str, Callable[[], object]]
 Row = dict[str, object]
@@ -160,6 +161,7 @@ def conditions() -> Row:
         "cores": os.cpu_count(),
         "load": f"{os.getloadavg()[0]:.1f}",
         "instructions": native.instruction_set(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "torch": torch.__version__,
         "commit": git("rev-parse", "--short", "HEAD"),
     }
@@ -189,18 +191,13 @@ def main() -> None:
         raise SystemExit(obstacle)
     torch.manual_seed(0)
     print(conditions(), flush=True)
-    rows: list[Row] = []
+    moments = [] if arguments.op == "rank_update_" else MOMENTS[: 2 if arguments.quick else None]
+    updates = [] if arguments.op == "second_moment_" else UPDATES[: 1 if arguments.quick else None]
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        if arguments.op != "rank_update_":
-            for n, d, moment_dtype, kept in MOMENTS[: 2 if arguments.quick else None]:
-                rows += second_moment(n, d, moment_dtype, kept)
-        if arguments.op != "second_moment_":
-            for d, width, update_dtype, rank in UPDATES[: 1 if arguments.quick else None]:
-                rows += rank_update(d, width, update_dtype, rank)
-    if not arguments.quick:
-        where = conditions()
-        save([row | where for row in rows])
+        for rows in itertools.chain(itertools.starmap(second_moment, moments), itertools.starmap(rank_update, updates)):
+            if not arguments.quick:
+                save([row | conditions() for row in rows])
 
 
 if __name__ == "__main__":
