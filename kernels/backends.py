@@ -95,7 +95,7 @@ def choose(op: str, device: torch.device, *, no_triton: str | None = None, no_na
 def _why(backend: str, op: str) -> str:
     if backend == "triton":
         return "the tensors are on an NVIDIA GPU"
-    return f"{native.OPS[op]} on a CPU, by its {native.instruction_set()} instructions"
+    return f"{native.OPS[op]}, on a CPU with {native.instruction_set()} instructions"
 
 
 _REMEDIES = {

@@ -181,7 +181,7 @@ def assert_rank_update(got, before, left, right):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize(
     ("d", "width", "rank"),
-    [(0, 4, 1), (3, 0, 1), (1, 1, 1), (5, 9, 1), (9, 5, 3), (33, 517, 7), (7, 4101, 1), (6, 40, 90)],
+    [(0, 4, 1), (3, 0, 1), (1, 1, 1), (5, 9, 1), (9, 5, 3), (33, 517, 7), (7, 4101, 1), (6, 40, 128)],
 )
 def test_rank_update_rounds_once(d, width, rank, dtype, instruction_set):
     before = torch.randn(d, width).to(dtype)
@@ -243,6 +243,11 @@ REFUSED = {
         "not adjacent in memory",
     ),
     "fp32 weight": (rank_update_, lambda: (torch.zeros(2, 3), torch.ones(2, 1), torch.ones(1, 3)), "torch is faster"),
+    "rank": (
+        rank_update_,
+        lambda: (torch.zeros(2, 3, dtype=BF16), torch.ones(2, 129), torch.ones(129, 3)),
+        "a GEMM is as fast beyond rank 128",
+    ),
     "strided weight": (
         rank_update_,
         lambda: (torch.zeros(4, 6, dtype=BF16)[::2, ::2], torch.ones(2, 1), torch.ones(1, 3)),
@@ -306,7 +311,10 @@ def test_explain_says_what_the_kernels_take_and_use(monkeypatch):
     monkeypatch.delenv("ROME_FAST_KERNELS", raising=False)
     best = native.instruction_set()
     told = explain("cpu")
-    assert told["rank_update_"] == ("native", f"bf16 and fp16 weights on a CPU, by its {best} instructions")
+    assert told["rank_update_"] == (
+        "native",
+        f"bf16 and fp16 weights, up to rank 128, on a CPU with {best} instructions",
+    )
     assert told["low_rank_apply_"] == ("reference", "there is no native kernel of this op")
     native.select("generic")
     try:

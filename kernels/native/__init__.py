@@ -6,7 +6,7 @@ measures both against torch.
     run in fp32 over at most 1,024 rows, in chains of at most 128, and are then added in the dtype of `total`:
     |error| ≤ 137 · 2⁻²⁴ · Σ|x_i x_j| for an fp64 total, however many rows there are. An fp32 total rounds once more per
     1,024 rows and per call, so take an fp64 total for a corpus. The result does not depend on the number of threads.
-  rank_update_: one pass over the weight, where torch needs three and two fp32 copies of it.
+  rank_update_: one pass over the weight up to rank 128, where torch needs three and two fp32 copies of the weight.
 
 Ruled out, on an AMD EPYC (Zen 3, AVX2), one thread: the rank update of fp32 weights, 0.4 to 0.8 times the speed of
 torch's addcmul_ and addmm_, which are single passes already; second moments of fp64 rows, which the same scheme would
@@ -23,8 +23,10 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).parent / "librome_fast_native.so"
 VERSION = 1  # ROME_FAST_NATIVE_VERSION in native.h
-OPS = {"second_moment_": "fp32, bf16 and fp16 rows", "rank_update_": "bf16 and fp16 weights"}
+OPS = {"second_moment_": "fp32, bf16 and fp16 rows", "rank_update_": "bf16 and fp16 weights, up to rank 128"}
 """The ops with a kernel here, and what it takes."""
+MAX_RANK = 128
+"""Largest rank of an update that is faster here (3 times at 128, 1.2 at 512, where a GEMM is all that counts)."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -141,6 +143,8 @@ def rank_update_obstacle(weight: Tensor, left: Tensor, right: Tensor) -> str | N
     """Why the native kernel cannot take these arguments of `rank_update_`, or None."""
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return "torch is faster on fp32 weights, and there is no native kernel for fp64 ones"
+    if left.shape[1] > MAX_RANK:
+        return f"a GEMM is as fast beyond rank {MAX_RANK}"
     if not any(_row_major(w) and _separate_rows(w) for w in (weight, weight.T)):
         return "neither the rows nor the columns of weight are contiguous"
     return _recorded(weight, left, right)
@@ -153,7 +157,7 @@ def rank_update_native_(
 ) -> Tensor:
     """W += left @ right in place, summed in fp32 and rounded once, on as many threads as torch uses.
 
-    Raises MemoryError when there is no room for 4,096 numbers per thread; the weight is then unchanged.
+    Raises MemoryError when there is no room for 32,768 numbers per thread; the weight is then unchanged.
     """
     w, a, b = weight, left, right
     if not (_row_major(w) and _separate_rows(w)):
