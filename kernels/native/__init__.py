@@ -8,10 +8,10 @@ measures both against torch.
     1,024 rows and per call, so take an fp64 total for a corpus. The result does not depend on the number of threads.
   rank_update_: one pass over the weight up to rank 128, where torch needs three and two fp32 copies of the weight.
 
-Ruled out, on an AMD EPYC (Zen 3, AVX2), one thread: the rank update of fp32 weights, 0.4 to 0.8 times the speed of
-torch's addcmul_ and addmm_, which are single passes already; second moments of fp64 rows, which the same scheme would
-merely halve and nothing here collects. AVX-512 has been compiled, not run. Its bf16 products are left out: they want
-the rows interleaved in pairs, a second layout that could not be tested.
+Ruled out: the rank update of fp32 weights, because addcmul_ and addmm_ of torch are single passes already (a kernel of
+one vector per row had 0.4 to 0.8 times their speed on one thread of an AMD EPYC, Zen 3, AVX2). Not tried: fp64 rows and
+the other ops. AVX-512 has been compiled, not run. Its bf16 products are left out: they want the rows interleaved in
+pairs, a second layout that could not be tested.
 """
 
 import ctypes
