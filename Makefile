@@ -31,7 +31,7 @@ check: $(STAMP)
 
 # torch has to be there before anything that depends on it: a looser request fetches a newer build and with it
 # gigabytes of CUDA packages.
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*.cpp kernels/native/*.h)
 	$(PYTHON) -m venv $(VENV_FLAGS) .venv
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet -e '.[test,dev,kernels]'

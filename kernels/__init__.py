@@ -1,7 +1,8 @@
 """The tensor operations of model editing: validated here, computed by a backend.
 
 Each op has a plain-torch definition in `reference.py`; that definition is the oracle for every faster backend.
-On NVIDIA GPUs with triton installed that is Triton, elsewhere the reference; `explain()` says which and why.
+On NVIDIA GPUs with triton installed that is Triton, on CPUs C++ for what it does faster than torch, elsewhere the
+reference; `explain()` says which and why.
 This package imports nothing from `rome_fast` and nothing heavy beyond torch.
 """
 

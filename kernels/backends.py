@@ -1,7 +1,8 @@
-"""Which implementation an op runs on: Triton on a GPU it can compile for, the plain-torch reference otherwise.
+"""Which implementation an op runs on: Triton on a GPU it can compile for, a native kernel on a CPU where the op has one
+and it is built, the plain-torch reference otherwise.
 
-`ROME_FAST_KERNELS=reference` or `=triton` forces one. Triton is imported only once it is chosen; a machine without it
-works.
+`ROME_FAST_KERNELS=reference`, `=native` or `=triton` forces one. Triton is imported and the native library loaded only
+once an op could use it; a machine without them works.
 """
 
 import functools
@@ -12,14 +13,17 @@ from typing import NamedTuple
 
 import torch
 
+from . import native
+
 VARIABLE = "ROME_FAST_KERNELS"
+BACKENDS = ("reference", "native", "triton")
 TRITON_OPS = ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_")
 
 
 class Choice(NamedTuple):
     """The backend of an op and the reason for it."""
 
-    backend: str  # "triton" or "reference"
+    backend: str  # one of BACKENDS
     why: str
 
 
@@ -42,7 +46,7 @@ def _no_triton() -> str | None:
     return None
 
 
-def _obstacle(device: torch.device) -> str | None:
+def _triton_obstacle(device: torch.device) -> str | None:
     """Why triton cannot run on tensors of this device, or None."""
     if device.type != "cuda":
         if device.type == "cpu" and _no_triton() is None and interpreting():
@@ -56,27 +60,48 @@ def _obstacle(device: torch.device) -> str | None:
     return _no_triton()
 
 
-def choose(device: torch.device, unsupported: str | None = None) -> Choice:
-    """The backend for tensors on `device`; `unsupported` says why triton cannot take these arguments.
+def _native_obstacle(op: str, device: torch.device) -> str | None:
+    """Why the native kernel of an op cannot run on tensors of this device, or None."""
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    if op not in native.OPS:
+        return "there is no native kernel of this op"
+    return native.obstacle()
 
-    Raises ValueError for an unknown value of ROME_FAST_KERNELS, RuntimeError when it asks for the impossible.
+
+def choose(op: str, device: torch.device, *, no_triton: str | None = None, no_native: str | None = None) -> Choice:
+    """The backend of an op on `device`; `no_triton` and `no_native` say why these cannot take the arguments, if so.
+
+    Raises ValueError for an unknown value of ROME_FAST_KERNELS, RuntimeError when it asks for the impossible; an op
+    that has no native kernel at all runs on the reference where `native` is forced.
     """
     forced = os.environ.get(VARIABLE, "")
-    if forced not in ("", "reference", "triton"):
-        raise ValueError(f"{VARIABLE}: got {forced!r}, wanted 'reference' or 'triton'; correct or unset it")
+    if forced not in ("", *BACKENDS):
+        raise ValueError(f"{VARIABLE}: got {forced!r}, wanted one of {', '.join(BACKENDS)}; correct or unset it")
     if forced == "reference":
         return Choice("reference", f"{VARIABLE}=reference")
-    if not forced and device.type != "cuda":
-        return Choice("reference", f"the tensors are on {device.type}")
-    obstacle = unsupported or _obstacle(device)
-    if not forced:
-        return Choice("reference", obstacle) if obstacle else Choice("triton", "the tensors are on an NVIDIA GPU")
-    if obstacle:
-        raise RuntimeError(
-            f"{VARIABLE}=triton: {obstacle}; unset {VARIABLE}, move the tensors to a GPU, or on a CPU set "
-            "TRITON_INTERPRET=1 to run the kernels in the interpreter"
-        )
-    return Choice("triton", f"{VARIABLE}=triton")
+    backend = forced or ("triton" if device.type == "cuda" else "native")
+    if backend == "triton":
+        obstacle = no_triton or _triton_obstacle(device)
+    else:
+        obstacle = _native_obstacle(op, device) or no_native or (None if forced else native.doubt(op))
+    if not obstacle:
+        return Choice(backend, f"{VARIABLE}={forced}" if forced else _why(backend, op))
+    if not forced or (backend == "native" and op not in native.OPS):
+        return Choice("reference", obstacle)
+    raise RuntimeError(f"{VARIABLE}={forced}: {obstacle}; unset {VARIABLE}, {_REMEDIES[backend]}")
+
+
+def _why(backend: str, op: str) -> str:
+    if backend == "triton":
+        return "the tensors are on an NVIDIA GPU"
+    return f"{native.OPS[op]}, on a CPU with {native.instruction_set()} instructions"
+
+
+_REMEDIES = {
+    "native": "or pass what the kernel takes",
+    "triton": "move the tensors to a GPU, or on a CPU set TRITON_INTERPRET=1 to run the kernels in the interpreter",
+}
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
@@ -88,9 +113,8 @@ def explain(device: str | torch.device | None = None) -> dict[str, Choice]:
     """Every op with its backend on `device` (the GPU where there is one) and the reason."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    choice = choose(torch.device(device))
     return {
-        **dict.fromkeys(TRITON_OPS, choice),
+        **{op: choose(op, torch.device(device)) for op in TRITON_OPS},
         "mirror_lower_": Choice("reference", "once per statistic; plain torch is fast enough"),
         "solve_residual": Choice("reference", "two products that the library does best"),
     }

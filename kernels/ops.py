@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 from .backends import choose, launching_on
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -60,14 +60,19 @@ def second_moment_(
         _check_size("mask", mask.shape[0], x.shape[0], "entries")
     _check_target("total", total)
     _check_apart("x", x, "total", total)
-    if (
-        choose(total.device, "fp64 rows have no 16-bit pieces" if x.dtype == torch.float64 else None).backend
-        == "triton"
-    ):
+    choice = choose(
+        "second_moment_",
+        total.device,
+        no_triton="fp64 rows have no 16-bit pieces" if x.dtype == torch.float64 else None,
+        no_native=native.second_moment_obstacle(total, x),
+    )
+    if choice.backend == "triton":
         from .second_moment import second_moment_triton_
 
         with launching_on(total.device):
             return second_moment_triton_(total, x, mask)
+    if choice.backend == "native":
+        return native.second_moment_native_(total, x, mask)
     return reference.second_moment_ref_(total, x, mask)
 
 
@@ -107,7 +112,7 @@ def prefixed_solve(
     present = torch.unique(groups)
     if count < 1 or present.numel() != count or int(present[0]) != 0 or int(present[-1]) != count - 1:
         raise ValueError(f"groups: wanted every id of 0 .. {count - 1} at least once, got {present.tolist()[:20]}")
-    if choose(keys.device).backend == "triton":
+    if choose("prefixed_solve", keys.device).backend == "triton":
         from .solve import prefixed_solve_triton
 
         with launching_on(keys.device):
@@ -152,11 +157,14 @@ def rank_update_(
     _check_target("weight", weight)
     _check_apart("left", left, "weight", weight)
     _check_apart("right", right, "weight", weight)
-    if choose(weight.device).backend == "triton":
+    choice = choose("rank_update_", weight.device, no_native=native.rank_update_obstacle(weight, left, right))
+    if choice.backend == "triton":
         from .rank_update import rank_update_triton_
 
         with launching_on(weight.device):
             return rank_update_triton_(weight, left, right)
+    if choice.backend == "native":
+        return native.rank_update_native_(weight, left, right)
     return reference.rank_update_ref_(weight, left, right)
 
 
@@ -185,7 +193,7 @@ def low_rank_apply_(
     _check_target("y", y)
     for name, value in (("x", x), ("left", left), ("right", right)):
         _check_apart(name, value, "y", y)
-    if choose(y.device).backend == "triton":
+    if choose("low_rank_apply_", y.device).backend == "triton":
         from .low_rank_apply import low_rank_apply_triton_
 
         with launching_on(y.device):

@@ -1,5 +1,6 @@
 """Every op against its definition in float64, in every dtype, and every argument it must refuse.
 
+All of it twice: on the reference, and on what is chosen by itself on this machine.
 A bound is written as the rounding errors that the op's docstring allows: u = eps / 2 for each rounding, and one
 rounding per addition of a sum.
 """
@@ -13,6 +14,11 @@ from helpers import bits
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WIDE = (torch.float32, torch.float64)
 NAN = float("nan")
+
+
+@pytest.fixture(autouse=True, params=["reference", ""], ids=["reference", "chosen"])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("ROME_FAST_KERNELS", request.param)
 
 
 def eps(dtype):
