@@ -117,8 +117,11 @@ def _parser() -> argparse.ArgumentParser:
         "rome-fast bench --baseline --count 8 --threads 1 --json bench.json",
     )
     bench.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
+    bench.add_argument(
+        "--shape", help="random weights of a real model's sizes instead, as llama-2-7b; never stops early"
+    )
     bench.add_argument("--edits", type=Path, help="requests (default: a small built-in set)")
-    bench.add_argument("--count", type=int, help="how many of them (default: all)")
+    bench.add_argument("--count", type=int, help="how many of them (default: all; a shape may want more, repeated)")
     bench.add_argument("--batch", type=int, default=16, help="edits per call (default: 16)")
     bench.add_argument("--baseline", action="store_true", help="also make the edits as the released editors do")
     bench.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
