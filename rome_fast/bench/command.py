@@ -23,7 +23,7 @@ from ..statistics import Statistics
 from .shapes import repeated
 from .throughput import Setup, bench, shape_setup
 
-_REQUESTS = Path(__file__).with_name("requests.jsonl")
+REQUESTS = Path(__file__).with_name("requests.jsonl")
 _SENTENCES = 20
 
 
@@ -31,7 +31,7 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, append the CSV row; returns the report."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    edits = load_edits(arguments.edits or _REQUESTS)
+    edits = load_edits(arguments.edits or REQUESTS)
     edits = repeated(edits, arguments.count) if arguments.shape else edits[: arguments.count]
     if arguments.batch < 1 or not edits:
         raise ArgumentError(f"batch, count: got {arguments.batch} and {len(edits)} edits, wanted at least 1 of each")

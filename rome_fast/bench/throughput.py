@@ -117,7 +117,7 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
     roofline = measure_roofline(setup.model.device, setup.model.dtype)
     fast, rule, released = Track("rome_fast"), Track("rome_fast, released stop rule"), Track("as released")
     stages: dict[str, float] = {}
-    ideal, largest = 0.0, 0
+    ideal_total, largest = 0.0, 0
     old_rule = replace(setup, settings=replace(setup.settings, stop="loss"))
     differences: list[float] = []
     counts: dict[tuple[int, int], tuple[int, int]] = {}
@@ -130,16 +130,16 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
         group = list(edits[start : start + batch])
         flow = setup.flow
         requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.how) for e in group]
-        made = _run(fast, flow, requests)
+        made = run_timed(fast, flow, requests)
         largest = max(largest, flow.largest_batch)
         for stage, seconds in flow.clock.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
-        ideal += _ideal(setup, requests, [record for _, record in made])
+        ideal_total += ideal(setup, requests, [record for _, record in made])
         with FlopCounter() as counter:
             setup.flow.solve_each(requests)
         fast.flops += counter.total
         if baseline:
-            same_rule = _run(rule, old_rule.flow, requests)
+            same_rule = run_timed(rule, old_rule.flow, requests)
             for edit, request, (delta, _) in zip(group, requests, same_rule, strict=True):
                 theirs_delta = _run_released(released, old_rule, edit, request, quality, base, counts)
                 differences.append(_difference(delta, theirs_delta))
@@ -169,8 +169,8 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
         "settings": asdict(setup.settings),
         **mine,
         "seconds_by_stage": stages,
-        "ideal_flops_per_edit": ideal / max(1, len(edits)),
-        "flops_over_ideal": fast.flops / ideal if ideal else None,
+        "ideal_flops_per_edit": ideal_total / max(1, len(edits)),
+        "flops_over_ideal": fast.flops / ideal_total if ideal_total else None,
         "flops_per_second": flops_per_second,
         "roofline": roofline.to_json(),
         "share_of_matrix_rate": flops_per_second / roofline.matrix_rate,
@@ -199,7 +199,8 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
     return report
 
 
-def _run(track: Track, flow: Flow, requests: Sequence[Request]) -> list[tuple[Delta, Record]]:
+def run_timed(track: Track, flow: Flow, requests: Sequence[Request]) -> list[tuple[Delta, Record]]:
+    """Make the edits, each alone on the unedited model, and add what that cost to the track."""
     cpu, wall = time.process_time(), time.perf_counter()
     made = flow.solve_each(requests)
     if flow.runner.device.type == "cuda":
@@ -263,7 +264,8 @@ def _difference(delta: Delta, wanted: Delta) -> float:
     return float((delta.updates[name].dense().double() - truth).norm() / truth.norm())
 
 
-def _ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) -> float:
+def ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) -> float:
+    """FLOPs of these edits in a program that computes nothing twice; see `flops`."""
     runner = Runner(setup.model)
     contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts])
     return ideal_flops(runner, contexts, requests, records, setup.layer, setup.settings)
