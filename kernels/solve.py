@@ -79,9 +79,9 @@ def group_mean_triton(keys: Tensor, groups: Tensor, count: int, dtype: torch.dty
     """Mean key of each group, (count, d) in `dtype`, summed in fp32 or fp64 in the order of the rows."""
     d = keys.shape[1]
     mean = torch.empty((count, d), dtype=dtype, device=keys.device)
-    order = torch.argsort(groups, stable=True)
-    bounds = torch.zeros(count + 1, dtype=torch.int64, device=keys.device)
-    bounds[1:] = torch.bincount(groups, minlength=count).cumsum(0)
+    # Not by bincount, which waits for the GPU. Ids out of range fall outside all bounds.
+    ordered, order = torch.sort(groups, stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=keys.device))
     block = configs.MEAN_BLOCK
     _mean_kernel[(count, triton.cdiv(d, block))](
         keys,

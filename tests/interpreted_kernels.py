@@ -311,6 +311,21 @@ def test_low_rank_apply_ignores_what_unedited_rows_hold(generator: torch.Generat
     assert low_rank_apply_triton_(y[:0], x[:0], left, right, ids[:0]).shape == (0, 3)
 
 
+# The mean of no keys is 0 / 0, which numpy, unlike a GPU, remarks on.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_an_id_out_of_range_reads_nothing_and_shows() -> None:
+    """On a GPU the ids are not checked beforehand: such a read ended in foreign memory."""
+    y = low_rank_apply_triton_(
+        torch.zeros(4, 3), torch.ones(4, 5), torch.ones(2, 3), torch.ones(2, 5), torch.tensor([1, 2, -1, 2**40])
+    )
+    assert y[[0, 2]].tolist() == [[5.0] * 3, [0.0] * 3]
+    assert y[[1, 3]].isnan().all()
+    keys = torch.arange(15.0).view(5, 3)
+    mean, _, _ = prefixed_solve_triton(keys, torch.tensor([1, 3, -1, 1, 7]), 2, None, None)
+    assert mean[1].tolist() == [4.5, 5.5, 6.5]
+    assert mean[0].isnan().all()
+
+
 def far_apart(rows: int, columns: int, dtype: torch.dtype = F16) -> Tensor:
     """Rows whose stride still fits 32 bits, unlike the offset of the third. Only touched pages become real memory."""
     step = 2**30 + 16
