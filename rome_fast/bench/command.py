@@ -29,17 +29,9 @@ _SENTENCES = 20
 
 def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, append the CSV row; returns the report."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    edits = load_edits(arguments.edits or REQUESTS)
-    edits = repeated(edits, arguments.count) if arguments.shape else edits[: arguments.count]
-    if arguments.batch < 1 or not edits:
-        raise ArgumentError(f"batch, count: got {arguments.batch} and {len(edits)} edits, wanted at least 1 of each")
-    device = torch.device(arguments.device)
-    if arguments.shape:
-        setup, extra = _random_setup(arguments, device, edits)
-    else:
-        setup, extra = _real_setup(arguments, device), {}
+    if arguments.batch < 1:
+        raise ArgumentError(f"batch: got {arguments.batch}, wanted at least 1")
+    setup, edits, extra = prepare(arguments)
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -47,11 +39,26 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     report = bench(setup, edits, arguments.batch, arguments.baseline, bool(setup.sentences), say) | extra
     report["versions"] = checkpoints.versions()
     report["date"] = datetime.now(UTC).date().isoformat()
-    report["processor"] = processor(device)
+    report["processor"] = processor(setup.model.device)
     print_table(_table(report))
     if arguments.csv:
         append_row(arguments.csv, report)
     return report
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Setup, list[Edit], dict[str, Any]]:
+    """Model and requests that the arguments ask for, and what the report must say of a random model."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    edits = load_edits(arguments.edits or REQUESTS)
+    edits = repeated(edits, arguments.count) if arguments.shape else edits[: arguments.count]
+    if not edits:
+        raise ArgumentError(f"count: got {arguments.count}, wanted at least 1")
+    device = torch.device(arguments.device)
+    if arguments.shape:
+        setup, extra = _random_setup(arguments, device, edits)
+        return setup, edits, extra
+    return _real_setup(arguments, device), edits, {}
 
 
 def _random_setup(
