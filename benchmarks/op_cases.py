@@ -13,7 +13,7 @@ import torch
 import uninstalled  # noqa: F401  (it makes rome_fast importable)
 
 # isort: split
-from rome_fast.kernels import low_rank_apply_, prefixed_solve, rank_update_, second_moment_
+from rome_fast.kernels import configs, low_rank_apply_, prefixed_solve, rank_update_, second_moment_
 from torch import Tensor
 
 from rome_fast.bench.shapes import random_factor
@@ -89,8 +89,14 @@ def second_moment_case(d: int, tokens: int, dtype: torch.dtype, device: torch.de
         rows = x.float() if wide is None else wide
         return total.addmm_(rows.T, rows)
 
+    def fp32_result() -> Tensor:
+        return total.add_(torch.mm(x.T, x, out_dtype=torch.float32))
+
     runs = {OURS: lambda: second_moment_(total, x), "full GEMM, same dtype": full_product}
     if dtype != torch.float32:
+        # Not on a CPU, and from torch 2.8 on.
+        if device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
+            runs["full GEMM, fp32 result, add"] = fp32_result
         runs["upcast, full GEMM in fp32"] = upcast_first
     return Case(
         op="second_moment_",
@@ -105,8 +111,17 @@ def second_moment_case(d: int, tokens: int, dtype: torch.dtype, device: torch.de
         # On the matrix unit an fp32 product is six of bf16 pieces.
         flops=tokens * float(d) ** 2 * (1 if dtype != torch.float32 else 6),
         moved_bytes=x.nbytes + total.nbytes,
-        floor=2 * torch.finfo(torch.float32).eps,
+        floor=matrix_unit_error(tokens),
     )
+
+
+def matrix_unit_error(tokens: int) -> float:
+    """Relative error of a sum on the matrix unit, which adds 16 products at a time and cuts off instead of rounding.
+
+    Every addition may lose a unit in the last place, and always in the same direction; the op starts a new sum after
+    `configs.CHAIN_TOKENS`. An fp32 GEMM rounds to nearest, so that its errors cancel.
+    """
+    return torch.finfo(torch.float32).eps * (1 + min(tokens, configs.CHAIN_TOKENS) / 16)
 
 
 def solve_one_case(d: int, device: torch.device, keys: int = 21) -> Case:

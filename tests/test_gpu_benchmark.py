@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu
 import measure
 import op_cases
+from rome_fast.bench.roofline import Roofline
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -68,6 +70,52 @@ def test_every_case_is_right_and_notices_what_is_wrong(number):
             assert not case.check()[op_cases.OURS]
         return
     pytest.fail(f"there is no case {number}")
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch, tmp_path):
+    """The parts of the benchmark on the CPU: what they ask CUDA for is answered; results go to the returned folder."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(gpu, "measure_roofline", lambda device, dtype: Roofline(1e9, 64, "bfloat16", 1e9, 1024))
+    monkeypatch.setattr(gpu, "_OP_SECONDS", 0.0)
+    for name, answer in (("reset_peak_memory_stats", None), ("max_memory_allocated", 3 << 30), ("empty_cache", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    return tmp_path / "out"
+
+
+def test_the_ops_part_writes_a_row_per_provider_and_times_no_wrong_one(as_if_on_a_gpu, monkeypatch, capsys):
+    small = list(op_cases.cases(70, CPU, tokens=130, rows=64))
+    spoiled = small[-1]
+    ours = spoiled.runs[op_cases.OURS]
+    spoiled.runs[op_cases.OURS] = lambda: ours() * 2
+    monkeypatch.setattr(gpu, "cases", lambda d_ff, device: iter(small))
+    assert gpu.ops(CPU, [70]) == 1
+    rows = measure.read_rows(as_if_on_a_gpu / "gpu_ops.csv")
+    assert len(rows) == sum(len(case.runs) for case in small)
+    for row in rows:
+        wrong = (row["op"], row["provider"]) == (spoiled.op, op_cases.OURS)
+        assert row["right"] == str(not wrong)
+        assert (row["ms"] == "") == wrong
+        if row["ms"]:
+            assert float(row["share_of_bound"]) == pytest.approx(float(row["bound_ms"]) / float(row["ms"]), rel=1e-3)
+            assert float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
+    assert "WRONG, not timed" in capsys.readouterr().out
+    gpu.plot()
+    assert (as_if_on_a_gpu / "gpu_ops.png").stat().st_size > 10_000
+
+
+def test_the_values_part_writes_a_row_per_batch(as_if_on_a_gpu, empty_cache):
+    assert gpu.values(CPU, "tiny", [1, 2]) == 0
+    rows = measure.read_rows(as_if_on_a_gpu / "gpu_values.csv")
+    assert [row["batch"] for row in rows] == ["1", "2"]
+    for row in rows:
+        assert float(row["steps_per_edit"]) == 25
+        assert float(row["peak_gib"]) == 3
+        rate = float(row["ideal_tflop_per_edit"]) / float(row["seconds_per_edit"])
+        assert float(row["share_of_matrix_rate"]) == pytest.approx(rate * 1e12 / 1e9, rel=1e-3)
+        assert 1 <= float(row["counted_tflop_per_edit"]) / float(row["ideal_tflop_per_edit"]) < 1.3
+    gpu.plot()
+    assert (as_if_on_a_gpu / "gpu_values.png").stat().st_size > 5_000
 
 
 def test_times_are_taken_in_turns_and_sorted():
