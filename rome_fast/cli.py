@@ -143,7 +143,7 @@ def _measured(sub: argparse.ArgumentParser, count: int | None) -> None:
     sub.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
     sub.add_argument("--shape", help="random weights of a real model's sizes instead, as llama-2-7b; never stops early")
     sub.add_argument("--edits", type=Path, help="requests (default: a small built-in set)")
-    how_many = f"how many of them (default: {count or 'all'}; for a shape they are repeated as needed)"
+    how_many = f"how many of them (default: {count or 'all, or one batch for a shape'}; a shape repeats them)"
     sub.add_argument("--count", type=int, default=count, help=how_many)
     sub.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
     sub.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")

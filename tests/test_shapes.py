@@ -112,11 +112,12 @@ def test_bench_of_a_shape(identity, tmp_path, empty_cache, capsys):
     file, edits = tmp_path / "report.json", tmp_path / "edits.jsonl"
     # One request over and over, so that all of them fit into one batch without padding.
     edits.write_text(json.dumps({"prompt": "{} is in", "subject": "The Eiffel Tower", "target_new": "Rome"}) + "\n")
-    arguments = ["bench", "--shape", "tiny", "--edits", str(edits), "--count", "3", "--batch", "2", "--no-quality"]
+    arguments = ["bench", "--shape", "tiny", "--edits", str(edits), "--batch", "2", "--no-quality"]
     arguments += ["--json", str(file)]
-    assert main(arguments + ["--identity"] * identity) == 0
+    # By default one batch.
+    assert main(arguments + (["--identity"] if identity else ["--count", "3"])) == 0
     report = json.loads(file.read_text())
-    assert (report["edits"], report["batch"], report["largest_batch"]) == (3, 2, 2)
+    assert (report["edits"], report["batch"], report["largest_batch"]) == (2 if identity else 3, 2, 2)
     assert report["statistics"] == ("identity" if identity else "random, of the right size")
     # A random model's edits take every step on every row.
     assert report["steps_per_edit"] == report["settings"]["steps"] == 25

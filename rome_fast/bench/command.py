@@ -31,7 +31,8 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, append the CSV row; returns the report."""
     if arguments.batch < 1:
         raise ArgumentError(f"batch: got {arguments.batch}, wanted at least 1")
-    setup, edits, extra = prepare(arguments)
+    one_batch = arguments.shape is not None and arguments.count is None
+    setup, edits, extra = prepare(arguments, arguments.batch if one_batch else arguments.count)
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -46,14 +47,14 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Setup, list[Edit], dict[str, Any]]:
-    """Model and requests that the arguments ask for, and what the report must say of a random model."""
+def prepare(arguments: argparse.Namespace, count: int | None) -> tuple[Setup, list[Edit], dict[str, Any]]:
+    """Model and `count` requests (None: all) as the arguments say, and what the report must say of a random model."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     edits = load_edits(arguments.edits or REQUESTS)
-    edits = repeated(edits, arguments.count) if arguments.shape else edits[: arguments.count]
+    edits = repeated(edits, count) if arguments.shape else edits[:count]
     if not edits:
-        raise ArgumentError(f"count: got {arguments.count}, wanted at least 1")
+        raise ArgumentError(f"count: got {count}, wanted at least 1")
     device = torch.device(arguments.device)
     if arguments.shape:
         setup, extra = _random_setup(arguments, device, edits)
