@@ -95,8 +95,9 @@ def prefixed_solve(
     none). An inverse replaces the solve by a product; with the factor beside it, one step of refinement follows.
     `solve_residual` says how good the result is.
 
-    Raises TypeError for a dtype, ValueError for a shape, device, an id out of range or an edit without keys. On a GPU,
-    where ids are not looked at, a key with an id out of range belongs to no edit, and the mean of no keys is NaN.
+    Raises TypeError for a dtype, ValueError for a shape, device, an id out of range or an edit without keys. On a GPU
+    ids are not checked: there a single edit takes all keys as its own, and of several edits a key with an id out of
+    range belongs to none, and the mean of no keys is NaN.
     """
     _check("keys", keys, 2, _FLOATS, keys.device)
     _check("groups", groups, 1, (torch.int64,), keys.device)

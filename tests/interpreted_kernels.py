@@ -255,11 +255,13 @@ def test_rank_update_of_strided_views_leaves_the_rest_alone(generator: torch.Gen
     assert torch.equal(store[untouched], before[untouched])
 
 
-def test_mean_of_bf16_keys_under_the_identity_is_rounded_once(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_mean_of_bf16_keys_under_the_identity_is_rounded_once(count: int, generator: torch.Generator) -> None:
     """Without a matrix the result is bf16 like the keys; summed in bf16 it would be off by several units."""
     keys = torch.randn(40, 33, generator=generator).to(BF16)
-    mean, _, _ = prefixed_solve_triton(keys, torch.zeros(40, dtype=torch.int64), 1, None, None)
-    exact = keys.double().mean(0, keepdim=True)
+    groups = torch.arange(40) % count
+    mean, _, _ = prefixed_solve_triton(keys, groups, count, None, None)
+    exact = torch.stack([keys[groups == group].double().mean(0) for group in range(count)])
     assert mean.dtype == BF16
     assert ((mean.double() - exact).abs() <= 2**-7 * exact.abs() + 1e-6).all()
 
