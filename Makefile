@@ -12,7 +12,12 @@ export OMP_WAIT_POLICY ?= passive
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check acceptance
+# With NOVENV=1, `make gpu` runs on PYTHON as it is and installs nothing: that Python needs torch, transformers, triton and
+# pytest, and imports the package from here. GPU_ARGS is for one part, as in GPU_ARGS='--part ops --sizes 4096'.
+NOVENV ?=
+GPU_ARGS ?=
+
+.PHONY: demo test check acceptance bench gpu
 
 demo: $(STAMP)
 	$(BIN)/rome-fast demo
@@ -23,6 +28,14 @@ test: $(STAMP)
 # What the README promises, on the real model; needs development data beside the repository, and says so.
 acceptance: $(STAMP)
 	$(BIN)/python -m pytest -s -m slow
+
+# Small sizes on a CPU; each op is checked before it is timed.
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --benchmark-only --benchmark-columns=min,median,iqr,rounds benchmarks
+
+# What only a GPU shows, in nine minutes: correctness, speed, memory accesses. Rows go to benchmarks/results, or to $$OUT.
+gpu: $(if $(NOVENV),,$(STAMP))
+	$(if $(NOVENV),$(PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

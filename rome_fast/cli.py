@@ -131,25 +131,42 @@ def _parser() -> argparse.ArgumentParser:
         "measure edit throughput, and against an editor written the usual way",
         "rome-fast bench --baseline --count 8 --threads 1 --json bench.json",
     )
-    bench.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
-    bench.add_argument("--edits", type=Path, help="requests (default: a small built-in set)")
-    bench.add_argument("--count", type=int, help="how many of them (default: all)")
+    _measured(bench, count=None)
     bench.add_argument("--batch", type=int, default=16, help="edits per call (default: 16)")
     bench.add_argument("--baseline", action="store_true", help="also make the edits as the released editors do")
-    bench.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
-    bench.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
-    bench.add_argument("--method", default="c-rome")
-    bench.add_argument("--layer", type=int)
-    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    bench.add_argument("--device", default="cpu")
-    bench.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     bench.add_argument("--sentences", type=Path, help="sentences for perplexity, one a line (default: the demo's)")
     bench.add_argument("--no-quality", action="store_true", help="leave quality figures out")
     bench.add_argument("--csv", type=Path, help="append a row to this CSV file")
 
+    profile = verb(
+        "profile",
+        _profile,
+        "trace a few edits and set every stage and operator against what the device does at best",
+        "rome-fast profile ./model --edits edits.jsonl --count 4 --out profile",
+    )
+    _measured(profile, count=4)
+    profile.add_argument("--out", type=Path, default=Path("profile"), help="folder for the files (default: profile)")
+    profile.set_defaults(sentences=None, no_quality=True)
+
     revert = verb("revert", _revert, "restore an edited checkpoint to its original bytes", "rome-fast revert ./edited")
     revert.add_argument("directory", type=Path)
     return parser
+
+
+def _measured(sub: argparse.ArgumentParser, count: int | None) -> None:
+    """What to measure, for the verbs that do."""
+    sub.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
+    sub.add_argument("--shape", help="random weights of a real model's sizes instead, as llama-2-7b; never stops early")
+    sub.add_argument("--edits", type=Path, help="requests (default: a small built-in set)")
+    how_many = f"how many of them (default: {count or 'all, or one batch for a shape'}; a shape repeats them)"
+    sub.add_argument("--count", type=int, default=count, help=how_many)
+    sub.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
+    sub.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
+    sub.add_argument("--method", default="c-rome")
+    sub.add_argument("--layer", type=int)
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    sub.add_argument("--device", default="cpu")
+    sub.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
 
 def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -233,6 +250,12 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     from .bench.command import run_bench
 
     return run_bench(arguments)
+
+
+def _profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .bench.profile import run_profile
+
+    return run_profile(arguments)
 
 
 def _revert(arguments: argparse.Namespace) -> dict[str, Any]:

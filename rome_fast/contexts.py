@@ -48,12 +48,12 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> list
     pad = padding_id(tokenizer)
     longest = max(map(len, openings))
     # Padded on the left whatever the tokenizer says: generation goes on from the last column.
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in openings])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in openings])
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in openings], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in openings], device=model.device)
     with torch.no_grad():
         generated = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids,
+            attention_mask=mask,
             do_sample=True,
             top_k=_TOP_K,
             top_p=1.0,

@@ -152,7 +152,7 @@ def apply_edits(
     if not isinstance(settings, ValueSettings):
         raise ArgumentError(f"settings: got {type(settings).__name__}, wanted a rome_fast.ValueSettings or None")
 
-    clock = Clock()
+    clock = Clock(runner.device)
     delta = Delta({})
     with evaluating(model):
         try:

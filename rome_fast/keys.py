@@ -50,7 +50,8 @@ def run_to_layer(runner: Runner, contexts: Contexts, rows: Sequence[ContextRow],
     shared = [contexts.shared_with(r.context, r.row) for r in rows]
     packed = runner.pack([r.row.inputs[start:] for r, start in zip(rows, shared, strict=True)])
     start = torch.tensor(shared, device=device)
-    subject = torch.tensor([r.row.subject for r in rows], device=device) - start
+    subjects = [r.row.subject - first for r, first in zip(rows, shared, strict=True)]
+    subject = torch.tensor(subjects, device=device)
     index = torch.arange(len(rows), device=device)
     context = torch.tensor([r.context for r in rows], device=device)
 
@@ -77,7 +78,7 @@ def run_to_layer(runner: Runner, contexts: Contexts, rows: Sequence[ContextRow],
         )
 
     # The middle: behind the context, before the subject's last token. Its keys and values are frozen as well.
-    middle = int(subject.max())
+    middle = max(subjects)
     recorder = Recorder(context_past)
     if middle:
         runner.run(

@@ -81,16 +81,17 @@ class Runner:
 
     def pack(self, rows: Sequence[Sequence[int]]) -> PackedRows:
         """Raises ModelError for a token that the model does not have."""
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        # Put together on the host, so that a GPU gets two transfers and is not waited for.
+        lengths = torch.tensor([len(row) for row in rows], device="cpu")
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64, device="cpu")
         for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.as_tensor(row)
+            ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
         largest, known = int(ids.max()), len(self._embedding)
         if largest >= known:
             raise ModelError(
                 f"tokenizer: got token {largest}, wanted ids below the model's {known}; use the model's own tokenizer"
             )
-        return PackedRows(ids.to(self.device), lengths)
+        return PackedRows(ids.to(self.device), lengths.to(self.device))
 
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states (rows, time, d) that enter layer 0; positions count from 0 unless given."""

@@ -140,11 +140,12 @@ class _Search:
             loss_of_rows, led, gradient_of_rows = batch.evaluate(delta)
             norms = delta.norm(dim=1)
             decay = self.settings.weight_decay / v0_norms**2
-            losses = (loss_of_rows + decay * norms).tolist()
+            # One transfer for both: on a GPU each one waits for everything before it.
+            losses, shares = torch.stack([loss_of_rows + decay * norms, led]).tolist()
             keep = []
             for place, (edit, loss) in enumerate(zip(edits, losses, strict=True)):
                 self.losses[edit].append(loss)
-                held[edit] = held[edit] + 1 if led[place] == 1 else 0
+                held[edit] = held[edit] + 1 if shares[place] == 1 else 0
                 finite = math.isfinite(loss)
                 met = loss < self.settings.stop_loss if self.settings.stop == "loss" else held[edit] > margin
                 if not met and finite and len(self.losses[edit]) < steps:
@@ -152,7 +153,7 @@ class _Search:
                 elif settle:
                     found = delta[place].clone() if finite else torch.zeros_like(delta[place])
                     history = tuple(self.losses[edit])
-                    self._values[edit] = Value(found, history, self._drafted[edit], led[place], finite)
+                    self._values[edit] = Value(found, history, self._drafted[edit], shares[place], finite)
                 else:
                     self._drafted[edit] = len(self.losses[edit])
             if not keep:
@@ -232,8 +233,8 @@ class _Batch:
         if self.before is not None:
             self.before = self.before[kept]
 
-    def evaluate(self, delta: Tensor) -> tuple[Tensor, list[float], Callable[[], Tensor]]:
-        """Loss without weight decay (edits,), share of target tokens that lead, and the gradient (edits, d) on call.
+    def evaluate(self, delta: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """Loss without weight decay and share of target tokens that lead (edits,), and the gradient (edits, d) on call.
 
         The last evaluation of a batch needs no gradient, which is half of the work.
         """
@@ -256,7 +257,7 @@ class _Batch:
 
         return loss, led, gradient
 
-    def _head(self, scored: Tensor, essence: Tensor) -> tuple[Tensor, list[float], list[Tensor]]:
+    def _head(self, scored: Tensor, essence: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Loss and its gradient at the positions that enter it, a bounded number of logits rows at a time."""
         t = self.targets
         loss = torch.zeros(self.edits, dtype=t.share.dtype, device=scored.device)
@@ -285,7 +286,7 @@ class _Batch:
             loss[part] += divergence.detach()
         if first:
             self.before = self.initial = torch.cat(before)
-        return loss, (right / count).tolist(), [scored_gradient, essence_gradient]
+        return loss, right / count, [scored_gradient, essence_gradient]
 
 
 class _Adam:

@@ -255,11 +255,13 @@ def test_rank_update_of_strided_views_leaves_the_rest_alone(generator: torch.Gen
     assert torch.equal(store[untouched], before[untouched])
 
 
-def test_mean_of_bf16_keys_under_the_identity_is_rounded_once(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_mean_of_bf16_keys_under_the_identity_is_rounded_once(count: int, generator: torch.Generator) -> None:
     """Without a matrix the result is bf16 like the keys; summed in bf16 it would be off by several units."""
     keys = torch.randn(40, 33, generator=generator).to(BF16)
-    mean, _, _ = prefixed_solve_triton(keys, torch.zeros(40, dtype=torch.int64), 1, None, None)
-    exact = keys.double().mean(0, keepdim=True)
+    groups = torch.arange(40) % count
+    mean, _, _ = prefixed_solve_triton(keys, groups, count, None, None)
+    exact = torch.stack([keys[groups == group].double().mean(0) for group in range(count)])
     assert mean.dtype == BF16
     assert ((mean.double() - exact).abs() <= 2**-7 * exact.abs() + 1e-6).all()
 
@@ -309,6 +311,21 @@ def test_low_rank_apply_ignores_what_unedited_rows_hold(generator: torch.Generat
             wanted[row] = left[edit] * (right[edit] @ x[row])
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
     assert low_rank_apply_triton_(y[:0], x[:0], left, right, ids[:0]).shape == (0, 3)
+
+
+# The mean of no keys is 0 / 0, which numpy, unlike a GPU, remarks on.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_an_id_out_of_range_reads_nothing_and_shows() -> None:
+    """On a GPU the ids are not checked beforehand: such a read ended in foreign memory."""
+    y = low_rank_apply_triton_(
+        torch.zeros(4, 3), torch.ones(4, 5), torch.ones(2, 3), torch.ones(2, 5), torch.tensor([1, 2, -1, 2**40])
+    )
+    assert y[[0, 2]].tolist() == [[5.0] * 3, [0.0] * 3]
+    assert y[[1, 3]].isnan().all()
+    keys = torch.arange(15.0).view(5, 3)
+    mean, _, _ = prefixed_solve_triton(keys, torch.tensor([1, 3, -1, 1, 7]), 2, None, None)
+    assert mean[1].tolist() == [4.5, 5.5, 6.5]
+    assert mean[0].isnan().all()
 
 
 def far_apart(rows: int, columns: int, dtype: torch.dtype = F16) -> Tensor:

@@ -111,6 +111,7 @@ def run_solve(dtype: torch.dtype) -> None:
     keys = torch.zeros(SIZE, SIZE, dtype=dtype)
     groups = torch.zeros(SIZE, dtype=torch.int64)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    solve.group_mean_triton(keys, groups, 2, wide)
     solve.prefixed_solve_triton(keys, groups, 1, None, torch.eye(SIZE, dtype=wide))
 
 

@@ -351,7 +351,7 @@ REFUSED = [
         prefixed_solve,
         {"keys": torch.ones(0, 3), "groups": torch.zeros(0).long(), "count": 0},
         ValueError,
-        "at least once",
+        "count: got 0, wanted at least 1",
     ),
     (prefixed_solve, {"factor": torch.eye(3).half()}, TypeError, r"factor: got dtype torch.float16"),
     (prefixed_solve, {"factor": torch.eye(4)}, ValueError, r"factor: got 4 rows, wanted 3"),

@@ -3,6 +3,8 @@
 import argparse
 import csv
 import platform
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,43 +15,88 @@ from rich.table import Table
 from .. import assets, checkpoints, demo
 from ..contexts import sample_contexts
 from ..defaults import default_layer, default_settings
-from ..edits import load_edits
+from ..edits import Edit, load_edits
 from ..errors import ArgumentError
 from ..report import print_table
 from ..runner import Runner
 from ..statistics import Statistics
-from .throughput import Setup, bench
+from .shapes import repeated
+from .throughput import Setup, bench, shape_setup
 
-_REQUESTS = Path(__file__).with_name("requests.jsonl")
+REQUESTS = Path(__file__).with_name("requests.jsonl")
 _SENTENCES = 20
 
 
 def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, append the CSV row; returns the report."""
+    if arguments.batch < 1:
+        raise ArgumentError(f"batch: got {arguments.batch}, wanted at least 1")
+    one_batch = arguments.shape is not None and arguments.count is None
+    setup, edits, extra = prepare(arguments, arguments.batch if one_batch else arguments.count)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    report = bench(setup, edits, arguments.batch, arguments.baseline, bool(setup.sentences), say) | extra
+    report["versions"] = checkpoints.versions()
+    report["date"] = datetime.now(UTC).date().isoformat()
+    report["processor"] = processor(setup.model.device)
+    print_table(_table(report))
+    if arguments.csv:
+        append_row(arguments.csv, report)
+    return report
+
+
+def prepare(arguments: argparse.Namespace, count: int | None) -> tuple[Setup, list[Edit], dict[str, Any]]:
+    """Model and `count` requests (None: all) as the arguments say, and what the report must say of a random model."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    edits = load_edits(arguments.edits or REQUESTS)
+    edits = repeated(edits, count) if arguments.shape else edits[:count]
+    if not edits:
+        raise ArgumentError(f"count: got {count}, wanted at least 1")
+    device = torch.device(arguments.device)
+    if arguments.shape:
+        setup, extra = _random_setup(arguments, device, edits)
+        return setup, edits, extra
+    return _real_setup(arguments, device), edits, {}
+
+
+def _random_setup(
+    arguments: argparse.Namespace, device: torch.device, edits: Sequence[Edit]
+) -> tuple[Setup, dict[str, Any]]:
+    """A shape with random weights, and what the report must say of it."""
+    if arguments.model is not None or arguments.statistics or arguments.sentences:
+        raise ArgumentError("shape: wanted without a model, statistics or sentences, which a shape does not have")
+    dtype = getattr(torch, arguments.dtype or "float32")
+    setup, tokens = shape_setup(arguments.shape, device, dtype, edits, identity=arguments.identity)
+    layer = setup.layer if arguments.layer is None else arguments.layer
+    statistics = "identity" if arguments.identity else "random, of the right size"
+    return replace(setup, layer=layer, method=arguments.method), {"statistics": statistics, "tokenizer": tokens}
+
+
+def _real_setup(arguments: argparse.Namespace, device: torch.device) -> Setup:
     own = arguments.model is None
     model, tokenizer, _ = checkpoints.load(assets.model_dir(print) if own else arguments.model)
     if arguments.dtype:
         model.to(getattr(torch, arguments.dtype))
     module: torch.nn.Module = model
-    module.to(torch.device(arguments.device)).eval()
+    module.to(device).eval()
     runner = Runner(model)
     layer = default_layer(model.config) if arguments.layer is None else arguments.layer
-    edits = load_edits(arguments.edits or _REQUESTS)[: arguments.count]
-    if arguments.batch < 1 or not edits:
-        raise ArgumentError(f"batch, count: got {arguments.batch} and {len(edits)} edits, wanted at least 1 of each")
     if arguments.identity:
         factor = None
     else:
         folder = arguments.statistics or (demo.statistics_dir(print) if own and arguments.layer is None else None)
         statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layer)
         factor = statistics.for_layer(runner, layer).factor(runner.device)
-    if arguments.sentences:
+    if arguments.no_quality:
+        sentences = []
+    elif arguments.sentences:
         sentences = [s for s in arguments.sentences.read_text(encoding="utf-8").splitlines() if s.strip()]
     else:
-        sentences = [] if arguments.no_quality else demo.held_out_sentences(_SENTENCES)
-    setup = Setup(
+        sentences = demo.held_out_sentences(_SENTENCES)
+    return Setup(
         model,
         tokenizer,
         sample_contexts(model, tokenizer),
@@ -60,21 +107,11 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
         sentences,
     )
 
-    def say(line: str) -> None:
-        print(line, flush=True)
 
-    report = bench(setup, edits, arguments.batch, arguments.baseline, not arguments.no_quality, say)
-    report["versions"] = checkpoints.versions()
-    report["date"] = datetime.now(UTC).date().isoformat()
-    report["processor"] = processor()
-    print_table(_table(report))
-    if arguments.csv:
-        append_row(arguments.csv, report)
-    return report
-
-
-def processor() -> str:
-    """Name of the CPU, for figures that depend on it."""
+def processor(device: torch.device | None = None) -> str:
+    """Name of the GPU, or of the CPU, for figures that depend on it."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -141,7 +178,15 @@ def _table(report: dict[str, Any]) -> Table:
                 for key in ("efficacy", "paraphrase", "neighborhood", "perplexity_ratio")
             ),
         )
-    ratios = [f"FLOPs over the ideal count: {report['flops_over_ideal']:.3f}"]
+    roofline = report["roofline"]
+    product = f"a {roofline['matrix_dtype']} product of size {roofline['matrix_size']}"
+    ratios = [
+        f"FLOPs over the ideal count: {report['flops_over_ideal']:.3f}",
+        f"{report['flops_per_second'] / 1e12:.3g} TFLOP/s, {report['share_of_matrix_rate']:.0%} of the "
+        f"{roofline['matrix_rate'] / 1e12:.3g} of {product}",
+        f"peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB, {report['peak_memory_over_weights']:.2f} x the "
+        f"weights; statistics: {report['statistics']}",
+    ]
     if "process_time_ratio" in report:
         share = report["share"]
         ratios.append(

@@ -47,9 +47,14 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if (count := _COUNTS.get(func.overloadpacket)) is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
+        self.total += flops_of(func, args, kwargs or {}, out)
         return out
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """FLOPs of one call of an operator; 0 where torch has no formula for it."""
+    count = _COUNTS.get(func.overloadpacket)
+    return 0 if count is None else count(*args, **kwargs, out_val=out)
 
 
 @dataclass(frozen=True)

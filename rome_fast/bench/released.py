@@ -52,10 +52,11 @@ def edit_as_released(
         del rows[0]
     essence = essence_row(tokenizer, edit)
     packed = runner.pack([row.inputs for row in [*rows, essence]])
-    subjects = torch.tensor([row.subject for row in [*rows, essence]])
+    device = runner.device
+    subjects = torch.tensor([row.subject for row in [*rows, essence]], device=device)
     wide = torch.promote_types(runner.dtype, torch.float32)
     arguments = {"input_ids": packed.ids, "attention_mask": packed.mask.long(), "use_cache": False}
-    every = torch.arange(len(subjects))
+    every = torch.arange(len(subjects), device=device)
 
     with torch.no_grad(), _tapped(runner, layer, subjects, None) as seen:
         model(**arguments)
@@ -74,11 +75,11 @@ def edit_as_released(
                 log_probs = model(**arguments).logits.to(wide).log_softmax(-1)
             after = log_probs[every[-1], subjects[-1]]
             before = after.detach() if before is None else before
-            nll = torch.zeros((), dtype=wide)
+            nll = torch.zeros((), dtype=wide, device=device)
             leads = True
             for i, row in enumerate(rows):
-                at = torch.arange(row.target - 1, len(row.ids) - 1)
-                labels = torch.tensor(row.labels)
+                at = torch.arange(row.target - 1, len(row.ids) - 1, device=device)
+                labels = torch.tensor(row.labels, device=device)
                 nll = nll - log_probs[i, at, labels].mean() / len(rows)
                 leads = leads and bool((log_probs[i, at].argmax(1) == labels).all())
             divergence = (after.exp() * (after - before)).sum()
@@ -96,7 +97,7 @@ def edit_as_released(
                     delta *= limit / delta.norm()
 
     left = keys[:1] if how.left == "unprefixed" else keys
-    group = torch.zeros(len(left), dtype=torch.int64)
+    group = torch.zeros(len(left), dtype=torch.int64, device=device)
     mean, u, _ = prefixed_solve(left.to(wide), group, 1, factor)
     k_den = mean if how.denominator == how.left else keys[:1]
     wanted = residual(how, delta.detach(), values[0].to(wide), mean_value.to(wide))
@@ -109,7 +110,7 @@ def edit_as_released(
 def _tapped(runner: Runner, layer: int, subjects: Tensor, delta: Tensor | None) -> Iterator[list[Tensor]]:
     """Read keys and values at the subjects, and add δ to the values there, for the length of the block."""
     seen: list[Tensor] = []
-    every = torch.arange(len(subjects))
+    every = torch.arange(len(subjects), device=subjects.device)
 
     def hook(_module: object, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if delta is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..defaults import default_layer, default_settings
 from ..delta import Delta
 from ..edits import Edit
 from ..evaluation import evaluate, sentence_perplexity, summarise
@@ -22,6 +23,8 @@ from ..runner import Runner
 from ..values import ValueSettings
 from .flops import FlopCounter, ideal_flops
 from .released import edit_as_released
+from .roofline import measure_roofline
+from .shapes import CONTEXTS, random_factor, random_model, tokenizer_for
 
 Say = Callable[[str], None]
 
@@ -81,39 +84,62 @@ class Setup:
             self.settings,
             "off",
             "write",
-            Clock(),
+            Clock(self.model.device),
             None,
             0,
         )
+
+
+def shape_setup(
+    name: str, device: torch.device, dtype: torch.dtype, edits: Sequence[Edit], *, identity: bool = False
+) -> tuple[Setup, str]:
+    """A random model of a shape with the published settings, and what its tokenizer is.
+
+    Every edit takes all its steps on all its rows: when a random model would have learned a target means nothing.
+    C is random, or the identity. Raises ArgumentError for a shape that is unknown or cannot be edited.
+    """
+    model = random_model(name, device, dtype)
+    runner, layer = Runner(model), default_layer(model.config)
+    texts = [*CONTEXTS, *(f"{edit.text} {edit.target}" for edit in edits)]
+    tokenizer, what = tokenizer_for(model.config.vocab_size, texts)
+    settings = replace(default_settings(model.config), stop="loss", stop_loss=-1.0)
+    factor = None if identity else random_factor(runner.weight(layer).shape[1], runner.device)
+    return Setup(model, tokenizer, CONTEXTS, layer, "c-rome", settings, factor, []), what
 
 
 def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quality: bool, say: Say) -> dict[str, Any]:
     """Measure `edits` in batches; with `baseline`, each batch also as released and with the released stop rule.
 
     The tracks take turns batch by batch, so that a change of the machine's speed meets all of them. Counting FLOPs
-    slows a program down; it is done in runs of its own, which are not timed.
+    slows a program down; it is done in runs of its own, which are not timed. The peak memory on a GPU includes the
+    baseline's where that runs.
     """
+    roofline = measure_roofline(setup.model.device, setup.model.dtype)
     fast, rule, released = Track("rome_fast"), Track("rome_fast, released stop rule"), Track("as released")
     stages: dict[str, float] = {}
-    ideal = 0.0
+    ideal_total, largest = 0.0, 0
     old_rule = replace(setup, settings=replace(setup.settings, stop="loss"))
     differences: list[float] = []
     counts: dict[tuple[int, int], tuple[int, int]] = {}
     runner = Runner(setup.model)
     base = sentence_perplexity(runner, setup.tokenizer, setup.sentences) if quality else None
+    on_gpu = runner.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(runner.device)
     for start in range(0, len(edits), batch):
         group = list(edits[start : start + batch])
         flow = setup.flow
         requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.how) for e in group]
-        made = _run(fast, flow, requests)
+        made = run_timed(fast, flow, requests)
+        largest = max(largest, flow.largest_batch)
         for stage, seconds in flow.clock.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
-        ideal += _ideal(setup, requests, [record for _, record in made])
+        ideal_total += ideal(setup, requests, [record for _, record in made])
         with FlopCounter() as counter:
             setup.flow.solve_each(requests)
         fast.flops += counter.total
         if baseline:
-            same_rule = _run(rule, old_rule.flow, requests)
+            same_rule = run_timed(rule, old_rule.flow, requests)
             for edit, request, (delta, _) in zip(group, requests, same_rule, strict=True):
                 theirs_delta = _run_released(released, old_rule, edit, request, quality, base, counts)
                 differences.append(_difference(delta, theirs_delta))
@@ -121,6 +147,14 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
             for edit, (delta, _) in zip(group, made, strict=True):
                 fast.add_quality(_quality(setup, edit, delta, base))
         say(_line(fast, rule, released))
+    weight_bytes = sum(p.nbytes for p in setup.model.parameters())
+    peak_bytes = (
+        torch.cuda.max_memory_allocated(runner.device)
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    mine = fast.report()
+    flops_per_second = mine["flops_per_edit"] / mine["seconds_per_edit"]
     report: dict[str, Any] = {
         "model": str(setup.model.config._name_or_path),
         "dtype": str(setup.model.dtype).removeprefix("torch."),
@@ -131,16 +165,23 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
         "statistics": "identity" if setup.factor is None else "second moment",
         "contexts": len(setup.contexts),
         "batch": batch,
+        "largest_batch": largest,  # what the memory allowed of it
         "settings": asdict(setup.settings),
-        **fast.report(),
+        **mine,
         "seconds_by_stage": stages,
-        "ideal_flops_per_edit": ideal / max(1, len(edits)),
-        "flops_over_ideal": fast.flops / ideal if ideal else None,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "ideal_flops_per_edit": ideal_total / max(1, len(edits)),
+        "flops_over_ideal": fast.flops / ideal_total if ideal_total else None,
+        "flops_per_second": flops_per_second,
+        "roofline": roofline.to_json(),
+        "share_of_matrix_rate": flops_per_second / roofline.matrix_rate,
+        # Of the GPU's allocator, or of this process.
+        "peak_memory_bytes": peak_bytes,
+        "weight_bytes": weight_bytes,
+        "peak_memory_over_weights": peak_bytes / weight_bytes,
         "perplexity_before": base,
     }
     if released.edits:
-        mine, theirs, middle = fast.report(), released.report(), rule.report()
+        theirs, middle = released.report(), rule.report()
         report |= {
             "process_time_ratio": theirs["process_seconds_per_edit"] / mine["process_seconds_per_edit"],
             "flops_ratio": theirs["flops_per_edit"] / mine["flops_per_edit"],
@@ -158,11 +199,12 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
     return report
 
 
-def _run(track: Track, flow: Flow, requests: Sequence[Request]) -> list[tuple[Delta, Record]]:
+def run_timed(track: Track, flow: Flow, requests: Sequence[Request]) -> list[tuple[Delta, Record]]:
+    """Make the edits, each alone on the unedited model, and add what that cost to the track."""
     cpu, wall = time.process_time(), time.perf_counter()
     made = flow.solve_each(requests)
     if flow.runner.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(flow.runner.device)
     track.process_seconds += time.process_time() - cpu
     track.wall_seconds += time.perf_counter() - wall
     track.edits += len(requests)
@@ -222,7 +264,8 @@ def _difference(delta: Delta, wanted: Delta) -> float:
     return float((delta.updates[name].dense().double() - truth).norm() / truth.norm())
 
 
-def _ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) -> float:
+def ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) -> float:
+    """FLOPs of these edits in a program that computes nothing twice; see `flops`."""
     runner = Runner(setup.model)
     contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts])
     return ideal_flops(runner, contexts, requests, records, setup.layer, setup.settings)

@@ -58,11 +58,11 @@ def score(runner: Runner, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tu
         with evaluating(runner.model):
             hidden = runner.run(runner.embed(packed.ids), 0, len(runner.layers))
         where = [(r, p) for r, i in enumerate(batch) for p in range(starts[i] - 1, len(encoded[i].ids) - 1)]
-        labels = torch.tensor([encoded[i].ids[p] for i in batch for p in range(starts[i], len(encoded[i].ids))])
+        targets = [encoded[i].ids[p] for i in batch for p in range(starts[i], len(encoded[i].ids))]
+        labels = torch.tensor(targets, device=hidden.device)
         row_of, position = torch.tensor(where, device=hidden.device).T
         logits = runner.head(hidden[row_of, position])
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        labels = labels.to(hidden.device)
         found = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).tolist()
         best = (log_probs.argmax(1) == labels).tolist()
         at = 0

@@ -1,0 +1,296 @@
+"""The four ops at one size each, beside what they replace: how to run every provider, and how right it is.
+
+A case is checked before it is timed. Its own op may be twice as far from float64 as plain torch in the op's
+accumulating dtype; the others, which may round more, a few units of the dtype of their result on top of that.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+import uninstalled  # noqa: F401  (it makes rome_fast importable)
+
+# isort: split
+from rome_fast.kernels import configs, low_rank_apply_, prefixed_solve, rank_update_, second_moment_
+from torch import Tensor
+
+from rome_fast.bench.shapes import random_factor
+
+OURS = "rome_fast"
+HIDDEN = {1536: 576, 3072: 768, 6400: 1600, 11008: 4096, 14336: 4096, 16384: 4096, 28672: 8192}
+"""Hidden size of the models whose d_ff is measured: SmolLM2, GPT-2, GPT-2-XL, Llama 2, Llama 3, GPT-J, Llama-3-70B."""
+_SAMPLED = 64  # rows of a large result that are compared with float64
+
+
+@dataclass
+class Case:
+    """One op at one size. Runs work in place on the same tensors; `reset` puts them back."""
+
+    op: str
+    variant: str
+    dtype: torch.dtype
+    sizes: dict[str, int]
+    runs: dict[str, Callable[[], Tensor]]  # the op first; each returns what it computed
+    plain: Callable[[], Tensor]  # torch in the accumulating dtype
+    sample: Callable[[Tensor], Tensor]  # part of a result, in float64
+    exact: Tensor
+    reset: Callable[[], None]
+    flops: float  # that cannot be avoided
+    moved_bytes: float
+    floor: float = 0.0  # error allowed in any case, relative
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> dict[str, bool]:
+        """Run every provider once; whether it is right. Its relative error is in `errors` afterwards."""
+        wanted = self._error(self.plain)
+        right = {}
+        for name, run in self.runs.items():
+            self.errors[name] = self._error(run)
+            limit = 2 * wanted + self.floor
+            if name != OURS:
+                limit += 4 * torch.finfo(self.dtype).eps
+            # A NaN compares as false.
+            right[name] = self.errors[name] <= limit
+        self.reset()
+        return right
+
+    def _error(self, run: Callable[[], Tensor]) -> float:
+        self.reset()
+        return float(torch.linalg.vector_norm(self.sample(run()) - self.exact) / torch.linalg.vector_norm(self.exact))
+
+
+def cases(d_ff: int, device: torch.device, *, tokens: int = 16_384, rows: int = 4096) -> Iterator[Case]:
+    """Every case at one d_ff, made one after another, so that one is freed before the next is made."""
+    d = HIDDEN.get(d_ff, max(1, d_ff // 2))
+    for dtype in (torch.bfloat16, torch.float32):
+        yield second_moment_case(d_ff, tokens, dtype, device)
+    yield solve_one_case(d_ff, device)
+    yield solve_many_case(d_ff, 64, device)
+    for dtype, rank in ((torch.bfloat16, 1), (torch.bfloat16, 8), (torch.float32, 1)):
+        yield rank_update_case(d, d_ff, rank, dtype, device)
+    yield low_rank_apply_case(rows, 64, d, d_ff, torch.bfloat16, device)
+
+
+def second_moment_case(d: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """XᵀX of random rows into an fp32 total; exact is float64 on some rows of the lower triangle."""
+    random = _source(device)
+    x = random(tokens, d).to(dtype)
+    total = torch.zeros(d, d, device=device)
+    wide = x if dtype == torch.float32 else None
+    picked = torch.linspace(0, d - 1, min(d, _SAMPLED), device=device).long()
+    lower = torch.arange(d, device=device) <= picked.unsqueeze(1)
+
+    def full_product() -> Tensor:
+        return x.T @ x
+
+    def upcast_first() -> Tensor:
+        rows = x.float() if wide is None else wide
+        return total.addmm_(rows.T, rows)
+
+    def fp32_result() -> Tensor:
+        return total.add_(torch.mm(x.T, x, out_dtype=torch.float32))
+
+    runs = {OURS: lambda: second_moment_(total, x), "full GEMM, same dtype": full_product}
+    if dtype != torch.float32:
+        # Not on a CPU, and from torch 2.8 on.
+        if device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
+            runs["full GEMM, fp32 result, add"] = fp32_result
+        runs["upcast, full GEMM in fp32"] = upcast_first
+    return Case(
+        op="second_moment_",
+        variant="fp32 total",
+        dtype=dtype,
+        sizes={"n": tokens, "d_ff": d},
+        runs=runs,
+        plain=upcast_first,
+        sample=lambda got: torch.where(lower, got[picked].double(), 0),
+        exact=torch.where(lower, x[:, picked].double().T @ x.double(), 0),
+        reset=lambda: _zero(total),
+        # On the matrix unit an fp32 product is six of bf16 pieces.
+        flops=tokens * float(d) ** 2 * (1 if dtype != torch.float32 else 6),
+        moved_bytes=x.nbytes + total.nbytes,
+        floor=matrix_unit_error(tokens),
+    )
+
+
+def matrix_unit_error(tokens: int) -> float:
+    """Relative error of a sum on the matrix unit, which adds 16 products at a time and cuts off instead of rounding.
+
+    Every addition may lose a unit in the last place, and always in the same direction; the op starts a new sum after
+    `configs.CHAIN_TOKENS`. An fp32 GEMM rounds to nearest, so that its errors cancel.
+    """
+    return torch.finfo(torch.float32).eps * (1 + min(tokens, configs.CHAIN_TOKENS) / 16)
+
+
+def solve_one_case(d: int, device: torch.device, keys: int = 21) -> Case:
+    """One edit, with the inverse in fp32: mean key, u and the denominator."""
+    random = _source(device)
+    factor = random_factor(d, device).float()
+    inverse = torch.cholesky_inverse(factor)
+    # The kernel may read either triangle.
+    inverse = (inverse + inverse.T) / 2
+    k = random(keys, d)
+    groups = torch.zeros(keys, dtype=torch.int64, device=device)
+
+    def with_inverse() -> Tensor:
+        mean = k.mean(0)
+        u = inverse @ mean
+        _ = u @ mean
+        return u
+
+    def with_factor() -> Tensor:
+        mean = k.mean(0, keepdim=True)
+        u = torch.cholesky_solve(mean.T, factor)
+        _ = mean @ u
+        return u[:, 0]
+
+    return Case(
+        op="prefixed_solve",
+        variant="one edit, inverse",
+        dtype=torch.float32,
+        sizes={"n": keys, "d_ff": d, "edits": 1},
+        runs={
+            OURS: lambda: prefixed_solve(k, groups, 1, None, inverse)[1][0],
+            "mean, inverse @ k": with_inverse,
+            "mean, cholesky_solve": with_factor,
+        },
+        plain=with_inverse,
+        sample=lambda got: got.double(),
+        exact=torch.cholesky_solve(k.double().mean(0).unsqueeze(1), factor.double())[:, 0],
+        reset=_nothing,
+        flops=2.0 * d**2,
+        moved_bytes=inverse.nbytes + k.nbytes,
+        floor=torch.finfo(torch.float32).eps,
+    )
+
+
+def solve_many_case(d: int, edits: int, device: torch.device, keys: int = 10) -> Case:
+    """Many edits at once, with the factor in fp32."""
+    random = _source(device)
+    factor = random_factor(d, device).float()
+    k = random(edits * keys, d)
+    groups = torch.arange(edits, device=device).repeat_interleave(keys)
+
+    def with_factor() -> Tensor:
+        mean = k.unflatten(0, (edits, keys)).mean(1)
+        u = torch.cholesky_solve(mean.T, factor)
+        _ = mean @ u
+        return u.T
+
+    return Case(
+        op="prefixed_solve",
+        variant="many edits, factor",
+        dtype=torch.float32,
+        sizes={"n": edits * keys, "d_ff": d, "edits": edits},
+        runs={OURS: lambda: prefixed_solve(k, groups, edits, factor)[1], "mean, cholesky_solve": with_factor},
+        plain=with_factor,
+        sample=lambda got: got.double(),
+        exact=torch.cholesky_solve(k.double().unflatten(0, (edits, keys)).mean(1).T, factor.double()).T,
+        reset=_nothing,
+        flops=2.0 * edits * d**2,
+        # A triangle, read once downwards and once upwards.
+        moved_bytes=factor.nbytes + k.nbytes,
+        floor=torch.finfo(torch.float32).eps,
+    )
+
+
+def rank_update_case(d: int, d_ff: int, rank: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """W += left @ right; exact is float64, rounded by nothing."""
+    random = _source(device)
+    original = random(d, d_ff).to(dtype)
+    weight = original.clone()
+    left, right = 0.01 * random(d, rank), random(rank, d_ff)
+    left_rounded, right_rounded = left.to(dtype), right.to(dtype)
+    picked = torch.linspace(0, d - 1, min(d, _SAMPLED), device=device).long()
+
+    def rounded_once() -> Tensor:
+        return weight.copy_(weight.float() + left @ right)
+
+    runs: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: rank_update_(weight, left, right),
+        "addmm_, factors in the weight's dtype": lambda: weight.addmm_(left_rounded, right_rounded),
+        "outer product, round, add": lambda: weight.add_((left @ right).to(dtype)),
+        "fp32 copy, add, round once": rounded_once,
+    }
+    return Case(
+        op="rank_update_",
+        variant=f"rank {rank}",
+        dtype=dtype,
+        sizes={"d": d, "d_ff": d_ff, "rank": rank},
+        runs=runs,
+        plain=rounded_once,
+        sample=lambda got: got[picked].double(),
+        exact=original[picked].double() + left[picked].double() @ right.double(),
+        reset=lambda: _copy(weight, original),
+        flops=2.0 * rank * d * d_ff,
+        moved_bytes=2 * weight.nbytes + left.nbytes + right.nbytes,
+        floor=torch.finfo(torch.float32).eps,
+    )
+
+
+def low_rank_apply_case(rows: int, edits: int, d: int, d_ff: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """y[row] += left[id] (right[id] · x[row]); one row in eight has no edit."""
+    random = _source(device)
+    original, x = random(rows, d).to(dtype), random(rows, d_ff).to(dtype)
+    left = random(edits, d).to(dtype)
+    right = (random(edits, d_ff) / math.sqrt(d_ff)).to(dtype)
+    ids = torch.randint(0, edits, (rows,), device=device, generator=torch.Generator(device).manual_seed(1))
+    ids[::8] = -1
+    y = original.clone()
+    of_edit = [(ids == edit).nonzero().squeeze(1) for edit in range(edits)]
+    edited = (ids >= 0).nonzero().squeeze(1)
+    chosen = ids[edited]
+
+    def loop() -> Tensor:
+        for edit, mine in enumerate(of_edit):
+            y[mine] += (x[mine] @ right[edit]).unsqueeze(1) * left[edit]
+        return y
+
+    def batched() -> Tensor:
+        scale = torch.bmm(right[chosen].unsqueeze(1), x[edited].unsqueeze(2)).squeeze(2)
+        y[edited] += left[chosen] * scale
+        return y
+
+    def accumulated() -> Tensor:
+        scale = (right[chosen].float() * x[edited].float()).sum(1, keepdim=True)
+        y[edited] = (y[edited].float() + left[chosen].float() * scale).to(dtype)
+        return y
+
+    known = (ids >= 0).unsqueeze(1)
+    picked = torch.linspace(0, rows - 1, min(rows, 4 * _SAMPLED), device=device).long()
+    at = ids[picked].clamp(min=0)
+    scale = (right[at].double() * x[picked].double()).sum(1, keepdim=True)
+    return Case(
+        op="low_rank_apply_",
+        variant=f"{edits} edits",
+        dtype=dtype,
+        sizes={"n": rows, "d": d, "d_ff": d_ff, "edits": edits},
+        runs={OURS: lambda: low_rank_apply_(y, x, left, right, ids), "loop over edits": loop, "gather, bmm": batched},
+        plain=accumulated,
+        sample=lambda got: got[picked].double(),
+        exact=original[picked].double() + known[picked] * scale * left[at].double(),
+        reset=lambda: _copy(y, original),
+        flops=2.0 * len(edited) * (d + d_ff),
+        moved_bytes=(len(edited) * (2 * d + d_ff) + edits * (d + d_ff)) * x.element_size(),
+        floor=torch.finfo(torch.float32).eps,
+    )
+
+
+def _source(device: torch.device) -> Callable[..., Tensor]:
+    """A function from a shape to normal numbers, the same ones for every case."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(shape, device=device, generator=generator)
+
+
+def _zero(target: Tensor) -> None:
+    target.zero_()
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
+
+
+def _nothing() -> None:
+    pass

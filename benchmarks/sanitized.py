@@ -1,0 +1,32 @@
+"""Each kernel once at small odd sizes, for compute-sanitizer: nothing is compared, memory accesses are watched."""
+
+import torch
+
+import uninstalled  # noqa: F401  (it makes rome_fast importable)
+
+# isort: split
+from rome_fast.kernels import low_rank_apply_, prefixed_solve, rank_update_, second_moment_
+
+
+def main() -> None:
+    device = torch.device("cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        for n, d in ((70, 272), (33, 129)):
+            x = torch.randn(n, d, device=device).to(dtype)
+            total = torch.zeros(d, d, device=device, dtype=torch.float64)
+            second_moment_(total, x)
+            second_moment_(total, x, torch.arange(n, device=device) % 3 > 0)
+        weight = torch.randn(33, 130, device=device).to(dtype)
+        rank_update_(weight, torch.randn(33, 3, device=device), torch.randn(3, 130, device=device))
+        rank_update_(weight.T, torch.randn(130, 1, device=device), torch.randn(1, 33, device=device))
+        y, x = torch.randn(9, 65, device=device).to(dtype), torch.randn(9, 130, device=device).to(dtype)
+        left, right = torch.randn(4, 65, device=device), torch.randn(4, 130, device=device)
+        low_rank_apply_(y, x, left, right, torch.arange(9, device=device) % 5 - 1)
+    keys = torch.randn(7, 75, device=device)
+    prefixed_solve(keys, torch.zeros(7, dtype=torch.int64, device=device), 1, None, torch.eye(75, device=device))
+    prefixed_solve(keys, torch.arange(7, device=device) % 3, 3, torch.eye(75, device=device))
+    torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""`rome-fast profile`: where the time of an edit goes, against what the device does at best.
+
+The edits are made four times: with two steps to warm up, timed, counted, and under torch's profiler. Counting and
+profiling slow a program down; seconds of stages are those of the timed run, of operators those of the profiled one.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import checkpoints
+from ..errors import ArgumentError
+from ..flow import Clock, Request, tokenise
+from ..report import print_table
+from ..runner import Runner
+from .command import prepare
+from .flops import flops_of
+from .roofline import Roofline, measure_roofline
+from .throughput import Setup
+
+TRACE_FILE = "trace.json.gz"
+MEMORY_FILE = "memory.csv"
+REPORT_FILE = "profile.json"
+
+_SHOWN = 15
+
+
+@dataclass
+class Work:
+    """What an operator or a stage computed and moved, by the sizes of its arguments and results."""
+
+    calls: int = 0
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+
+    def add(self, flops: float, moved_bytes: float) -> None:
+        self.calls += 1
+        self.flops += flops
+        self.moved_bytes += moved_bytes
+
+    def against(self, seconds: float, roofline: Roofline) -> dict[str, float]:
+        """Rates, and how near the work came to the least time the device could take for it."""
+        least = roofline.seconds(self.flops, self.moved_bytes)
+        return {
+            "seconds": seconds,
+            "flops": self.flops,
+            "bytes": self.moved_bytes,
+            "flops_per_second": self.flops / seconds if seconds else 0.0,
+            "bytes_per_second": self.moved_bytes / seconds if seconds else 0.0,
+            "share_of_roofline": least / seconds if seconds else 0.0,
+        }
+
+
+class Counter(TorchDispatchMode):
+    """Counts FLOPs and bytes of every operator, by its name and by the stage it runs in.
+
+    Bytes are those of the tensors read and written, as if no cache held them; views move nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = ""
+        self.operators: dict[str, Work] = {}
+        self.stages: dict[str, Work] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        flops = flops_of(func, args, kwargs or {}, out)
+        moved = _moved_bytes(func, [*args, *(kwargs or {}).values()], out)
+        self.operators.setdefault(func._schema.name, Work()).add(flops, moved)
+        if self.stage:
+            self.stages.setdefault(self.stage, Work()).add(flops, moved)
+        return out
+
+
+class _CountingClock(Clock):
+    """Tells a counter which stage it is."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        outer, self.counter.stage = self.counter.stage, stage
+        try:
+            with super().__call__(stage):
+                yield
+        finally:
+            self.counter.stage = outer
+
+
+def run_profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Profile, print the tables and write trace, memory timeline and report to the folder `out`; returns the report."""
+    out: Path = arguments.out
+    if out.exists() and not out.is_dir():
+        raise ArgumentError(f"out: {out} is a file; wanted a folder, which may be new")
+    setup, edits, extra = prepare(arguments, arguments.count)
+    runner = Runner(setup.model)
+    requests = [tokenise(runner, setup.tokenizer, edit, setup.contexts, setup.flow.how) for edit in edits]
+    out.mkdir(parents=True, exist_ok=True)
+    report = profile(setup, requests, out) | extra
+    report |= {"versions": checkpoints.versions(), "out": str(out)}
+    (out / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(report)
+    return report
+
+
+def profile(setup: Setup, requests: list[Request], out: Path) -> dict[str, Any]:
+    """Make the edits of `requests`, each as if alone, and say what every stage and operator took."""
+    device = setup.model.device
+    roofline = measure_roofline(device, setup.model.dtype)
+    replace(setup, settings=replace(setup.settings, steps=min(2, setup.settings.steps))).flow.solve_each(requests)
+
+    timed = setup.flow
+    timed.solve_each(requests)
+
+    counter = Counter()
+    counted = setup.flow
+    counted.clock = _CountingClock(counter)
+    with counter:
+        counted.solve_each(requests)
+
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    profiled = setup.flow
+    with torch_profile(activities=activities, profile_memory=True) as found:
+        profiled.solve_each(requests)
+    found.export_chrome_trace(str(out / TRACE_FILE))
+    # The profiler's own tables take minutes for what is read off its trace in seconds.
+    with gzip.open(out / TRACE_FILE, "rt", encoding="utf-8") as text:
+        trace = json.load(text)["traceEvents"]
+    peaks = write_memory(trace, out / MEMORY_FILE)
+    kernels = kernel_seconds(trace)
+
+    stages = {
+        stage: counter.stages.get(stage, Work()).against(seconds, roofline)
+        for stage, seconds in timed.clock.seconds.items()
+    }
+    operators = [
+        {"name": name, "calls": calls, **counter.operators.get(name, Work()).against(seconds, roofline)}
+        for name, (calls, seconds) in operator_seconds(trace, on_gpu=on_gpu).items()
+    ]
+    wall = sum(profiled.clock.seconds.values())
+    return {
+        "model": str(setup.model.config._name_or_path),
+        "dtype": str(setup.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "edits": len(requests),
+        "largest_batch": timed.largest_batch,
+        "layer": setup.layer,
+        "method": setup.method,
+        "statistics": "identity" if setup.factor is None else "second moment",
+        "roofline": roofline.to_json(),
+        "stages": stages,
+        "operators": sorted(operators, key=lambda row: -row["seconds"]),
+        "kernels": sorted(
+            ({"name": name, "calls": calls, "seconds": seconds} for name, (calls, seconds) in kernels.items()),
+            key=lambda row: -float(str(row["seconds"])),
+        ),
+        "gpu_busy": sum(seconds for _, seconds in kernels.values()) / wall if on_gpu else None,
+        "peak_bytes": peaks,
+    }
+
+
+Trace = list[dict[str, Any]]
+"""Events of a Chrome trace; its times are in microseconds."""
+
+_GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+def operator_seconds(trace: Trace, *, on_gpu: bool) -> dict[str, tuple[int, float]]:
+    """Calls and seconds by operator: of the kernels it launched itself, or of its own time on the CPU."""
+    calls: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    named: dict[int, str] = {}
+    threads: dict[Any, Trace] = {}
+    for event in trace:
+        if event.get("cat") == "cpu_op":
+            name = event["name"]
+            calls[name] = calls.get(name, 0) + 1
+            seconds.setdefault(name, 0.0)
+            named[event.get("args", {}).get("External id", -1)] = name
+            threads.setdefault(event["tid"], []).append(event)
+    if on_gpu:
+        for event in trace:
+            if event.get("cat") in _GPU_WORK:
+                name = named.get(event.get("args", {}).get("External id", -1), "launched by no operator")
+                calls.setdefault(name, 0)
+                seconds[name] = seconds.get(name, 0.0) + event["dur"] / 1e6
+    else:
+        for events in threads.values():
+            open_calls: Trace = []
+            for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+                while open_calls and event["ts"] >= open_calls[-1]["ts"] + open_calls[-1]["dur"]:
+                    open_calls.pop()
+                if open_calls:
+                    seconds[open_calls[-1]["name"]] -= event["dur"] / 1e6
+                seconds[event["name"]] += event["dur"] / 1e6
+                open_calls.append(event)
+    return {name: (calls[name], seconds[name]) for name in seconds}
+
+
+def kernel_seconds(trace: Trace) -> dict[str, tuple[int, float]]:
+    """Calls and seconds by kernel on the GPU, copies and fills included."""
+    found: dict[str, tuple[int, float]] = {}
+    for event in trace:
+        if event.get("cat") in _GPU_WORK:
+            calls, seconds = found.get(event["name"], (0, 0.0))
+            found[event["name"]] = (calls + 1, seconds + event["dur"] / 1e6)
+    return found
+
+
+def write_memory(trace: Trace, file: Path) -> dict[str, int]:
+    """The memory timeline of a trace as CSV (ms, device, bytes allocated); returns the most per device.
+
+    On a CPU torch's profiler counts from its own start, on a GPU everything that torch holds there.
+    """
+    rows = sorted(
+        (float(event["ts"]), _device_name(event["args"]), int(event["args"]["Total Allocated"]))
+        for event in trace
+        if event.get("name") == "[memory]"
+    )
+    peaks: dict[str, int] = {}
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["ms", "device", "allocated_bytes"])
+        for time, device, allocated in rows:
+            writer.writerow([round((time - rows[0][0]) / 1e3, 4), device, allocated])
+            peaks[device] = max(peaks.get(device, 0), allocated)
+    return peaks
+
+
+def _device_name(arguments: dict[str, Any]) -> str:
+    # As the trace numbers them; of the others none can hold a model that is edited.
+    return {0: "cpu", 1: "cuda"}.get(int(arguments["Device Type"]), "other")
+
+
+def _moved_bytes(func: Any, arguments: list[Any], out: Any) -> float:
+    read = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
+    held = {tensor.untyped_storage()._cdata for tensor in read}
+    written = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+    if func._schema.is_mutable:
+        places = zip(arguments, func._schema.arguments, strict=False)
+        written = [v for v, a in places if isinstance(v, Tensor) and a.alias_info is not None and a.alias_info.is_write]
+    elif any(tensor.untyped_storage()._cdata in held for tensor in written):
+        return 0.0
+    return sum(map(_bytes, read)) + sum(map(_bytes, written))
+
+
+def _bytes(tensor: Tensor) -> float:
+    # An expanded tensor is larger than what it reads.
+    return float(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))
+
+
+def _print(report: dict[str, Any]) -> None:
+    roofline = report["roofline"]
+    whole = sum(stage["seconds"] for stage in report["stages"].values())
+    table = _table(f"{report['model']}, {report['dtype']}, {report['device']}: {report['edits']} edits, {whole:.2f} s")
+    for name, row in report["stages"].items():
+        table.add_row(name, "", *_cells(row, whole))
+    table.add_section()
+    operators = report["operators"]
+    busy = sum(row["seconds"] for row in operators) or 1.0
+    for row in operators[:_SHOWN]:
+        table.add_row(row["name"], str(row["calls"]), *_cells(row, busy))
+    caption = [
+        f"roofline: {roofline['matrix_rate'] / 1e12:.3g} TFLOP/s ({roofline['matrix_dtype']} product of size "
+        f"{roofline['matrix_size']}), {roofline['copy_bandwidth'] / 1e9:.0f} GB/s (copy)",
+        "stages: a run without the profiler; operators: own time under it, bytes as if no cache held them",
+        f"trace for Perfetto or chrome://tracing: {Path(report['out']) / TRACE_FILE}",
+    ]
+    if report["gpu_busy"] is not None:
+        caption.insert(1, f"the GPU was busy {report['gpu_busy']:.0%} of the time")
+    table.caption = "\n".join(caption)
+    print_table(table)
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, header_style="bold")
+    table.add_column("")
+    for column in ("calls", "ms", "share", "GFLOP/s", "GB/s", "of the roofline"):
+        table.add_column(column, justify="right")
+    return table
+
+
+def _cells(row: dict[str, Any], whole: float) -> list[str]:
+    return [
+        f"{1e3 * row['seconds']:.1f}",
+        f"{row['seconds'] / whole:.0%}",
+        f"{row['flops_per_second'] / 1e9:.1f}" if row["flops"] else "",
+        f"{row['bytes_per_second'] / 1e9:.1f}" if row["bytes"] else "",
+        f"{row['share_of_roofline']:.0%}" if row["bytes"] else "",
+    ]

@@ -1,0 +1,177 @@
+"""Every op on a GPU: the tests of the reference, run there, and what only larger sizes and a GPU show.
+
+`make gpu` runs them and writes a row for each; without a GPU all of them are skipped as one.
+"""
+
+import pytest
+import torch
+from rome_fast.kernels import explain, low_rank_apply_, mirror_lower_, prefixed_solve, rank_update_, second_moment_
+
+from helpers import bits, relative_error
+from op_cases import matrix_unit_error
+
+# These make their tensors on the default device, which is the GPU here.
+from test_kernels_reference import (  # noqa: F401
+    test_low_rank_apply,
+    test_low_rank_apply_does_not_read_rows_without_an_edit,
+    test_low_rank_apply_with_factors_of_another_dtype_and_views,
+    test_low_rank_apply_without_any_edit_changes_nothing,
+    test_mirror_lower_takes_the_lower_triangle,
+    test_prefixed_solve,
+    test_prefixed_solve_in_float64_is_exact_to_its_last_digits,
+    test_prefixed_solve_leaves_its_arguments,
+    test_prefixed_solve_of_strided_keys_and_factor,
+    test_prefixed_solve_with_the_identity,
+    test_rank_update,
+    test_rank_update_of_a_strided_view_leaves_the_rest,
+    test_rank_update_of_a_transposed_weight,
+    test_rank_update_refuses_factors_that_share_the_weights_memory,
+    test_rank_update_rounds_once,
+    test_second_moment,
+    test_second_moment_into_a_part_of_a_larger_tensor_leaves_the_rest,
+    test_second_moment_of_a_mask_that_keeps_nothing_changes_nothing,
+    test_second_moment_of_a_strided_view,
+    test_second_moment_reads_nothing_of_masked_rows,
+    test_second_moment_refuses_rows_that_share_the_totals_memory,
+    test_second_moment_sums_many_calls_in_the_dtype_of_total,
+)
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+NAN = float("nan")
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch):
+    """Tensors are made on the GPU; freed memory there is full of NaN, so that what nobody wrote cannot pass."""
+    monkeypatch.delenv("ROME_FAST_KERNELS", raising=False)
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        freed = [torch.full((size,), NAN) for size in (1 << 26, 1 << 18, 1 << 18)]
+        del freed
+        yield
+    torch.cuda.synchronize()
+
+
+def test_the_ops_run_on_triton():
+    """Else the rest of this file would test torch."""
+    pytest.importorskip("triton", reason="the kernels extra is not installed")
+    told = explain("cuda")
+    assert {told[op].backend for op in ("second_moment_", "rank_update_", "low_rank_apply_")} == {"triton"}
+    assert told["prefixed_solve"].backend == "triton"
+
+
+def as_right_as(got, plain, exact, floor=0.0):
+    """The error of `got` may be twice that of plain torch."""
+    limit = 2 * relative_error(plain, exact) + floor
+    error = relative_error(got, exact)
+    assert error <= limit, f"relative error {error:.2e}, limit {limit:.2e}"
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
+@pytest.mark.parametrize("layout", ["plain", "sliced"])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize(("n", "d"), [(3000, 1536), (20_001, 1111), (513, 3072)])
+def test_second_moment_of_many_tokens(n, d, dtype, layout, masked):
+    wide = torch.full((n, d + 24), NAN).to(dtype)
+    x = wide[:, 8 : 8 + d] if layout == "sliced" else torch.empty(n, d, dtype=dtype)
+    x.copy_(torch.randn(n, d))
+    mask = torch.rand(n) < 0.7 if masked else None
+    kept = x if mask is None else x[mask]
+    if mask is not None:
+        x[~mask] = NAN
+    exact = kept.double().T @ kept.double()
+    total = second_moment_(torch.zeros(d, d, dtype=torch.float64), x, mask)
+    again = second_moment_(torch.zeros(d, d, dtype=torch.float64), x, mask)
+    assert torch.equal(total.tril(), again.tril()), "two runs differ"
+    as_right_as(mirror_lower_(total), kept.float().T @ kept.float(), exact, matrix_unit_error(n))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("d", "d_ff", "rank"), [(4096, 1111, 1), (576, 1536, 16), (1001, 3000, 5)])
+def test_rank_update_of_large_weights(d, d_ff, rank, dtype):
+    before = torch.randn(d, d_ff).to(dtype)
+    factor = torch.float64 if dtype == torch.float64 else torch.float32
+    left, right = torch.randn(d, rank, dtype=factor), torch.randn(rank, d_ff, dtype=factor)
+    exact = before.double() + left.double() @ right.double()
+    wide = torch.promote_types(dtype, torch.float32)
+    plain = (before.to(wide) + left @ right).to(dtype)
+    # In float64 the oracle is one more result of the same dtype.
+    floor = 64 * torch.finfo(dtype).eps if dtype == torch.float64 else 0.0
+    as_right_as(rank_update_(before.clone(), left, right), plain, exact, floor)
+    transposed = before.T.contiguous().T
+    as_right_as(rank_update_(transposed, left, right), plain, exact, floor)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("n", "m", "d", "d_ff"), [(1, 1, 4096, 11008), (700, 9, 577, 3001), (4000, 64, 576, 1536)])
+def test_low_rank_apply_to_many_rows(n, m, d, d_ff, dtype):
+    before, x = torch.randn(n, d).to(dtype), torch.randn(n, d_ff).to(dtype)
+    left, right = torch.randn(m, d).to(dtype), (torch.randn(m, d_ff) / d_ff**0.5).to(dtype)
+    ids = torch.randint(-1, m, (n,))
+    ids[0] = m - 1
+    at, known = ids.clamp(min=0), (ids >= 0).unsqueeze(1)
+    scale = (right[at].double() * x.double()).sum(1, keepdim=True)
+    exact = torch.where(known, before.double() + left[at].double() * scale, before.double())
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = (right[at].to(wide) * x.to(wide)).sum(1, keepdim=True)
+    plain = torch.where(known, before.to(wide) + left[at].to(wide) * scale, before.to(wide)).to(dtype)
+    got = low_rank_apply_(before.clone(), x, left, right, ids)
+    assert torch.equal(bits(got[ids < 0]), bits(before[ids < 0]))
+    floor = 64 * torch.finfo(dtype).eps if dtype == torch.float64 else 2 * torch.finfo(torch.float32).eps
+    as_right_as(got, plain, exact, floor)
+
+
+@pytest.mark.parametrize("edits", [1, 5])
+@pytest.mark.parametrize("matrix", ["factor", "inverse", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prefixed_solve_of_long_keys(dtype, matrix, edits):
+    d, n = 1537, 21 * edits
+    root = torch.randn(d, 3 * d, dtype=torch.float64)
+    exact_factor = torch.linalg.cholesky(root @ root.T / (3 * d))
+    factor = exact_factor.to(dtype) if matrix != "inverse" else None
+    inverse = torch.cholesky_inverse(exact_factor).to(dtype) if matrix != "factor" else None
+    keys = torch.randn(n, d)
+    groups = torch.arange(n) % edits
+    mean = torch.stack([keys.double()[groups == g].mean(0) for g in range(edits)])
+    exact = torch.cholesky_solve(mean.T, exact_factor).T
+    solved_plain = (
+        mean.to(dtype) @ inverse
+        if inverse is not None
+        else torch.cholesky_solve(mean.to(dtype).T, exact_factor.to(dtype)).T
+    )
+    got_mean, solved, gram = prefixed_solve(keys, groups, edits, factor, inverse)
+    eps = torch.finfo(dtype).eps
+    assert relative_error(got_mean, mean) <= n * eps
+    # The condition is about 14, which the rounding of the matrix itself is multiplied by.
+    as_right_as(solved, solved_plain, exact, 16 * eps)
+    as_right_as(gram, solved_plain @ mean.to(dtype).T, exact @ mean.T, 16 * eps)
+
+
+def test_an_op_does_not_wait_for_the_gpu():
+    """A check that reads an index tensor would; torch says so in this mode."""
+    y, x = torch.zeros(4, 3), torch.ones(4, 5)
+    keys, groups, ids = torch.ones(4, 3), torch.tensor([0, 1, 1, 0]), torch.tensor([0, -1, 1, 1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        low_rank_apply_(y, x, torch.ones(2, 3), torch.ones(2, 5), ids)
+        prefixed_solve(keys, groups, 2, None)
+        second_moment_(torch.zeros(3, 3), keys, ids >= 0)
+        rank_update_(y, torch.ones(4, 1), torch.ones(1, 3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_id_out_of_range_spoils_its_row_and_no_other():
+    y, x = torch.zeros(4, 3), torch.ones(4, 5)
+    low_rank_apply_(y, x, torch.ones(2, 3), torch.ones(2, 5), torch.tensor([0, 2, -1, 1 << 40]))
+    assert y[[0, 2]].tolist() == [[5.0] * 3, [0.0] * 3]
+    assert bool(y[[1, 3]].isnan().all())
+    mean, _, _ = prefixed_solve(torch.ones(3, 3), torch.tensor([0, 7, -1]), 2, None)
+    assert mean[0].tolist() == [1.0] * 3
+    assert bool(mean[1].isnan().all())

@@ -1,0 +1,96 @@
+"""The ops as torch operators: named in a profile, one step of a compiled graph, and true to their schema."""
+
+import statistics
+import time
+
+import pytest
+import torch
+from rome_fast.kernels import low_rank_apply_, operators, prefixed_solve, rank_update_, second_moment_
+from torch.profiler import ProfilerActivity, profile
+
+OPS = torch.ops.rome_fast
+
+
+def samples():
+    """Arguments of every op: (operator, arguments)."""
+    factor = torch.linalg.cholesky(torch.eye(5) * 2 + 0.3)
+    keys, groups = torch.randn(7, 5), torch.tensor([1, 0, 1, 1, 2, 0, 1])
+    bf16 = torch.bfloat16
+    return [
+        (OPS.second_moment_, (torch.zeros(5, 5), torch.randn(7, 5), None)),
+        (OPS.second_moment_, (torch.zeros(5, 5).double(), torch.randn(7, 5).to(bf16), torch.arange(7) % 2 > 0)),
+        (OPS.prefixed_solve, (keys, groups, 3, None, None)),
+        (OPS.prefixed_solve, (keys.to(bf16), groups, 3, factor, None)),
+        (OPS.prefixed_solve, (keys[:, :5], groups, 3, factor.double(), torch.eye(5).double())),
+        (OPS.rank_update_, (torch.zeros(4, 6).to(bf16), torch.randn(4, 2), torch.randn(2, 6))),
+        (OPS.rank_update_, (torch.zeros(6, 4).T, torch.randn(4, 1), torch.randn(1, 6))),
+        (
+            OPS.low_rank_apply_,
+            (torch.zeros(4, 3), torch.randn(4, 5), torch.randn(2, 3), torch.randn(2, 5), torch.tensor([0, -1, 1, 1])),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_an_operator_is_true_to_its_schema_and_its_fake(number):
+    operator, arguments = samples()[number]
+    results = torch.library.opcheck(operator.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def call_all():
+    second_moment_(torch.zeros(3, 3), torch.ones(5, 3))
+    prefixed_solve(torch.ones(4, 3), torch.tensor([0, 1, 1, 0]), 2, torch.eye(3))
+    rank_update_(torch.ones(3, 5), torch.ones(3, 2), torch.ones(2, 5))
+    low_rank_apply_(torch.ones(4, 3), torch.ones(4, 5), torch.ones(2, 3), torch.ones(2, 5), torch.tensor([0, -1, 1, 1]))
+
+
+def test_a_profile_names_the_ops():
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        call_all()
+    names = {event.name for event in found.events()}
+    wanted = {"second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_"}
+    assert {f"rome_fast::{name}" for name in wanted} <= names
+
+
+def test_a_compiled_function_takes_an_op_as_one_step():
+    """With the checks in front, which must not break the graph."""
+    steps = []
+
+    def backend(graph, _inputs):
+        steps.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def arguments():
+        torch.manual_seed(3)
+        floats = [torch.randn(s) for s in ((3, 3), (4, 3), (4, 5))]
+        more = [torch.randn(s) for s in ((4, 5), (4, 3), (3, 5))]
+        return [*floats, torch.tensor([0, 1, 1, 0]), *more, torch.tensor([2, -1, 0, 1])]
+
+    def run(total, x, keys, groups, weight, left, right, ids):
+        second_moment_(total, x, x[:, 0] > 0)
+        mean, solved, _ = prefixed_solve(keys, groups, 2, None)
+        rank_update_(weight, left, right)
+        low_rank_apply_(x, weight, total, right, ids)
+        return mean + solved
+
+    plain, traced = arguments(), arguments()
+    wanted = run(*plain)
+    got = torch.compile(run, backend=backend, fullgraph=True)(*traced)
+    assert torch.equal(got, wanted)
+    for one, two in zip(plain, traced, strict=True):
+        assert torch.equal(one, two)
+    for name in ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_"):
+        assert steps.count(f"rome_fast.{name}") == 1
+
+
+def test_an_operator_costs_little_over_a_plain_call():
+    """Medians of interleaved runs; 6 µs when this was written, 45 µs with torch.library.custom_op."""
+    weight, left, right = torch.zeros(2, 2), torch.ones(2, 1), torch.ones(1, 2)
+    plain, named = [], []
+    for _ in range(400):
+        for times, run in ((plain, operators._rank_update_), (named, OPS.rank_update_)):
+            start = time.perf_counter()
+            run(weight, left, right)
+            times.append(time.perf_counter() - start)
+    assert statistics.median(named) - statistics.median(plain) < 20e-6
