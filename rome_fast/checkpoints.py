@@ -3,7 +3,9 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,41 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .assets import quiet_transformers
+from .batches import free_memory
+from .defaults import default_layer
 from .delta import Delta
-from .errors import ArgumentError, CheckpointError, ModelError
-from .models import known_model_types
-from .weights import Checkpoint, load_tensors, restore_tensors, save_tensors, write_edited
+from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
+from .models import family_of, known_model_types
+from .weights import (
+    Checkpoint,
+    OnRead,
+    Parts,
+    Placement,
+    Stream,
+    load_tensors,
+    parse_bytes,
+    place,
+    restore_tensors,
+    save_tensors,
+    write_edited,
+)
 
 RECORD_FILE = "rome_fast.json"
 DELTA_FILE = "rome_fast_delta.safetensors"
 ORIGINALS_FILE = "rome_fast_originals.safetensors"
+
+_FREE_SHARE = 0.8  # of the memory that is free, for a model that is read from disk
 
 
 def resolve(source: str | Path) -> Path:
@@ -40,13 +66,108 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
-def load(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+def load(
+    source: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """Model (in the checkpoint's dtype), tokenizer and local directory.
 
-    Raises CheckpointError for a damaged checkpoint and ModelError for an architecture that cannot be edited.
+    Code that lies in the directory runs with `trust_remote_code` only. Raises CheckpointError for a damaged
+    checkpoint and ModelError for an architecture that cannot be edited.
     """
     directory = resolve(source)
     Checkpoint.open(directory)
+    _check_architecture(directory)
+    model: PreTrainedModel
+    with _loading(directory):
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tokenizer, directory
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint, where its weights would be under a budget, and the model without them."""
+
+    directory: Path
+    checkpoint: Checkpoint
+    skeleton: PreTrainedModel
+    parts: Parts
+    layer: int
+    device: torch.device
+    placement: Placement | None  # None where all of it fits
+
+    def stream(self, on_read: OnRead | None = None) -> Stream:
+        """Start reading; close the stream when done."""
+        if self.placement is None:
+            raise ArgumentError("memory: the whole model fits, so there is nothing to stream; use checkpoints.load")
+        layers = family_of(self.skeleton.config).layers(self.skeleton)
+        return Stream(self.skeleton, layers, self.parts, self.placement, self.device, on_read)
+
+
+def outline(
+    source: str | Path,
+    *,
+    memory: int | str | None = None,
+    layer: int | None = None,
+    device: str = "cpu",
+    identity: bool = False,
+    trust_remote_code: bool = False,
+) -> Outline:
+    """Find out what of a checkpoint stays in memory; no weight is read yet.
+
+    `memory` bounds what weights, buffers and hidden states take; by default what is free on the device. Without
+    `identity`, room is left for the statistics of the edit layer. Raises CheckpointError, ModelError, and
+    ArgumentError for a layer that is not there and a budget that is too small.
+    """
+    directory = resolve(source)
+    checkpoint = Checkpoint.open(directory)
+    _check_architecture(directory)
+    target = torch.device(device)
+    with _loading(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        skeleton = _skeleton(directory, config, _dtype(config, checkpoint), trust_remote_code)
+    count = config.num_hidden_layers
+    layer = default_layer(config) if layer is None else layer
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
+        raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
+    family = family_of(config)
+    edited = family.weight_name(layer)
+    names = {name: stored_name(checkpoint, name, skeleton) for name, _ in skeleton.named_parameters()}
+    parts = Parts(skeleton, family.layers(skeleton), checkpoint, names, edited)
+
+    _, d_ff = family.oriented(skeleton.get_parameter(edited)).shape
+    # An edit holds its weight three times for a moment, and the factor of C with what it is made of.
+    weight = checkpoint.entry(names[edited])
+    occupied = 2 * (weight.end - weight.begin) + (0 if identity else 20 * d_ff**2)
+    if memory is not None and target.type == "cpu":
+        occupied += _anonymous_bytes()
+    budget = int(_FREE_SHARE * free_memory(target)) if memory is None else parse_bytes(memory)
+    fits = parts.total_bytes * 9 // 8 + occupied <= budget
+    placement = None if fits else place(parts.blocks, layer, budget, parts.always_bytes, occupied)
+    return Outline(directory, checkpoint, skeleton, parts, layer, target, placement)
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; raises CheckpointError."""
+    with _loading(directory):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    try:
+        with quiet_transformers():
+            yield
+    except RomeFastError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"model: {directory} cannot be loaded: {error}") from error
+
+
+def _check_architecture(directory: Path) -> None:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
@@ -54,13 +175,45 @@ def load(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, 
         raise CheckpointError(f"model: {directory} has no readable config.json ({error})") from error
     if kind not in known_model_types():
         raise ModelError(f"model: got architecture {kind!r}, wanted one of {', '.join(known_model_types())}")
+
+
+def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The one that `from_pretrained(dtype="auto")` takes."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    stored = (checkpoint.entry(name).dtype for name in checkpoint.names())
+    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+
+
+def _skeleton(
+    directory: Path, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with all parameters on the meta device, and what is computed from the config in memory."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"model: {directory} is quantised, wanted weights in bfloat16, float16, float32 or float64")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            # Rotary frequencies: not stored, but a function of the config.
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, type(module)(config=config))
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.config._name_or_path = str(directory)
+    # Rows are looked up in a table of the wanted ones, in which padding has no place of its own.
+    embedding = model.get_input_embeddings()
+    embedding.padding_idx = None
+    return model.eval()
+
+
+def _anonymous_bytes() -> int:
+    """What this process holds by now; 0 where the system does not say."""
     try:
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"model: {directory} cannot be loaded: {error}") from error
-    return model, tokenizer, directory
+        with open("/proc/self/status", encoding="ascii") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    except OSError:
+        return 0
 
 
 def check_new(out: str | Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")
     edit.add_argument("--unconverged", choices=("skip", "write", "raise"), default="skip")
     edit.add_argument("--seed", type=int, default=0, help="seed of the prefix contexts")
+    edit.add_argument("--memory", help="how much of the model may be in memory, as 8GiB (default: what is free)")
+    edit.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    edit.add_argument("--trust-remote-code", action="store_true", help="let code in the model's directory run")
 
     evaluate = verb(
         "evaluate",
@@ -156,7 +159,7 @@ def _statistics(arguments: argparse.Namespace) -> dict[str, Any]:
     runner = Runner(model)
     width = runner.weight(0).shape[1]
     tokens = 10 * width if arguments.tokens is None else arguments.tokens
-    with _progress("second moments", "tokens") as advance:
+    with _progress("second moments", "tokens") as (advance, _):
         statistics = collect_statistics(model, tokenizer, texts, layers, tokens, progress=advance)
     # The name alone would let two models of one folder name replace each other's files.
     name = f"{directory.resolve().name}-{Fingerprint.of(runner, max(layers))}"
@@ -177,7 +180,7 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.identity and arguments.statistics:
         raise ArgumentError("statistics: got both --statistics and --identity, wanted one of them")
     statistics = Statistics.load(arguments.statistics) if arguments.statistics else None
-    with _progress("values", "edits") as advance:
+    with _progress("values", "edits") as (advance, reading):
         result = apply_edits(
             arguments.model,
             edits,
@@ -189,7 +192,11 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
             unconverged=arguments.unconverged,
             seed=arguments.seed,
             out=arguments.out,
+            memory=arguments.memory,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
             progress=advance,
+            on_read=reading,
         )
     print_table(edit_table(result.records))
     print(f"edited checkpoint: {arguments.out} (undo with: rome-fast revert {arguments.out})")
@@ -214,7 +221,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         delta.apply(model)
         contexts = json.loads(delta.metadata.get("contexts", "[]"))
     metrics = []
-    with _progress("evaluating", "edits") as advance:
+    with _progress("evaluating", "edits") as (advance, _):
         for start in range(0, len(edits), _EVALUATED_TOGETHER):
             metrics += evaluate(model, tokenizer, edits[start : start + _EVALUATED_TOGETHER], contexts)
             advance(len(metrics), len(edits))
@@ -241,7 +248,7 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
 def _revert(arguments: argparse.Namespace) -> dict[str, Any]:
     from . import checkpoints
 
-    with _progress("restoring", "checkpoint") as advance:
+    with _progress("restoring", "checkpoint") as (advance, _):
         names = checkpoints.revert(arguments.directory)
         advance(1, 1)
     print(f"{arguments.directory}: restored {', '.join(names)}")
@@ -249,8 +256,8 @@ def _revert(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(stage: str, unit: str) -> Iterator[Any]:
-    """A bar on standard error; a line per tenth where that is no terminal."""
+def _progress(stage: str, unit: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int, float], None]]]:
+    """A bar on standard error: a function to say what is done of how much, and one for (bytes read, bytes a second)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -261,17 +268,21 @@ def _progress(stage: str, unit: str) -> Iterator[Any]:
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[reading]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(stage, total=None)
+        task = bar.add_task(stage, total=None, reading="")
 
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
+        def reading(count: int, rate: float) -> None:
+            bar.update(task, reading=f"{count / 1e9:.1f} GB read, {rate / 1e9:.2f} GB/s")
+
         with warnings.catch_warnings():
             # A warning is one line for the reader, not a line of our source.
             warnings.showwarning = lambda message, *_args, **_kwargs: console.print(f"warning: {message}")
-            yield advance
+            yield advance, reading
 
 
 def _text(file: Path) -> str:

@@ -1,13 +1,23 @@
-"""Where weights live: safetensors checkpoints on disk."""
+"""Where weights live: safetensors checkpoints on disk, and as much of one in memory as a budget allows."""
 
 from .checkpoint import Checkpoint, load_tensors, restore_tensors, save_tensors, write_edited
 from .header import Header, TensorEntry, read_header
+from .plan import Placement, parse_bytes, place
+from .reader import OnRead
+from .stream import Parts, Stream, align_
 
 __all__ = [
     "Checkpoint",
     "Header",
+    "OnRead",
+    "Parts",
+    "Placement",
+    "Stream",
     "TensorEntry",
+    "align_",
     "load_tensors",
+    "parse_bytes",
+    "place",
     "read_header",
     "restore_tensors",
     "save_tensors",
