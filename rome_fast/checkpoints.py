@@ -32,17 +32,21 @@ from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
 from .models import family_of, known_model_types
 from .weights import (
     Checkpoint,
+    Link,
     OnRead,
     Parts,
     Placement,
     Stream,
+    change,
+    changing,
     load_tensors,
     parse_bytes,
     place,
-    restore_tensors,
+    recover,
     save_tensors,
     write_edited,
 )
+from .weights.files import Content
 
 RECORD_FILE = "rome_fast.json"
 DELTA_FILE = "rome_fast_delta.safetensors"
@@ -51,13 +55,17 @@ ORIGINALS_FILE = "rome_fast_originals.safetensors"
 _FREE_SHARE = 0.8  # of the memory that is free, for a model that is read from disk
 
 
-def resolve(source: str | Path) -> Path:
-    """The local directory of a checkpoint: a directory as it is, a hub id downloaded or found in the hub cache."""
+def resolve(source: str | Path, *, code: bool = False) -> Path:
+    """The local directory of a checkpoint: a directory as it is, a hub id downloaded or found in the hub cache.
+
+    A change in place that was cut short is completed first. `code` also fetches Python files from the hub.
+    """
     directory = Path(source)
     if directory.is_dir():
+        recover(directory)
         return directory
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
@@ -74,7 +82,7 @@ def load(
     Code that lies in the directory runs with `trust_remote_code` only. Raises CheckpointError for a damaged
     checkpoint and ModelError for an architecture that cannot be edited.
     """
-    directory = resolve(source)
+    directory = resolve(source, code=trust_remote_code)
     Checkpoint.open(directory)
     _check_architecture(directory)
     model: PreTrainedModel
@@ -122,7 +130,7 @@ def outline(
     `identity`, room is left for the statistics of the edit layer. Raises CheckpointError, ModelError, and
     ArgumentError for a layer that is not there and a budget that is too small.
     """
-    directory = resolve(source)
+    directory = resolve(source, code=trust_remote_code)
     checkpoint = Checkpoint.open(directory)
     _check_architecture(directory)
     target = torch.device(device)
@@ -222,11 +230,38 @@ def check_new(out: str | Path) -> None:
         raise ArgumentError(f"out: {out} exists already; choose a new name or remove it")
 
 
-def write(source: str | Path, out: str | Path, model: PreTrainedModel, delta: Delta, record: Mapping[str, Any]) -> None:
+@contextmanager
+def changing_in_place(source: str | Path) -> Iterator[None]:
+    """Hold a checkpoint directory for an edit in place, so that no second one begins.
+
+    Raises ArgumentError where `source` is no directory or holds an edit already, whose way back would be lost, and
+    CheckpointError where another process is changing it.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        raise ArgumentError(f"in_place: got {source}, wanted the directory of a checkpoint; give a new one as out")
+    with changing(directory):
+        if (directory / RECORD_FILE).exists():
+            raise ArgumentError(
+                f"in_place: {directory} is edited already, and its original bytes would be lost; undo that with "
+                f"rome-fast revert {directory}, or give a new directory as out"
+            )
+        yield
+
+
+def write(
+    source: str | Path,
+    out: str | Path | None,
+    model: PreTrainedModel,
+    delta: Delta,
+    record: Mapping[str, Any],
+    link: Link = "copy",
+) -> None:
     """Copy the checkpoint at `source` to `out` with the weights that `delta` changed, as they are in `model`.
 
     Beside the usual files, `out` holds `rome_fast.json` (`record`, versions, hashes), the delta and the original
-    bytes of what it changed, which `revert` puts back. Nothing appears under `out` unless all of it does.
+    bytes of what it changed, which `revert` puts back. Nothing appears under `out` unless all of it does. With `out`
+    None, inside `changing_in_place(source)`, the source itself is changed, all of it or nothing.
     """
     source = Path(source)
     checkpoint = Checkpoint.open(source)
@@ -243,42 +278,94 @@ def write(source: str | Path, out: str | Path, model: PreTrainedModel, delta: De
             name: {"original": tensor_sha256(originals[name]), "edited": tensor_sha256(edited[name])} for name in edited
         },
     }
-    write_edited(
-        source,
-        Path(out),
-        edited,
-        {
-            RECORD_FILE: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(),
-            DELTA_FILE: delta.save,
-            ORIGINALS_FILE: lambda path: save_tensors(path, originals, {}),
-        },
-    )
+    extra_files: dict[str, Content] = {
+        RECORD_FILE: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(),
+        DELTA_FILE: delta.save,
+        ORIGINALS_FILE: lambda path: save_tensors(path, originals, {}),
+    }
+    if out is None:
+        change(source, edited, extra_files=extra_files)
+    else:
+        write_edited(source, out, edited, extra_files, link)
 
 
 def revert(directory: str | Path) -> list[str]:
     """Give every weight of an edited checkpoint its original bytes again; returns the names of those restored.
 
     The shard is byte-identical to the source's afterwards, and rome_fast's own files are gone. A kill leaves the
-    directory edited or restored, and the command can be repeated. Raises CheckpointError, before anything is written,
-    for a directory that was not edited by rome_fast, whose originals do not match their recorded hashes, or whose
-    weights are no longer those of the edit.
+    directory edited or restored, once the next command has run. Raises CheckpointError, before anything is written,
+    for a directory that was not edited by rome_fast, whose originals do not match their recorded hashes, whose
+    weights are no longer those of the edit, or which another process is changing.
     """
     directory = Path(directory)
-    document = read_record(directory)
+    if recover(directory) and not (directory / RECORD_FILE).exists():
+        return []  # what was cut short was a revert
+    read_record(directory)
+    with changing(directory):
+        originals, faults = _recorded_originals(directory)
+        if faults:
+            raise CheckpointError(f"{'; '.join(faults)}; nothing was changed")
+        change(directory, originals, remove=[DELTA_FILE, ORIGINALS_FILE, RECORD_FILE])
+    return sorted(originals)
+
+
+def verify(directory: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to the last byte and check all that can be known of it; returns what was found.
+
+    That is the index, headers and sizes, that no weight is NaN or infinite, and in an edited checkpoint the hashes of
+    the edited weights and of the originals that `revert` needs, and the delta. A change in place that was cut short is
+    completed first. Raises CheckpointError that lists every fault.
+    """
+    directory = Path(directory)
+    recovered = directory.is_dir() and recover(directory)
+    checkpoint = Checkpoint.open(directory)
+    faults = []
+    for name in checkpoint.names():
+        tensor = checkpoint.read(name)
+        if tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) and not bool(
+            torch.isfinite(tensor).all()
+        ):
+            faults.append(f"{checkpoint.shard_of(name)}: {name} contains NaN or infinity")
+    edited: list[str] = []
+    if (directory / RECORD_FILE).exists():
+        originals, wrong = _recorded_originals(directory, edited_only=True)
+        faults += wrong
+        edited = sorted(originals)
+        try:
+            Delta.load(directory / DELTA_FILE)
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError(f"{directory}: {'; '.join(faults)}")
+    return {
+        "directory": str(directory),
+        "tensors": len(checkpoint.names()),
+        "bytes": sum(entry.end - entry.begin for entry in checkpoint.entries.values()),
+        "edited": edited,
+        "recovered": recovered,
+    }
+
+
+def _recorded_originals(directory: Path, *, edited_only: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """The original weights beside an edit, and what does not match the record, the weights in the shards included.
+
+    Where a revert was cut short, some weights are the originals already; `edited_only` calls that a fault.
+    """
     originals, _ = load_tensors(directory / ORIGINALS_FILE)
     checkpoint = Checkpoint.open(directory)
-    recorded = document.get("sha256")
+    recorded = read_record(directory).get("sha256")
     recorded = recorded if isinstance(recorded, dict) else {}
+    faults = []
     for name in sorted({*recorded, *originals}):
         hashes = recorded.get(name)
         hashes = hashes if isinstance(hashes, dict) else {}
         if name not in originals or tensor_sha256(originals[name]) != hashes.get("original"):
-            raise CheckpointError(f"{directory / ORIGINALS_FILE}: {name} is missing or damaged; nothing was changed")
-        # Where a revert was cut short, some weights are the originals already.
-        if tensor_sha256(checkpoint.read(name)) not in (hashes.get("edited"), hashes["original"]):
-            raise CheckpointError(f"{directory}: {name} was changed after the edit; nothing was changed back")
-    restore_tensors(directory, originals, remove=[DELTA_FILE, ORIGINALS_FILE, RECORD_FILE])
-    return sorted(originals)
+            faults.append(f"{directory / ORIGINALS_FILE}: {name} is missing or damaged")
+            continue
+        allowed = {hashes.get("edited"), None if edited_only else hashes["original"]}
+        if tensor_sha256(checkpoint.read(name)) not in allowed:
+            faults.append(f"{directory}: {name} was changed after the edit")
+    return originals, faults
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:

@@ -84,12 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     edit = verb(
         "edit",
         _edit,
-        "edit facts into a new copy of a checkpoint",
+        "edit facts into a new copy of a checkpoint, or in place",
         "rome-fast edit ./model --edits edits.jsonl --method c-rome --out ./edited",
     )
-    edit.add_argument("model", help="directory or hub id of the model; it is only read")
+    edit.add_argument("model", help="directory or hub id of the model; only read, unless --in-place")
     edit.add_argument("--edits", type=Path, required=True, help="JSON lines of prompt, subject, target_new")
-    edit.add_argument("--out", type=Path, required=True, help="new directory for the edited checkpoint")
+    target = edit.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, help="new directory for the edited checkpoint")
+    target.add_argument("--in-place", action="store_true", help="change MODEL itself; a kill leaves it old or new")
+    edit.add_argument("--link", choices=("copy", "hard"), default="copy", help="shards that stay as they are")
     edit.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
     edit.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
     edit.add_argument("--method", default="c-rome", help="c-rome (default), rome, c-rome-released, p-rome")
@@ -137,6 +140,14 @@ def _parser() -> argparse.ArgumentParser:
 
     revert = verb("revert", _revert, "restore an edited checkpoint to its original bytes", "rome-fast revert ./edited")
     revert.add_argument("directory", type=Path)
+
+    verify = verb(
+        "verify",
+        _verify,
+        "read a checkpoint to the last byte and check it, and what rome-fast needs to undo its edit",
+        "rome-fast verify ./edited",
+    )
+    verify.add_argument("directory", type=Path)
     return parser
 
 
@@ -192,6 +203,8 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
             unconverged=arguments.unconverged,
             seed=arguments.seed,
             out=arguments.out,
+            in_place=arguments.in_place,
+            link=arguments.link,
             memory=arguments.memory,
             device=arguments.device,
             trust_remote_code=arguments.trust_remote_code,
@@ -199,7 +212,8 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
             on_read=reading,
         )
     print_table(edit_table(result.records))
-    print(f"edited checkpoint: {arguments.out} (undo with: rome-fast revert {arguments.out})")
+    edited = arguments.model if arguments.in_place else arguments.out
+    print(f"edited checkpoint: {edited} (undo with: rome-fast revert {edited})")
     return result.report()
 
 
@@ -251,8 +265,18 @@ def _revert(arguments: argparse.Namespace) -> dict[str, Any]:
     with _progress("restoring", "checkpoint") as (advance, _):
         names = checkpoints.revert(arguments.directory)
         advance(1, 1)
-    print(f"{arguments.directory}: restored {', '.join(names)}")
+    print(f"{arguments.directory}: restored {', '.join(names) or 'by the revert that was cut short'}")
     return {"directory": str(arguments.directory), "restored": names}
+
+
+def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
+    from . import checkpoints
+
+    report = checkpoints.verify(arguments.directory)
+    print(f"{arguments.directory}: {report['tensors']} tensors, {report['bytes']:,} bytes, all in order")
+    if report["edited"]:
+        print(f"edited: {', '.join(report['edited'])}; the original bytes are there")
+    return report
 
 
 @contextmanager

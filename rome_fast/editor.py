@@ -29,7 +29,7 @@ from .rows import check_tokenizer
 from .runner import Runner, evaluating
 from .statistics import Statistics
 from .values import ValueSettings
-from .weights import OnRead, align_
+from .weights import Link, OnRead, align_, check_link
 
 
 @dataclass
@@ -50,16 +50,20 @@ class EditResult:
         if self.delta.updates:
             self.delta.revert(self.model)
 
-    def save(self, out: str | Path, source: str | Path | None = None) -> None:
+    def save(self, out: str | Path, source: str | Path | None = None, link: Link = "copy") -> None:
         """Write the edited model as a complete checkpoint directory `out`; see `rome_fast.checkpoints.write`.
 
         `source` is the checkpoint the model was loaded from, by default the one it says itself.
         """
         checkpoints.check_new(out)
+        self.check_applied()
+        directory = checkpoints.resolve(source or _origin(self.model))
+        checkpoints.write(directory, out, self.model, self.delta, self.report(), link)
+
+    def check_applied(self) -> None:
+        """Raise ArgumentError where every edit was left out."""
         if not self.delta.updates:
             raise ArgumentError("out: no edit was applied, so there is no edited model to write")
-        directory = checkpoints.resolve(source or _origin(self.model))
-        checkpoints.write(directory, out, self.model, self.delta, self.report())
 
     def report(self) -> dict[str, Any]:
         """Everything that is needed to read or repeat this edit, as JSON values."""
@@ -94,6 +98,8 @@ def apply_edits(
     seed: int = 0,
     measure: bool = True,
     out: str | Path | None = None,
+    in_place: bool = False,
+    link: Link = "copy",
     memory: int | str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -121,6 +127,10 @@ def apply_edits(
             (leave it out, with a warning), "write" or "raise". One whose loss is not finite is never written.
         measure: whether to fill the records' probabilities (two forward passes over each edit's texts).
         out: a new directory for the edited checkpoint.
+        in_place: of a checkpoint directory, instead of `out`: change that very directory. A process killed meanwhile
+            leaves it as it was or, once any rome_fast command has looked at it again, edited.
+        link: "hard" makes the shards of `out` that no edit touches hard links to those of the source, which must not be
+            written to then; "copy" shares their space only where the file system copies on write.
         memory: of a checkpoint: how much of it may be in memory at a time, hidden states and buffers included, as
             bytes or "8GiB"; by default what is free. What does not fit is read anew whenever it is needed, and the
             edited bytes are the same. The result's model then has no weights but the edited ones.
@@ -141,13 +151,18 @@ def apply_edits(
         raise ArgumentError(f"unconverged: got {unconverged!r}, wanted one of {', '.join(get_args(Unconverged))}")
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
+    check_link(link)
     if out is not None:
         checkpoints.check_new(out)
+        if in_place:
+            raise ArgumentError(f"out: got {out} and in_place=True, wanted one of them")
     with ExitStack() as stack:
         stream = None
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ArgumentError("tokenizer: got None, wanted the model's tokenizer, since the model is in memory")
+            if in_place:
+                raise ArgumentError("in_place: got True for a model in memory, which is edited itself in any case")
             if memory is not None:
                 raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
             source = None if out is None else Path(_origin(model))
@@ -157,8 +172,13 @@ def apply_edits(
                     f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel or the path of a "
                     "checkpoint"
                 )
-            if out is None:
-                raise ArgumentError("out: got None, wanted a new directory, since the model is a checkpoint on disk")
+            if out is None and not in_place:
+                raise ArgumentError(
+                    "out: got None, wanted a new directory, since the model is a checkpoint on disk; "
+                    "in_place=True changes the checkpoint itself"
+                )
+            if in_place:
+                stack.enter_context(checkpoints.changing_in_place(model))
             outline = checkpoints.outline(
                 model,
                 memory=memory,
@@ -232,7 +252,10 @@ def apply_edits(
                 )
                 result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
                 if out is not None:
-                    result.save(out, source)
+                    result.save(out, source, link)
+                elif in_place and source is not None:
+                    result.check_applied()
+                    checkpoints.write(source, None, model, delta, result.report())
             except BaseException:
                 if delta.is_applied:
                     delta.revert(model)

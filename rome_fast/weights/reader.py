@@ -232,15 +232,15 @@ class ReadAhead:
                 self._loader.fill(loaded.memory, block)
                 if self._loader.device.type == "cuda":
                     loaded.copied = self._loader.stream.record_event()
-            except BaseException as error:  # handed to the thread that waits for it
-                loaded.error = error
-            with self._state:
                 self.bytes_read += block.size
                 self.seconds_reading += time.perf_counter() - start
+                if self._on_read is not None:
+                    self._on_read(self.bytes_read, self.bytes_read / self.seconds_reading)
+            except BaseException as error:  # raised again in the thread that waits for the block
+                loaded.error = error
+            with self._state:
                 loaded.ready = True
                 self._state.notify_all()
-            if self._on_read is not None and loaded.error is None:
-                self._on_read(self.bytes_read, self.bytes_read / max(self.seconds_reading, 1e-9))
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[Header, list[Piece]]]:
