@@ -59,3 +59,26 @@ def test_copy_without_copy_file_range(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
     copy_file(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.EINVAL])
+def test_copies_share_space_where_they_can(code, tmp_path, monkeypatch):
+    """A file system that shares extents is asked first; one that cannot, says so in one of several ways."""
+    content, asked = os.urandom(100_000), []
+    (tmp_path / "a").write_bytes(content)
+
+    def share(target: int, request: int, source: int) -> None:
+        asked.append(request)
+        os.pwrite(target, os.pread(source, len(content), 0), 0)
+
+    monkeypatch.setattr(files_module.fcntl, "ioctl", share)
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    copy_file(tmp_path / "a", tmp_path / "shared")
+    assert asked == [0x40049409]
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files_module.fcntl, "ioctl", refuse)
+    copy_file(tmp_path / "a", tmp_path / "copied")
+    assert (tmp_path / "shared").read_bytes() == (tmp_path / "copied").read_bytes() == content

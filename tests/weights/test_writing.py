@@ -1,5 +1,6 @@
 """Edited copies: what is in them, and what is refused before anything is written."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -170,3 +171,76 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(source, tmp_path, mon
     monkeypatch.setattr(os, "replace", lambda old, new: (log.append(new), os.rename(old, new)))
     save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
     assert [path.name for path in log] == ["x.safetensors", "x.safetensors", tmp_path.name]
+
+
+def test_folders_of_the_checkpoint_are_copied(source, tmp_path):
+    for name in (
+        "1_Pooling/config.json",
+        "a/b/c.txt",
+        "onnx/model.onnx",
+        ".cache/x.json",
+        "a/.hidden",
+        "a/w.safetensors",
+    ):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    (source / "empty").mkdir()
+    (source / "linked").symlink_to("1_Pooling")
+    write_edited(source, tmp_path / "out", {}, {"edit.json": b"{}"})
+    found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    # Other forms of the weights, hidden and empty folders stay behind; a linked folder becomes a folder.
+    assert found == {
+        *(path.name for path in source.iterdir() if path.is_file()),
+        "1_Pooling/config.json",
+        "linked/config.json",
+        "a/b/c.txt",
+        "edit.json",
+    }
+    assert (tmp_path / "out" / "a/b/c.txt").read_text() == "a/b/c.txt"
+    assert not (tmp_path / "out" / "linked").is_symlink()
+
+
+@pytest.mark.parametrize("target", [".", "..", "../loop"])
+def test_a_folder_that_links_to_itself(target, source, tmp_path):
+    (source / "loop").mkdir()
+    (source / "loop" / "again").symlink_to(target)
+    with pytest.raises(CheckpointError, match="links to a folder it is in; remove the link"):
+        write_edited(source, tmp_path / "out", {}, {})
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_hard_links_on_request(saved, tmp_path):
+    """Shards without an edit are the same files; everything else, the small files too, has bytes of its own."""
+    source = Path(shutil.copytree(saved / "sharded", tmp_path / "source"))
+    edits, checkpoint = edits_for(source), Checkpoint.open(source)
+    edited = {checkpoint.shard_of(name) for name in edits}
+    linked = set(checkpoint.shards) - edited
+    assert linked
+    write_edited(source, tmp_path / "out", edits, {}, link="hard")
+    write_edited(source, tmp_path / "copy", edits, {})
+    assert digests(tmp_path / "out") == digests(tmp_path / "copy")
+    same = {path.name for path in source.iterdir() if path.samefile(tmp_path / "out" / path.name)}
+    assert same == linked
+    # The hub's cache is made of symbolic links: the file behind one is what gets a second name.
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in source.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    write_edited(snapshot, tmp_path / "third", edits, {}, link="hard")
+    assert not any(path.is_symlink() for path in (tmp_path / "third").iterdir())
+    assert {p.name for p in source.iterdir() if p.samefile(tmp_path / "third" / p.name)} == linked
+
+
+def test_links_that_cannot_be(source, tmp_path, monkeypatch):
+    with pytest.raises(ArgumentError, match="link: got 'soft', wanted one of copy, hard"):
+        write_edited(source, tmp_path / "out", {}, {}, link="soft")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"link: .* cannot have a hard link at .*Invalid cross-device link.*; copy it"
+    ):
+        write_edited(source, tmp_path / "out", {}, {}, link="hard")
+    assert os.listdir(tmp_path) == ["source"]
