@@ -91,6 +91,18 @@ class BatchSizer:
         return size * (running + self.layers * (suffix * hidden + before * past))
 
 
+def in_batches(sizer: BatchSizer, group: Sequence[Shaped]) -> Iterator[list[int]]:
+    """Places in the group, batch by batch; a batch that `halving` found too large comes again, smaller."""
+    # Requests of like shape share a batch with little padding.
+    order = sorted(range(len(group)), key=lambda i: (group[i].suffix, group[i].before))
+    start = 0
+    while start < len(order):
+        size = sizer.choose([group[i] for i in order[start:]])
+        yield order[start : start + size]
+        if sizer.limit is None or size <= sizer.limit:
+            start += size
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a process can still take on a device, what torch holds in reserve included."""
     if device.type == "cuda":

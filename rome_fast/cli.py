@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     edit.add_argument("model", help="directory or hub id of the model; only read, unless --in-place")
     edit.add_argument("--edits", type=Path, required=True, help="JSON lines of prompt, subject, target_new")
-    target = edit.add_mutually_exclusive_group(required=True)
+    target = edit.add_mutually_exclusive_group()
     target.add_argument("--out", type=Path, help="new directory for the edited checkpoint")
     target.add_argument("--in-place", action="store_true", help="change MODEL itself; a kill leaves it old or new")
     edit.add_argument("--link", choices=("copy", "hard"), default="copy", help="shards that stay as they are")
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--unconverged", choices=("skip", "write", "raise"), default="skip")
     edit.add_argument("--seed", type=int, default=0, help="seed of the prefix contexts")
     edit.add_argument("--memory", help="how much of the model may be in memory, as 8GiB (default: what is free)")
+    edit.add_argument("--plan", action="store_true", help="say what would be kept in memory and read, and stop")
     edit.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     edit.add_argument("--trust-remote-code", action="store_true", help="let code in the model's directory run")
 
@@ -187,6 +188,8 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
     from .report import edit_table, print_table
     from .statistics import Statistics
 
+    if arguments.plan:
+        return _plan(arguments)
     edits = load_edits(arguments.edits)
     if arguments.identity and arguments.statistics:
         raise ArgumentError("statistics: got both --statistics and --identity, wanted one of them")
@@ -215,6 +218,25 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
     edited = arguments.model if arguments.in_place else arguments.out
     print(f"edited checkpoint: {edited} (undo with: rome-fast revert {edited})")
     return result.report()
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .edits import load_edits
+    from .planning import plan
+
+    made = plan(
+        arguments.model,
+        load_edits(arguments.edits),
+        statistics="identity" if arguments.identity else None,
+        method=arguments.method,
+        layer=arguments.layer,
+        schedule=arguments.schedule,
+        memory=arguments.memory,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(made)
+    return made.to_json()
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:

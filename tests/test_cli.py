@@ -261,6 +261,11 @@ def test_wrong_usage_ends_with_status_2(arguments, capsys):
 def test_edit_in_place_under_a_budget_verify_and_revert(toy, capsys):
     original = files(toy / "model")
     usual = ("--edits", "edits.jsonl", "--identity", "--guard", "off", "--unconverged", "write")
+    run("edit", "model", *usual, "--plan", "--memory", "400kB", "--json", "plan.json")
+    assert "through a buffer of" in capsys.readouterr().out
+    assert read(toy / "plan.json")["memory_bytes"] == 400_000
+    assert files(toy / "model") == original
+    assert "out: got None" in fails(capsys, "edit", "model", *usual)
     run("edit", "model", *usual, "--out", "edited")
     run("edit", "model", *usual, "--in-place", "--memory", "400kB", "--json", "edit.json")
     captured = capsys.readouterr()
