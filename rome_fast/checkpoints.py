@@ -85,14 +85,25 @@ def load(
     directory = resolve(source, code=trust_remote_code)
     Checkpoint.open(directory)
     _check_architecture(directory)
+    model = load_model(directory, device=device, trust_remote_code=trust_remote_code)
+    return model, load_tokenizer(directory, trust_remote_code=trust_remote_code), directory
+
+
+def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint as a whole; raises CheckpointError."""
     model: PreTrainedModel
     with _loading(directory):
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model, tokenizer, directory
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; raises CheckpointError."""
+    with _loading(directory):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def outline(
     target = torch.device(device)
     with _loading(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        skeleton = _skeleton(directory, config, _dtype(config, checkpoint), trust_remote_code)
+        skeleton = _skeleton(directory, config, _dtype(config, checkpoint), target, trust_remote_code)
     count = config.num_hidden_layers
     layer = default_layer(config) if layer is None else layer
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
@@ -156,12 +167,6 @@ def outline(
     fits = parts.total_bytes * 9 // 8 + occupied <= budget
     placement = None if fits else place(parts.blocks, layer, budget, parts.always_bytes, occupied)
     return Outline(directory, checkpoint, skeleton, parts, layer, target, placement)
-
-
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; raises CheckpointError."""
-    with _loading(directory):
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
@@ -194,9 +199,9 @@ def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _skeleton(
-    directory: Path, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+    directory: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model with all parameters on the meta device, and what is computed from the config in memory."""
+    """The model with all parameters on the meta device; what is computed from the config is on `device`."""
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model: {directory} is quantised, wanted weights in bfloat16, float16, float32 or float64")
     with torch.device("meta"):
@@ -205,7 +210,7 @@ def _skeleton(
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             # Rotary frequencies: not stored, but a function of the config.
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, type(module)(config=config))
+            setattr(model.get_submodule(owner), leaf, type(module)(config=config).to(device))
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)

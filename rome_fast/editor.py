@@ -133,7 +133,9 @@ def apply_edits(
             written to then; "copy" shares their space only where the file system copies on write.
         memory: of a checkpoint: how much of it may be in memory at a time, hidden states and buffers included, as
             bytes or "8GiB"; by default what is free. What does not fit is read anew whenever it is needed, and the
-            edited bytes are the same. The result's model then has no weights but the edited ones.
+            edited bytes are the same. The result's model then has no weights but the edited ones. A budget that holds
+            little more than one layer is exceeded by what the process itself and statistics take, and one below 1 GiB
+            by up to 128 MiB of hidden states.
         device: of a checkpoint: where it runs, as "cuda"; `memory` is then that of the device.
         trust_remote_code: of a checkpoint: whether code in its directory may run.
         progress: called with (edits done, edits in all).
@@ -184,14 +186,14 @@ def apply_edits(
                 memory=memory,
                 layer=layer,
                 device=device,
-                identity=statistics == "identity",
+                identity=isinstance(statistics, str),
                 trust_remote_code=trust_remote_code,
             )
             source = outline.directory
+            own_tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trust_remote_code)
             if outline.placement is None:
-                model, own_tokenizer, _ = checkpoints.load(source, device=device, trust_remote_code=trust_remote_code)
+                model = checkpoints.load_model(source, device=device, trust_remote_code=trust_remote_code)
             else:
-                own_tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trust_remote_code)
                 stream = stack.enter_context(closing(outline.stream(on_read)))
                 model = stream.model
             tokenizer = tokenizer or own_tokenizer

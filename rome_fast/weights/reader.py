@@ -28,13 +28,19 @@ class Files:
 
     def __init__(self, headers: Iterable[Header]) -> None:
         self._descriptors: dict[Path, int] = {}
-        for header in headers:
-            with os_errors(f"opening {header.path}"):
-                descriptor = os.open(header.path, os.O_RDONLY)
-                self._descriptors[header.path] = descriptor
-                wanted = header.data_start + max((entry.end for entry in header.tensors.values()), default=0)
-                if os.fstat(descriptor).st_size != wanted:
-                    raise CheckpointError(f"{header.path}: it changed after it was opened; run again")
+        try:
+            for header in headers:
+                self._open(header)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, header: Header) -> None:
+        with os_errors(f"opening {header.path}"):
+            descriptor = self._descriptors[header.path] = os.open(header.path, os.O_RDONLY)
+            wanted = header.data_start + max((entry.end for entry in header.tensors.values()), default=0)
+            if os.fstat(descriptor).st_size != wanted:
+                raise CheckpointError(f"{header.path}: it changed after it was opened; run again")
 
     def read(self, header: Header, begin: int, targets: Sequence[memoryview]) -> None:
         """Fill the targets, one after the other, from byte `begin` of the data on; raises CheckpointError."""
@@ -197,6 +203,7 @@ class ReadAhead:
             self._state.notify_all()
         self._thread.join()
         self._loaded.clear()
+        self._taken = None
         self._ring = torch.empty(0, dtype=torch.uint8)
 
     def _place(self, size: int) -> int | None:

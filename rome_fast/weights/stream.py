@@ -23,7 +23,11 @@ _CHUNK_BYTES = 32 << 20
 
 
 class Stream:
-    """Where the weights of a skeleton live; made by `Stream.open`, in use until `close`."""
+    """Where the weights of a skeleton live, from the making of it until `close`.
+
+    `layers` are those of `model`; `placement` says which of `parts.blocks` stay in memory on `device`. A forward pass
+    of the model or of any layer finds its weights in place. Raises CheckpointError, also later, where reading fails.
+    """
 
     def __init__(
         self,
@@ -44,9 +48,9 @@ class Stream:
         self._initial_bytes = 0
         self._by_rows = True
         try:
+            # Among them the edited one, which is written to: it shares memory with nothing that is read again.
             for name in parts.always:
                 self._bind(name, self._read_whole(name))
-            # Edits write into it: it must not share memory with anything that is read.
             for index in sorted(placement.resident):
                 block = parts.blocks[index]
                 memory = buffer_on(device, block.size)
@@ -104,7 +108,7 @@ class Stream:
         for name in self._parts.always:
             yield name, self.model.get_parameter(name).detach()
         for index, block in enumerate(self._parts.blocks):
-            self._take(index)
+            self.take(index)
             for piece in block.pieces:
                 yield piece.parameter, self.model.get_parameter(piece.parameter).detach()
         if not self._parts.tied:
@@ -137,7 +141,7 @@ class Stream:
             module = self.layers[index] if index < len(self.layers) else self.model.get_output_embeddings()
 
             def take(_module: nn.Module, _args: Any, index: int = index) -> None:
-                self._take(index)
+                self.take(index)
 
             self._hooks.append(module.register_forward_pre_hook(take))
         if self._by_rows:
@@ -159,8 +163,8 @@ class Stream:
             self._hooks.append(embedding.register_forward_pre_hook(look_up))
             self._hooks.append(embedding.register_forward_hook(forget, always_call=True))
 
-    def _take(self, index: int) -> None:
-        """Have the weights of a block in place."""
+    def take(self, index: int) -> None:
+        """Have the weights of a block (a layer, or behind them the head) in place, until another is taken."""
         block = self._parts.blocks[index]
         if self._reader is None or block not in self._streamed:
             return
