@@ -142,7 +142,7 @@ def _ones(shape: tuple[int, ...]) -> torch.Tensor:
 def _measure_reading(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """GB/s of the layers' files, plainly and through the streamer, interleaved; median and range."""
     outline = checkpoints.outline(directory, memory=arguments.memory, layer=arguments.layer, identity=True)
-    if outline.placement is None:
+    if outline.parts is None:
         raise SystemExit("the checkpoint fits the budget; make it larger or the budget smaller")
     paths = [header.path for header in Checkpoint.open(directory).shards.values()]
     rates: dict[str, list[float]] = {}
@@ -155,11 +155,13 @@ def _measure_reading(directory: Path, arguments: argparse.Namespace) -> dict[str
                     count += got
         return count / (time.perf_counter() - start) / 1e9
 
+    blocks = len(outline.parts.blocks)
+
     def streamed() -> float:
         stream = outline.stream()
         _drop(paths if cold else [])
         start, before = time.perf_counter(), stream.bytes_read
-        for index, _ in enumerate(outline.parts.blocks):
+        for index in range(blocks):
             stream.take(index)
         rate = (stream.bytes_read - before) / (time.perf_counter() - start) / 1e9
         stream.close()

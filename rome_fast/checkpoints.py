@@ -113,14 +113,14 @@ class Outline:
     directory: Path
     checkpoint: Checkpoint
     skeleton: PreTrainedModel
-    parts: Parts
     layer: int
     device: torch.device
-    placement: Placement | None  # None where all of it fits
+    parts: Parts | None  # None where all of it fits, as is the next
+    placement: Placement | None
 
     def stream(self, on_read: OnRead | None = None) -> Stream:
         """Start reading; close the stream when done."""
-        if self.placement is None:
+        if self.parts is None or self.placement is None:
             raise ArgumentError("memory: the whole model fits, so there is nothing to stream; use checkpoints.load")
         layers = family_of(self.skeleton.config).layers(self.skeleton)
         return Stream(self.skeleton, layers, self.parts, self.placement, self.device, on_read)
@@ -154,19 +154,19 @@ def outline(
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
     family = family_of(config)
     edited = family.weight_name(layer)
-    names = {name: stored_name(checkpoint, name, skeleton) for name, _ in skeleton.named_parameters()}
-    parts = Parts(skeleton, family.layers(skeleton), checkpoint, names, edited)
-
-    _, d_ff = family.oriented(skeleton.get_parameter(edited)).shape
+    weight = skeleton.get_parameter(edited)
     # An edit holds its weight three times for a moment, and the factor of C with what it is made of.
-    weight = checkpoint.entry(names[edited])
-    occupied = 2 * (weight.end - weight.begin) + (0 if identity else 20 * d_ff**2)
+    occupied = 2 * weight.nbytes + (0 if identity else 20 * family.oriented(weight).shape[1] ** 2)
     if memory is not None and target.type == "cpu":
         occupied += _anonymous_bytes()
     budget = int(_FREE_SHARE * free_memory(target)) if memory is None else parse_bytes(memory)
-    fits = parts.total_bytes * 9 // 8 + occupied <= budget
-    placement = None if fits else place(parts.blocks, layer, budget, parts.always_bytes, occupied)
-    return Outline(directory, checkpoint, skeleton, parts, layer, target, placement)
+    size = sum(entry.end - entry.begin for entry in checkpoint.entries.values())
+    if size * 9 // 8 + occupied <= budget:
+        return Outline(directory, checkpoint, skeleton, layer, target, None, None)
+    names = {name: stored_name(checkpoint, name, skeleton) for name, _ in skeleton.named_parameters()}
+    parts = Parts(skeleton, family.layers(skeleton), checkpoint, names, edited)
+    placement = place(parts.blocks, layer, budget, parts.always_bytes, occupied)
+    return Outline(directory, checkpoint, skeleton, layer, target, parts, placement)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from .methods import variant
 from .runner import Runner
 from .statistics import Statistics
 from .values import ValueSettings
-from .weights import Checkpoint
+from .weights import Checkpoint, parse_bytes
 
 _SAMPLED = 20  # contexts, where none are given
 _SAMPLED_TOKENS = 15  # steps of generation they take, if every sampled text is usable
@@ -107,34 +107,34 @@ def plan(
     groups = [requests[start : start + group] for start in range(0, len(requests), group)]
     batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), each))) for each in groups)
 
-    blocks, kept = outline.parts.blocks, outline.placement
-    resident = set(range(len(blocks))) if kept is None else kept.resident
-    sizes = [0 if index in resident else block.size for index, block in enumerate(blocks)]
-    above, whole = sum(sizes[outline.layer + 1 : -1]), sum(sizes)
-    evaluations = settings.steps * batches
-    stages: dict[str, tuple[int, int]] = {"loading": (1, outline.parts.total_bytes)}
-    if kept is not None:
-        first = sum(block.size for index, block in enumerate(blocks) if index in resident)
-        stages["loading"] = (1, first + outline.parts.always_bytes)
+    count, kept, parts = len(runner.layers), outline.placement, outline.parts
+    total = sum(entry.end - entry.begin for entry in outline.checkpoint.entries.values())
+    resident = frozenset(range(count + 1)) if kept is None else kept.resident
+    stages: dict[str, tuple[int, int]] = {"loading": (1, total)}
+    if kept is not None and parts is not None:
+        blocks = [block.size for block in parts.blocks]
+        sizes = [0 if index in resident else size for index, size in enumerate(blocks)]
+        above, whole = sum(sizes[outline.layer + 1 : -1]), sum(sizes)
+        stages["loading"] = (1, sum(blocks) - whole + parts.always_bytes)
         stages["check for NaN"] = (1, whole)
         if contexts is None:
             stages["contexts"] = (_SAMPLED_TOKENS, _SAMPLED_TOKENS * whole)
         if measure:
             stages["measuring"] = (2, 2 * whole)
         stages["keys"] = (len(groups) + batches, (len(groups) + batches) * sum(sizes[:-1]))
+        evaluations = settings.steps * batches
         stages["values"] = (2 * evaluations - batches, evaluations * (2 * above + sizes[-1]) - batches * above)
     rate = _reading_rate(outline.checkpoint)
-    layers = range(len(blocks) - 1)
     return Plan(
-        model_bytes=outline.parts.total_bytes,
-        memory_bytes=None if memory is None or kept is None else kept.budget_bytes,
+        model_bytes=total,
+        memory_bytes=None if memory is None else parse_bytes(memory),
         layer=outline.layer,
-        resident_layers=tuple(i for i in layers if i in resident),
-        streamed_layers=tuple(i for i in layers if i not in resident),
-        head_resident=len(blocks) - 1 in resident,
+        resident_layers=tuple(i for i in range(count) if i in resident),
+        streamed_layers=tuple(i for i in range(count) if i not in resident),
+        head_resident=count in resident,
         buffer_bytes=0 if kept is None else kept.buffer_bytes,
         batches=batches,
-        passes={stage: count for stage, (count, _) in stages.items()},
+        passes={stage: passes for stage, (passes, _) in stages.items()},
         read_bytes={stage: size for stage, (_, size) in stages.items()},
         bytes_per_second=rate,
         seconds_reading=sum(size for _, size in stages.values()) / rate,

@@ -261,15 +261,6 @@ class Parts:
     def always_bytes(self) -> int:
         return sum(aligned(entry.end - entry.begin) for _, entry in map(self.places.__getitem__, self.always))
 
-    @property
-    def total_bytes(self) -> int:
-        """All weights, a tied one once."""
-        blocks = sum(block.size for block in self.blocks) + self.always_bytes
-        if self.tied:
-            return blocks
-        _, entry = self.places[self.embedding]
-        return blocks + entry.end - entry.begin
-
 
 def align_(model: nn.Module) -> None:
     """Move weights on the CPU to aligned memory, where they are not.

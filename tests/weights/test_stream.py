@@ -77,7 +77,8 @@ def test_every_budget_gives_the_same_bytes(schedule, source, tmp_path):
     usual = USUAL | {"contexts": None, "schedule": schedule, "measure": False}
     whole = apply_edits(source, [START, END], out=tmp_path / "whole", **usual)
     wanted = edited_bits(tmp_path / "whole", whole)
-    start, stop = least(source), checkpoints.outline(source, layer=LAYER).parts.total_bytes
+    start = least(source)
+    stop = sum(shard.stat().st_size for shard in source.glob("*.safetensors"))
     streamed = 0
     for i in range(4):
         memory = start + (stop - start) * i // 3
@@ -195,6 +196,12 @@ def test_config_and_file_must_agree(tmp_path, toy_tokenizers):
         (source / "config.json").write_text(config.replace(*change))
         with pytest.raises(CheckpointError, match=message):
             apply_edits(source, END, out=tmp_path / "out", memory=150_000, **USUAL)
+    # transformers casts while it loads a model as a whole.
+    (source / "config.json").write_text(config.replace('"float32"', '"bfloat16"'))
+    result = apply_edits(source, END, out=tmp_path / "cast", **USUAL)
+    assert result.model.dtype == torch.bfloat16
+    (name,) = result.delta.updates
+    assert Checkpoint.open(tmp_path / "cast").entry(name).dtype == torch.float32
 
 
 def test_a_read_error_ends_the_edit(source, tmp_path, monkeypatch):
@@ -252,7 +259,7 @@ def test_files_replaced_while_they_are_read_stay_what_they_were(source, tmp_path
 
 @pytest.fixture
 def blocks(source):
-    return checkpoints.outline(source, layer=LAYER).parts.blocks[:LAYERS]
+    return checkpoints.outline(source, memory=least(source), layer=LAYER, identity=True).parts.blocks[:LAYERS]
 
 
 @pytest.fixture
