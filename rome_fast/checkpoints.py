@@ -96,7 +96,7 @@ def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool 
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
-        model.to(torch.device(device))  # type: ignore[arg-type]
+        model.to(_device(device))  # type: ignore[arg-type]
     return model
 
 
@@ -144,7 +144,7 @@ def outline(
     directory = resolve(source, code=trust_remote_code)
     checkpoint = Checkpoint.open(directory)
     _check_architecture(directory)
-    target = torch.device(device)
+    target = _device(device)
     with _loading(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         skeleton = _skeleton(directory, config, _dtype(config, checkpoint), target, trust_remote_code)
@@ -218,6 +218,17 @@ def _skeleton(
     embedding = model.get_input_embeddings()
     embedding.padding_idx = None
     return model.eval()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        usable = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    except (RuntimeError, TypeError):
+        usable = False
+    if not usable:
+        raise ArgumentError(f"device: got {name!r}, wanted 'cpu', or 'cuda' where torch finds such a device")
+    return device
 
 
 def _anonymous_bytes() -> int:

@@ -231,6 +231,25 @@ def test_a_read_error_ends_the_edit(source, tmp_path, monkeypatch):
         assert not (tmp_path / f"out {failing}").exists()
 
 
+def test_an_error_of_the_progress_report_ends_the_edit(source, tmp_path):
+    """It comes up in the reading thread, for which nobody may wait in vain."""
+
+    def fail(_count, _rate):
+        raise ZeroDivisionError("mine")
+
+    threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        apply_edits(source, END, out=tmp_path / "out", memory=least(source), on_read=fail, **USUAL)
+    assert threading.active_count() == threads
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "meta", "cuda:99:1", 7.5])
+def test_a_device_that_is_none(device, source, tmp_path):
+    with pytest.raises(ArgumentError, match=r"device: got .*, wanted 'cpu', or 'cuda'"):
+        apply_edits(source, END, out=tmp_path / "out", device=device, **USUAL)
+
+
 def test_a_file_cut_while_it_is_read(source):
     stream = stream_of(source)
     for shard in source.glob("*.safetensors"):
