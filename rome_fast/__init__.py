@@ -4,6 +4,7 @@ from .delta import Delta
 from .editor import EditResult, apply_edits
 from .edits import Edit, load_edits
 from .errors import RomeFastError
+from .planning import Plan, plan
 from .records import Record
 from .statistics import Statistics, collect_statistics
 from .values import ValueSettings
@@ -12,6 +13,7 @@ __all__ = [
     "Delta",
     "Edit",
     "EditResult",
+    "Plan",
     "Record",
     "RomeFastError",
     "Statistics",
@@ -19,4 +21,5 @@ __all__ = [
     "apply_edits",
     "collect_statistics",
     "load_edits",
+    "plan",
 ]

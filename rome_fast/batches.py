@@ -43,7 +43,8 @@ class BatchSizer:
 
         All requests of a batch have the same number of rows.
         """
-        budget = _SHARE * free_memory(self.runner.device)
+        spare = self.runner.spare_bytes
+        budget = _SHARE * free_memory(self.runner.device) if spare is None else spare
         most = _MOST_POSITIONS.get(self.runner.device.type, _ENOUGH_POSITIONS)
         size, suffix, before, used = 0, 0, 0, 0
         for request in waiting:
@@ -83,10 +84,27 @@ class BatchSizer:
         hidden, key_size = self.runner.weight(0).shape
         heads = config.num_attention_heads
         shared = getattr(config, "num_key_value_heads", None) or heads
+        past = 2 * hidden * shared // heads
         per_position = 10 * hidden + 5 * key_size
-        per_attended = 2 * hidden + 4 * hidden * shared // heads
+        per_attended = 2 * hidden + 2 * past
         size = self.runner.dtype.itemsize
-        return self.layers * size * (suffix * per_position + (before + suffix) * per_attended)
+        if self.runner.spare_bytes is None:
+            return self.layers * size * (suffix * per_position + (before + suffix) * per_attended)
+        # Of a streamed model the input of every layer is kept and the past; more only of the layer that runs.
+        running = suffix * per_position + (before + suffix) * per_attended
+        return size * (running + self.layers * (suffix * hidden + before * past))
+
+
+def in_batches(sizer: BatchSizer, group: Sequence[Shaped]) -> Iterator[list[int]]:
+    """Places in the group, batch by batch; a batch that `halving` found too large comes again, smaller."""
+    # Requests of like shape share a batch with little padding.
+    order = sorted(range(len(group)), key=lambda i: (len(group[i].rows), group[i].suffix, group[i].before))
+    start = 0
+    while start < len(order):
+        size = sizer.choose([group[i] for i in order[start:]])
+        yield order[start : start + size]
+        if sizer.limit is None or size <= sizer.limit:
+            start += size
 
 
 def free_memory(device: torch.device) -> int:

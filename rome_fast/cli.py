@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     edit = verb(
         "edit",
         _edit,
-        "edit facts into a new copy of a checkpoint",
+        "edit facts into a new copy of a checkpoint, or in place",
         "rome-fast edit ./model --edits edits.jsonl --method c-rome --out ./edited",
     )
-    edit.add_argument("model", help="directory or hub id of the model; it is only read")
+    edit.add_argument("model", help="directory or hub id of the model; only read, unless --in-place")
     edit.add_argument("--edits", type=Path, required=True, help="JSON lines of prompt, subject, target_new")
-    edit.add_argument("--out", type=Path, required=True, help="new directory for the edited checkpoint")
+    target = edit.add_mutually_exclusive_group()
+    target.add_argument("--out", type=Path, help="new directory for the edited checkpoint")
+    target.add_argument("--in-place", action="store_true", help="change MODEL itself; a kill leaves it old or new")
+    edit.add_argument("--link", choices=("copy", "hard"), default="copy", help="shards that stay as they are")
     edit.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
     edit.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
     edit.add_argument("--method", default="c-rome", help="c-rome (default), rome, c-rome-released, p-rome")
@@ -113,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")
     edit.add_argument("--unconverged", choices=("skip", "write", "raise"), default="skip")
     edit.add_argument("--seed", type=int, default=0, help="seed of the prefix contexts")
+    edit.add_argument("--memory", help="how much of the model may be in memory, as 8GiB (default: what is free)")
+    edit.add_argument("--plan", action="store_true", help="say what would be kept in memory and read, and stop")
+    edit.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    edit.add_argument("--trust-remote-code", action="store_true", help="let code in the model's directory run")
 
     evaluate = verb(
         "evaluate",
@@ -150,6 +157,14 @@ def _parser() -> argparse.ArgumentParser:
 
     revert = verb("revert", _revert, "restore an edited checkpoint to its original bytes", "rome-fast revert ./edited")
     revert.add_argument("directory", type=Path)
+
+    verify = verb(
+        "verify",
+        _verify,
+        "read a checkpoint to the last byte and check it, and what rome-fast needs to undo its edit",
+        "rome-fast verify ./edited",
+    )
+    verify.add_argument("directory", type=Path)
     return parser
 
 
@@ -187,11 +202,13 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
     from .report import edit_table, print_table
     from .statistics import Statistics
 
+    if arguments.plan:
+        return _plan(arguments)
     edits = load_edits(arguments.edits)
     if arguments.identity and arguments.statistics:
         raise ArgumentError("statistics: got both --statistics and --identity, wanted one of them")
     statistics = Statistics.load(arguments.statistics) if arguments.statistics else None
-    with _progress("values", "edits") as advance:
+    with _progress("values", "edits") as (advance, reading):
         result = apply_edits(
             arguments.model,
             edits,
@@ -203,11 +220,37 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
             unconverged=arguments.unconverged,
             seed=arguments.seed,
             out=arguments.out,
+            in_place=arguments.in_place,
+            link=arguments.link,
+            memory=arguments.memory,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
             progress=advance,
+            on_read=reading,
         )
     print_table(edit_table(result.records))
-    print(f"edited checkpoint: {arguments.out} (undo with: rome-fast revert {arguments.out})")
+    edited = arguments.model if arguments.in_place else arguments.out
+    print(f"edited checkpoint: {edited} (undo with: rome-fast revert {edited})")
     return result.report()
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .edits import load_edits
+    from .planning import plan
+
+    made = plan(
+        arguments.model,
+        load_edits(arguments.edits),
+        statistics="identity" if arguments.identity else None,
+        method=arguments.method,
+        layer=arguments.layer,
+        schedule=arguments.schedule,
+        memory=arguments.memory,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(made)
+    return made.to_json()
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -228,7 +271,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         delta.apply(model)
         contexts = json.loads(delta.metadata.get("contexts", "[]"))
     metrics = []
-    with _progress("evaluating", "edits") as advance:
+    with _progress("evaluating", "edits") as (advance, _):
         for start in range(0, len(edits), _EVALUATED_TOGETHER):
             metrics += evaluate(model, tokenizer, edits[start : start + _EVALUATED_TOGETHER], contexts)
             advance(len(metrics), len(edits))
@@ -261,16 +304,26 @@ def _profile(arguments: argparse.Namespace) -> dict[str, Any]:
 def _revert(arguments: argparse.Namespace) -> dict[str, Any]:
     from . import checkpoints
 
-    with _progress("restoring", "checkpoint") as advance:
+    with _progress("restoring", "checkpoint") as (advance, _):
         names = checkpoints.revert(arguments.directory)
         advance(1, 1)
-    print(f"{arguments.directory}: restored {', '.join(names)}")
+    print(f"{arguments.directory}: restored {', '.join(names) or 'by the revert that was cut short'}")
     return {"directory": str(arguments.directory), "restored": names}
 
 
+def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
+    from . import checkpoints
+
+    report = checkpoints.verify(arguments.directory)
+    print(f"{arguments.directory}: {report['tensors']} tensors, {report['bytes']:,} bytes, all in order")
+    if report["edited"]:
+        print(f"edited: {', '.join(report['edited'])}; the original bytes are there")
+    return report
+
+
 @contextmanager
-def _progress(stage: str, unit: str) -> Iterator[Any]:
-    """A bar on standard error; a line per tenth where that is no terminal."""
+def _progress(stage: str, unit: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int, float], None]]]:
+    """A bar on standard error: a function to say what is done of how much, and one for (bytes read, bytes a second)."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -297,17 +350,21 @@ def _progress(stage: str, unit: str) -> Iterator[Any]:
         TextColumn(unit),
         Rate(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[reading]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(stage, total=None)
+        task = bar.add_task(stage, total=None, reading="")
 
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
+        def reading(count: int, rate: float) -> None:
+            bar.update(task, reading=f"{count / 1e9:.1f} GB read, {rate / 1e9:.2f} GB/s")
+
         with warnings.catch_warnings():
             # A warning is one line for the reader, not a line of our source.
             warnings.showwarning = lambda message, *_args, **_kwargs: console.print(f"warning: {message}")
-            yield advance
+            yield advance, reading
 
 
 def _text(file: Path) -> str:

@@ -5,6 +5,7 @@ edits → rows → keys, values → method → Delta → guard → weights
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +29,7 @@ from .rows import check_tokenizer
 from .runner import Runner, evaluating
 from .statistics import Statistics
 from .values import ValueSettings
+from .weights import Link, OnRead, align_, check_link
 
 
 @dataclass
@@ -48,16 +50,20 @@ class EditResult:
         if self.delta.updates:
             self.delta.revert(self.model)
 
-    def save(self, out: str | Path, source: str | Path | None = None) -> None:
+    def save(self, out: str | Path, source: str | Path | None = None, link: Link = "copy") -> None:
         """Write the edited model as a complete checkpoint directory `out`; see `rome_fast.checkpoints.write`.
 
         `source` is the checkpoint the model was loaded from, by default the one it says itself.
         """
         checkpoints.check_new(out)
+        self.check_applied()
+        directory = checkpoints.resolve(source or _origin(self.model))
+        checkpoints.write(directory, out, self.model, self.delta, self.report(), link)
+
+    def check_applied(self) -> None:
+        """Raise ArgumentError where every edit was left out."""
         if not self.delta.updates:
             raise ArgumentError("out: no edit was applied, so there is no edited model to write")
-        directory = checkpoints.resolve(source or _origin(self.model))
-        checkpoints.write(directory, out, self.model, self.delta, self.report())
 
     def report(self) -> dict[str, Any]:
         """Everything that is needed to read or repeat this edit, as JSON values."""
@@ -92,7 +98,13 @@ def apply_edits(
     seed: int = 0,
     measure: bool = True,
     out: str | Path | None = None,
+    in_place: bool = False,
+    link: Link = "copy",
+    memory: int | str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
+    on_read: OnRead | None = None,
 ) -> EditResult:
     """Edit facts into a model, in memory or into a new checkpoint.
 
@@ -115,6 +127,19 @@ def apply_edits(
             (leave it out, with a warning), "write" or "raise". One whose loss is not finite is never written.
         measure: whether to fill the records' probabilities (two forward passes over each edit's texts).
         out: a new directory for the edited checkpoint.
+        in_place: of a checkpoint directory, instead of `out`: change that very directory. A process killed meanwhile
+            leaves it as it was or, once any rome_fast command has looked at it again, edited.
+        link: "hard" makes the shards of `out` that no edit touches hard links to those of the source, which must not be
+            written to then; "copy" shares their space only where the file system copies on write.
+        memory: of a checkpoint: how much of it may be in memory at a time, hidden states and buffers included, as
+            bytes or "8GiB"; by default what is free. What does not fit is read anew whenever it is needed, and the
+            edited bytes are the same. The result's model then has no weights but the edited ones. A budget that holds
+            little more than one layer is exceeded by what the process itself and statistics take, and one below 1 GiB
+            by up to 128 MiB of hidden states.
+        device: of a checkpoint: where it runs, as "cuda"; `memory` is then that of the device.
+        trust_remote_code: of a checkpoint: whether code in its directory may run.
+        progress: called with (edits done, edits in all).
+        on_read: called with (bytes read, bytes per second) while weights are read.
 
     Raises EditError, ArgumentError, ModelError, StatisticsError, CheckpointError, ConvergenceError or
     CollapseError; the model is then as it was before the call, and `out` does not exist.
@@ -128,72 +153,116 @@ def apply_edits(
         raise ArgumentError(f"unconverged: got {unconverged!r}, wanted one of {', '.join(get_args(Unconverged))}")
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
+    check_link(link)
     if out is not None:
         checkpoints.check_new(out)
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise ArgumentError("tokenizer: got None, wanted the model's tokenizer, since the model is in memory")
-        source = None if out is None else Path(_origin(model))
-    else:
-        if not isinstance(model, str | Path):
-            raise ModelError(
-                f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel or the path of a checkpoint"
+        if in_place:
+            raise ArgumentError(f"out: got {out} and in_place=True, wanted one of them")
+    with ExitStack() as stack:
+        stream = None
+        if isinstance(model, PreTrainedModel):
+            if tokenizer is None:
+                raise ArgumentError("tokenizer: got None, wanted the model's tokenizer, since the model is in memory")
+            if in_place:
+                raise ArgumentError("in_place: got True for a model in memory, which is edited itself in any case")
+            if memory is not None:
+                raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
+            source = None if out is None else Path(_origin(model))
+        else:
+            if not isinstance(model, str | Path):
+                raise ModelError(
+                    f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel or the path of a "
+                    "checkpoint"
+                )
+            if out is None and not in_place:
+                raise ArgumentError(
+                    "out: got None, wanted a new directory, since the model is a checkpoint on disk; "
+                    "in_place=True changes the checkpoint itself"
+                )
+            if in_place:
+                stack.enter_context(checkpoints.changing_in_place(model))
+            outline = checkpoints.outline(
+                model,
+                memory=memory,
+                layer=layer,
+                device=device,
+                identity=isinstance(statistics, str),
+                trust_remote_code=trust_remote_code,
             )
-        if out is None:
-            raise ArgumentError("out: got None, wanted a new directory, since the model is a checkpoint on disk")
-        model, own_tokenizer, source = checkpoints.load(model)
-        tokenizer = tokenizer or own_tokenizer
-    check_tokenizer(tokenizer)
-    runner = Runner(model)
-    layer = _checked_layer(runner, layer)
-    _check_weights(runner, layer)
-    factor = _cholesky_factor(runner, layer, statistics)
-    settings = default_settings(model.config) if settings is None else settings
-    if not isinstance(settings, ValueSettings):
-        raise ArgumentError(f"settings: got {type(settings).__name__}, wanted a rome_fast.ValueSettings or None")
+            source = outline.directory
+            own_tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trust_remote_code)
+            if outline.placement is None:
+                model = checkpoints.load_model(source, device=device, trust_remote_code=trust_remote_code)
+            else:
+                stream = stack.enter_context(closing(outline.stream(on_read)))
+                model = stream.model
+            tokenizer = tokenizer or own_tokenizer
+        check_tokenizer(tokenizer)
+        align_(model)
+        runner = Runner(model, stream)
+        layer = _checked_layer(runner, layer)
+        _check_weights(runner, layer)
+        factor = _cholesky_factor(runner, layer, statistics)
+        settings = default_settings(model.config) if settings is None else settings
+        if not isinstance(settings, ValueSettings):
+            raise ArgumentError(f"settings: got {type(settings).__name__}, wanted a rome_fast.ValueSettings or None")
 
-    clock = Clock(runner.device)
-    delta = Delta({})
-    with evaluating(model):
-        try:
-            with clock("contexts"):
-                chosen = tuple(sample_contexts(model, tokenizer, seed=seed) if contexts is None else contexts)
-                _check_contexts(chosen)
-            with clock("rows"):
-                requests = [tokenise(runner, tokenizer, edit, chosen, how) for edit in edits]
-            with clock("measure"):
-                before = _probabilities(runner, tokenizer, edits) if measure else None
-            flow = Flow(
-                runner, tokenizer, layer, how, chosen, factor, settings, guard, unconverged, clock, progress, len(edits)
-            )
-            records: list[Record] = []
-            size = len(requests) if schedule == "joint" else batch_size
-            for start in range(0, len(requests), size):
-                step, made = flow.solve(requests[start : start + size])
-                records += made
-                if step is not None:
-                    # Applied afresh from the original weights, so that each parameter is rounded once.
-                    if delta.is_applied:
-                        delta.revert(model)
-                    delta = delta.merge(step)
-                    delta.apply(model)
-            if before is not None:
+        clock = Clock(runner.device)
+        delta = Delta({})
+        with evaluating(model):
+            try:
+                with clock("contexts"):
+                    chosen = tuple(sample_contexts(model, tokenizer, seed=seed) if contexts is None else contexts)
+                    _check_contexts(chosen)
+                with clock("rows"):
+                    requests = [tokenise(runner, tokenizer, edit, chosen, how) for edit in edits]
                 with clock("measure"):
-                    _fill_probabilities(runner, tokenizer, edits, chosen, records, before)
-            delta.metadata.update(
-                method=method,
-                layer=str(layer),
-                model_type=model.config.model_type,
-                contexts=json.dumps(chosen, ensure_ascii=False),
-            )
-            result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
-            if out is not None:
-                result.save(out, source)
-        except BaseException:
-            if delta.is_applied:
-                delta.revert(model)
-            raise
-    return result
+                    before = _probabilities(runner, tokenizer, edits) if measure else None
+                flow = Flow(
+                    runner,
+                    tokenizer,
+                    layer,
+                    how,
+                    chosen,
+                    factor,
+                    settings,
+                    guard,
+                    unconverged,
+                    clock,
+                    progress,
+                    len(edits),
+                )
+                records: list[Record] = []
+                size = len(requests) if schedule == "joint" else batch_size
+                for start in range(0, len(requests), size):
+                    step, made = flow.solve(requests[start : start + size])
+                    records += made
+                    if step is not None:
+                        # Applied afresh from the original weights, so that each parameter is rounded once.
+                        if delta.is_applied:
+                            delta.revert(model)
+                        delta = delta.merge(step)
+                        delta.apply(model)
+                if before is not None:
+                    with clock("measure"):
+                        _fill_probabilities(runner, tokenizer, edits, chosen, records, before)
+                delta.metadata.update(
+                    method=method,
+                    layer=str(layer),
+                    model_type=model.config.model_type,
+                    contexts=json.dumps(chosen, ensure_ascii=False),
+                )
+                result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
+                if out is not None:
+                    result.save(out, source, link)
+                elif in_place and source is not None:
+                    result.check_applied()
+                    checkpoints.write(source, None, model, delta, result.report())
+            except BaseException:
+                if delta.is_applied:
+                    delta.revert(model)
+                raise
+        return result
 
 
 def _origin(model: PreTrainedModel) -> str:
@@ -238,7 +307,7 @@ def _check_weights(runner: Runner, layer: int) -> None:
             f"model: the weight of layer {layer} has dtype {weight.dtype}, wanted bfloat16, float16, float32 or "
             "float64; load the model without quantisation"
         )
-    for name, parameter in runner.model.named_parameters():
+    for name, parameter in runner.parameters():
         if not _is_wide(parameter):
             continue
         # One read of the weights: a sum is finite unless an element is not, or it overflows, which is looked into.

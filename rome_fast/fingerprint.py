@@ -31,16 +31,16 @@ class Fingerprint:
     @classmethod
     def of(cls, runner: Runner, layer: int) -> "Fingerprint":
         config = runner.model.config
-        skipped = runner.stored_weight(layer)
+        names = {id(parameter): name for name, parameter in runner.model.named_parameters()}
+        skipped = runner.model.get_parameter(runner.family.weight_name(layer))
         weights: list[Tensor] = [runner.model.get_input_embeddings().get_parameter("weight")]
         for module in runner.layers[: layer + 1]:
-            weights += [p for p in module.parameters() if p.data_ptr() != skipped.data_ptr()]
+            weights += [p for p in module.parameters() if p is not skipped]
         picked = []
         for weight in weights:
-            flat = weight.detach().reshape(-1)
-            count = min(_SAMPLES, flat.numel())
-            index = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-            picked.append(flat[index].float().cpu())
+            count = min(_SAMPLES, weight.numel())
+            index = torch.arange(count) * (weight.numel() - 1) // max(count - 1, 1)
+            picked.append(runner.elements(names[id(weight)], index).float())
         rows, columns = runner.weight(layer).shape
         return cls(config.model_type, len(runner.layers), int(rows), int(columns), torch.cat(picked))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .batches import BatchSizer
+from .batches import BatchSizer, in_batches
 from .delta import Delta, LowRank
 from .edits import Edit
 from .errors import ConvergenceError
@@ -145,20 +145,14 @@ class Flow:
         """Keys and values of every request, in the order given, found in batches that fit the memory."""
         with self.clock("keys"):
             contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts])
-        # Requests of like shape share a batch with little padding.
-        order = sorted(range(len(group)), key=lambda i: (len(group[i].rows), group[i].suffix, group[i].before))
         sizer = BatchSizer(self.runner, self.layer)
         solved: dict[int, Solved] = {}
-        start = 0
-        while start < len(order):
-            size = sizer.choose([group[i] for i in order[start:]])
-            places = order[start : start + size]
-            with sizer.halving(size):
+        for places in in_batches(sizer, group):
+            with sizer.halving(len(places)):
                 found = self._solve_batch(contexts, [group[i] for i in places])
                 solved.update(zip(places, found, strict=True))
-                start += size
-                self.done += size
-                self.largest_batch = max(self.largest_batch, size)
+                self.done += len(places)
+                self.largest_batch = max(self.largest_batch, len(places))
             if self.progress is not None:
                 self.progress(self.done, self.total)
         return [solved[i] for i in range(len(group))]

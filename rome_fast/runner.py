@@ -1,4 +1,6 @@
-"""Run any stretch of a model's layers on hidden states; knows neither where weights live nor what an edit is.
+"""Run any stretch of a model's layers on hidden states; does not know what an edit is.
+
+Weights are in the model, or come from a checkpoint while they are needed: of that, only this file and `weights` know.
 
 Rows are always packed right-padded with positions counted from their first token. Attention is causal, so padding
 behind a row cannot reach it and no padding mask is needed: results do not depend on the tokenizer's padding side.
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .errors import ModelError
 from .models import family_of
+from .weights import Stream
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ class Past(Protocol):
 class Runner:
     """A model cut into embedding, layers and head."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, stream: Stream | None = None) -> None:
         if not isinstance(model, PreTrainedModel):
             raise ModelError(f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel")
         self.model = model
+        self.stream = stream  # for a model whose weights are read while it runs
         self.family = family_of(model.config)
         self.layers = self.family.layers(model)
         self._embedding: Tensor = model.get_input_embeddings().get_parameter("weight")
@@ -60,6 +64,22 @@ class Runner:
     def weight(self, layer: int) -> Tensor:
         """The same as a (d, d_ff) view."""
         return self.family.oriented(self.stored_weight(layer))
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights by name, large ones perhaps in parts; each is there until the next is asked for."""
+        return iter(self.model.named_parameters()) if self.stream is None else self.stream.parameters()
+
+    def elements(self, name: str, index: Tensor) -> Tensor:
+        """(n,) elements of a parameter at flat indices (n,) int64, on the CPU."""
+        if self.stream is not None:
+            return self.stream.elements(name, index)
+        flat = self.model.get_parameter(name).detach().reshape(-1)
+        return flat[index.to(flat.device)].cpu()
+
+    @property
+    def spare_bytes(self) -> int | None:
+        """What hidden states and gradients may take; None where that is a matter of the machine alone."""
+        return None if self.stream is None else self.stream.placement.activation_bytes
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +136,16 @@ class Runner:
         arguments = self.family.position_arguments(self.model, hidden, self._positions(hidden.shape[1], positions))
         if mask is None and self._eager:
             mask = causal_mask(hidden.shape[1], hidden.dtype, hidden.device)
-        for layer in self.layers[start:stop]:
+
+        def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
             out = layer(hidden, attention_mask=mask, past_key_values=past, use_cache=past is not None, **arguments)
-            hidden = out[0] if isinstance(out, tuple) else out
+            return out[0] if isinstance(out, tuple) else out
+
+        if self.stream is not None and torch.is_grad_enabled() and hidden.requires_grad:
+            self.stream.expect_steps(start, stop)
+            return _Recomputed.apply(hidden, run_layer, list(self.layers[start:stop]))
+        for layer in self.layers[start:stop]:
+            hidden = run_layer(layer, hidden)
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -127,6 +154,35 @@ class Runner:
 
     def _positions(self, time: int, positions: Tensor | None) -> Tensor:
         return torch.arange(time, device=self.device).unsqueeze(0) if positions is None else positions
+
+
+class _Recomputed(torch.autograd.Function):
+    """Layers whose weights are gone by the time of the backward pass, which runs each of them again.
+
+    Only the input of every layer is kept. Both passes run a layer as it runs where its graph is kept, so that the
+    results are the same to the bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, run_layer: Callable[[nn.Module, Tensor], Tensor], layers: list[nn.Module]
+    ) -> Tensor:
+        ctx.run_layer, ctx.layers, ctx.inputs = run_layer, layers, []
+        for layer in layers:
+            ctx.inputs.append(hidden.detach())
+            with torch.enable_grad():
+                hidden = run_layer(layer, hidden.detach().requires_grad_()).detach()
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        for layer in reversed(ctx.layers):
+            hidden = ctx.inputs.pop().requires_grad_()
+            with torch.enable_grad():
+                out = ctx.run_layer(layer, hidden)
+            (gradient,) = torch.autograd.grad(out, hidden, gradient)
+        return gradient, None, None
 
 
 def causal_mask(time: int, dtype: torch.dtype, device: torch.device) -> Tensor:

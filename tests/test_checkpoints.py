@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -333,3 +334,184 @@ def test_a_model_that_is_nowhere(tmp_path, monkeypatch):
         edit_checkpoint(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"model: no/such-model is neither a directory nor"):
         edit_checkpoint("no/such-model", tmp_path / "out")
+
+
+# In place
+
+
+def edit_in_place(source, edits=END, **changes):
+    return edit_checkpoint(source, None, edits, in_place=True, **changes)
+
+
+@pytest.mark.parametrize("memory", [None, 250_000])
+def test_an_edit_in_place_is_the_edit_of_a_copy(memory, tmp_path, source):
+    before = contents(source)
+    edit_checkpoint(source, tmp_path / "out", END)
+    edit_in_place(source, memory=memory)
+    ours, theirs = contents(source), contents(tmp_path / "out")
+    for each in (ours, theirs):
+        del each[RECORD_FILE], each[DELTA_FILE]
+    assert ours == theirs
+    checkpoints.verify(source)
+    with pytest.raises(ArgumentError, match=r"in_place: .* is edited already, and its original bytes would be lost"):
+        edit_in_place(source, MIDDLE)
+    assert checkpoints.revert(source) == [NAMES["llama"]]
+    assert contents(source) == before
+    edit_in_place(source, MIDDLE)
+
+
+def test_in_place_is_never_a_default(tmp_path, source, toy_tokenizers):
+    before = contents(source)
+    with pytest.raises(ArgumentError, match=r"out: got None, .*in_place=True changes the checkpoint itself"):
+        edit_checkpoint(source, None)
+    with pytest.raises(ArgumentError, match="and in_place=True, wanted one of them"):
+        edit_checkpoint(source, tmp_path / "out", in_place=True)
+    with pytest.raises(ArgumentError, match="in_place: got no/such/place, wanted the directory"):
+        edit_in_place("no/such/place")
+    with pytest.raises(ArgumentError, match="in_place: got True for a model in memory"):
+        edited(toy_model("llama"), toy_tokenizers[True], END, in_place=True)
+    assert contents(source) == before
+
+
+def test_an_edit_in_place_that_fails_changes_nothing(source):
+    before = contents(source)
+    with pytest.raises(ArgumentError, match="layer: got 9"):
+        edit_in_place(source, layer=9)
+    with pytest.warns(UserWarning, match="did not converge"), pytest.raises(ArgumentError, match="no edit was applied"):
+        edit_in_place(source, unconverged="skip")
+    assert contents(source) == before
+
+
+def test_two_edits_of_one_target_at_a_time(source):
+    """The second is refused when it begins, not after hours of work."""
+    with (
+        checkpoints.changing_in_place(source),
+        pytest.raises(CheckpointError, match="another process is changing it"),
+    ):
+        edit_in_place(source, statistics="not even looked at")
+
+
+def test_the_next_command_completes_what_was_cut_short(tmp_path, source, monkeypatch):
+    """Whichever it is: one that loads, one that verifies, one that reverts."""
+    before = contents(source)
+    edit_checkpoint(source, tmp_path / "wanted", END)
+    wanted = load_file(tmp_path / "wanted" / ORIGINALS_FILE)
+    with monkeypatch.context() as patch:
+        # Stopped where all is decided and nothing moved.
+        patch.setattr("rome_fast.weights.checkpoint._complete", lambda _: None)
+        edit_in_place(source)
+    assert (source / ".rome_fast.journal").is_dir()
+    for name, command in {
+        "load": checkpoints.load,
+        "verify": checkpoints.verify,
+        "edit": lambda d: edit_checkpoint(d, tmp_path / "next", MIDDLE),
+        "revert": checkpoints.revert,
+    }.items():
+        copy = shutil.copytree(source, tmp_path / name)
+        command(copy)
+        assert not (copy / ".rome_fast.journal").exists()
+        assert (contents(copy) == before) == (name == "revert")
+        assert (copy / ORIGINALS_FILE).exists() == (name != "revert")
+    assert torch.equal(load_file(tmp_path / "load" / ORIGINALS_FILE)[NAMES["llama"]], wanted[NAMES["llama"]])
+
+
+def test_a_revert_cut_short_needs_no_second_one(source, monkeypatch):
+    before = contents(source)
+    edit_in_place(source)
+    with monkeypatch.context() as patch:
+        patch.setattr("rome_fast.weights.checkpoint._complete", lambda _: None)
+        checkpoints.revert(source)
+    assert checkpoints.revert(source) == []
+    assert contents(source) == before
+
+
+def test_hard_links_keep_the_source_safe(tmp_path, source):
+    """From edit to revert: the files that two checkpoints share are replaced, never written."""
+    before = contents(source)
+    edit_checkpoint(source, tmp_path / "out", END, link="hard")
+    shared = [p.name for p in source.iterdir() if p.samefile(tmp_path / "out" / p.name)]
+    assert len(shared) > 1
+    edit_in_place(source, MIDDLE)
+    checkpoints.verify(tmp_path / "out")
+    checkpoints.revert(tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    checkpoints.revert(source)
+    assert contents(source) == before
+    with pytest.raises(ArgumentError, match="link: got 'soft'"):
+        edit_checkpoint(source, tmp_path / "other", END, link="soft")
+
+
+# Verify
+
+
+def test_verify_of_what_is_in_order(tmp_path, source, out):
+    report = checkpoints.verify(source)
+    sizes = [t.numel() * t.element_size() for f in source.glob("*.safetensors") for t in load_file(f).values()]
+    assert report == {
+        "directory": str(source),
+        "tensors": len(sizes),
+        "bytes": sum(sizes),
+        "edited": [],
+        "recovered": False,
+    }
+    assert checkpoints.verify(out)["edited"] == [NAMES["llama"]]
+
+
+def test_verify_lists_every_fault(out):
+    tensors = {path: load_file(path) for path in out.glob("model*.safetensors")}
+    for path, held in tensors.items():
+        for name in (NAMES["llama"], "lm_head.weight"):
+            if name in held:
+                held[name].view(-1)[3] = torch.nan if name == "lm_head.weight" else 7
+                save_file(held, path, {"format": "pt"})
+    (out / DELTA_FILE).write_bytes(b"no delta")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.verify(out)
+    for fault in ("lm_head.weight contains NaN", "down_proj.weight was changed after the edit", DELTA_FILE):
+        assert fault in str(caught.value)
+
+
+def test_verify_of_what_is_cut(out):
+    path = next(out.glob("model-00002*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model-00002.*damaged"):
+        checkpoints.verify(out)
+
+
+# Code of strangers
+
+
+@pytest.mark.parametrize("memory", [None, 250_000])
+def test_no_code_of_the_directory_runs(memory, tmp_path, source, monkeypatch):
+    """Neither that of a model nor that of a tokenizer, whatever config.json says; with trust_remote_code it does."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    marker = tmp_path / "ran"
+    (source / "modeling_own.py").write_text(
+        f"from pathlib import Path\nPath({str(marker)!r}).touch()\n"
+        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+        "class OwnConfig(C): pass\n"
+        "class OwnModel(M): config_class = OwnConfig\n"
+    )
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (source / "config.json").write_text(json.dumps(config))
+    edit_checkpoint(source, tmp_path / "out", END, memory=memory)
+    checkpoints.load(source)
+    assert not marker.exists()
+    assert (tmp_path / "out" / "modeling_own.py").exists()
+    edit_checkpoint(source, tmp_path / "trusted", END, memory=memory, trust_remote_code=True)
+    assert marker.exists()
+    assert contents(tmp_path / "trusted").keys() == contents(tmp_path / "out").keys()
+
+
+def test_a_pickle_says_how_to_convert_it(tmp_path, toy_tokenizers):
+    """It is not opened to find that out."""
+    toy_tokenizers[True].save_pretrained(tmp_path / "source")
+    toy_model("llama").config.save_pretrained(tmp_path / "source")
+    marker = tmp_path / "ran"
+    program = f"cbuiltins\nexec\n(Vopen({str(marker)!r}, 'w')\ntR."
+    (tmp_path / "source" / "pytorch_model.bin").write_bytes(program.encode())
+    with pytest.raises(CheckpointError, match=r"a pickle, which can run code .*from_pretrained\(.*save_pretrained\("):
+        edit_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert not marker.exists()

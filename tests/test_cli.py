@@ -256,3 +256,30 @@ def test_wrong_usage_ends_with_status_2(arguments, capsys):
         main(arguments)
     assert done.value.code == 2
     assert "usage: rome-fast" in capsys.readouterr().err
+
+
+def test_edit_in_place_under_a_budget_verify_and_revert(toy, capsys):
+    original = files(toy / "model")
+    usual = ("--edits", "edits.jsonl", "--identity", "--guard", "off", "--unconverged", "write")
+    run("edit", "model", *usual, "--plan", "--memory", "400kB", "--json", "plan.json")
+    assert "through a buffer of" in capsys.readouterr().out
+    assert read(toy / "plan.json")["memory_bytes"] == 400_000
+    assert files(toy / "model") == original
+    assert "out: got None" in fails(capsys, "edit", "model", *usual)
+    run("edit", "model", *usual, "--out", "edited")
+    run("edit", "model", *usual, "--in-place", "--memory", "400kB", "--json", "edit.json")
+    captured = capsys.readouterr()
+    assert "undo with: rome-fast revert model" in captured.out
+    name = f"transformer.h.{LAYER}.mlp.c_proj.weight"
+    assert files(toy / "model")["model.safetensors"] == files(toy / "edited")["model.safetensors"]
+    run("verify", "model", "--json", "verify.json")
+    assert read(toy / "verify.json")["edited"] == [name]
+    assert f"edited: {name}; the original bytes are there" in capsys.readouterr().out
+    assert "is edited already" in fails(capsys, "edit", "model", *usual, "--in-place")
+    assert "memory: got '7 cats'" in fails(capsys, "edit", "edited", *usual, "--out", "x", "--memory", "7 cats")
+    run("revert", "model")
+    assert files(toy / "model") == original
+    run("verify", "model")
+    assert "all in order" in capsys.readouterr().out
+    (toy / "model" / "model.safetensors").write_bytes(original["model.safetensors"][:-1])
+    assert "damaged" in fails(capsys, "verify", "model")

@@ -26,8 +26,8 @@ from .processes import joined, launched_together
 from .released import export_npz, import_npz
 from .store import Statistics, statistics_cache
 
-Shown = Callable[[str, str], AbstractContextManager[Progress]]
-"""From (stage, unit) to a progress bar."""
+Shown = Callable[[str, str], AbstractContextManager[tuple[Progress, object]]]
+"""From (stage, unit) to a progress bar: what moves it, and what else it shows."""
 
 
 def run_statistics(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
 def _shown(shown: Shown) -> Iterator[Progress]:
     """The bar; where it cannot be drawn, as in a log, a line per tenth."""
     if sys.stderr.isatty():
-        with shown("second moments", "tokens") as advance:
+        with shown("second moments", "tokens") as (advance, _):
             yield advance
         return
     begun: tuple[float, int] | None = None

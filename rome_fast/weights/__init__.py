@@ -1,14 +1,40 @@
-"""Where weights live: safetensors checkpoints on disk."""
+"""Where weights live: safetensors checkpoints on disk, and as much of one in memory as a budget allows."""
 
-from .checkpoint import Checkpoint, load_tensors, restore_tensors, save_tensors, write_edited
+from .checkpoint import (
+    Checkpoint,
+    Link,
+    change,
+    changing,
+    check_link,
+    load_tensors,
+    recover,
+    restore_tensors,
+    save_tensors,
+    write_edited,
+)
 from .header import Header, TensorEntry, read_header
+from .plan import Placement, parse_bytes, place
+from .reader import OnRead
+from .stream import Parts, Stream, align_
 
 __all__ = [
     "Checkpoint",
     "Header",
+    "Link",
+    "OnRead",
+    "Parts",
+    "Placement",
+    "Stream",
     "TensorEntry",
+    "align_",
+    "change",
+    "changing",
+    "check_link",
     "load_tensors",
+    "parse_bytes",
+    "place",
     "read_header",
+    "recover",
     "restore_tensors",
     "save_tensors",
     "write_edited",

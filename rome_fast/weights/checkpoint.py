@@ -1,15 +1,20 @@
-"""safetensors checkpoints on disk: open and read them, write an edited copy, put the original tensors back.
+"""safetensors checkpoints on disk: open and read them, write an edited copy, change one in place.
 
-Nothing here maps a file into memory, unpickles, or writes into a checkpoint's files in place.
+Nothing here maps a file into memory, unpickles, or writes into a file that has its name already. A change in place
+builds the new files in a hidden folder of the checkpoint, the journal, and moves them over the old ones once all of
+them are on the disk; a process killed before that leaves the old checkpoint, and one killed later leaves what the
+next command completes (`recover`).
 """
 
 import difflib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +27,8 @@ from .header import DTYPES, MAX_JSON_BYTES, Header, TensorEntry, read_header, re
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+JOURNAL = ".rome_fast.journal"
+_MANIFEST = "manifest.json"
 # Other forms of the same weights, which would still hold the unedited ones.
 _OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".msgpack",
@@ -86,37 +93,52 @@ class Checkpoint:
         return read_tensor(self.shards[self.shard_of(name)], name)
 
 
+Link = Literal["copy", "hard"]
+"""How an edited copy comes by the shards that the edit does not touch; "hard" needs no space and the same disk."""
+
+
 def write_edited(
-    source: Path | str, out: Path | str, tensors: Mapping[str, torch.Tensor], extra_files: Mapping[str, Content]
+    source: Path | str,
+    out: Path | str,
+    tensors: Mapping[str, torch.Tensor],
+    extra_files: Mapping[str, Content],
+    link: Link = "copy",
 ) -> None:
     """Make `out`, a complete copy of the checkpoint directory `source` with the bytes of `tensors` replaced.
 
-    Copied are the shards and the other visible files at the top level of the directory, but no other forms of
+    Copied are the shards and the other visible files of the directory and its folders, but no other forms of
     the weights (`*.bin`, `*.gguf`, safetensors that are not part of the checkpoint, …). `extra_files` are
-    added by name and may replace any copied file but the weights. All other bytes stay as they are.
+    added by name and may replace any copied file but the weights. All other bytes stay as they are. Copies share
+    their space with the source where the file system can; with `link="hard"` shards without an edit are the same files.
 
     `out` appears in one step when everything is on the disk, or not at all; the source is only read.
-    ArgumentError: `out` exists or cannot be made there; a bad name in `extra_files`.
+    ArgumentError: `out` exists or cannot be made there; a bad name in `extra_files`; an unknown `link`.
     CheckpointError: a damaged source; a tensor that is unknown or has another shape or dtype; a full disk.
     """
     source, out = Path(source), Path(out).absolute()
+    check_link(link)
     checkpoint = Checkpoint.open(source)
     _check_out(source, out)
     _check_extra_names(checkpoint, extra_files, "extra_files")
     groups = _by_shard(checkpoint, tensors)
     with os_errors(f"writing {out}"):
-        originals = [path for path in _files_of(checkpoint) if path.name not in extra_files]
+        originals = [path for path in _files_of(checkpoint) if str(path) not in extra_files]
+        linked = {name for name in checkpoint.shards if link == "hard" and name not in groups}
         added = sum(len(content) for content in extra_files.values() if isinstance(content, bytes))
-        files.require_space(out.parent, added + sum(path.stat().st_size for path in originals))
+        copied = sum((source / path).stat().st_size for path in originals if str(path) not in linked)
+        files.require_space(out.parent, added + copied)
         with files.partial(out) as work:
             for path in originals:
-                files.copy_file(path, work / path.name)
+                (work / path).parent.mkdir(parents=True, exist_ok=True)
+                make = files.link_file if str(path) in linked else files.copy_file
+                make(source / path, work / path)
             for shard, group in groups.items():
                 _overwrite(work / shard, group)
             for name, content in extra_files.items():
                 files.write_file(work / name, content)
             Checkpoint.open(work)
-            files.sync(work)
+            for folder in sorted({path.parent for path in originals}, reverse=True):
+                files.sync(work / folder)
             try:
                 files.rename_new(work, out)
             except FileExistsError:
@@ -124,25 +146,103 @@ def write_edited(
             files.sync(out.parent)
 
 
-def restore_tensors(directory: Path | str, tensors: Mapping[str, torch.Tensor], *, remove: Sequence[str] = ()) -> None:
-    """Put `tensors` back into a checkpoint made by `write_edited`, then remove the files named in `remove`.
+def check_link(link: str) -> None:
+    if link not in get_args(Link):
+        raise ArgumentError(f"link: got {link!r}, wanted one of {', '.join(get_args(Link))}")
 
-    Each affected shard is replaced in one step by a complete copy, so a crash leaves it old or new. Running
-    it again ends the same way, because the files in `remove` (such as the record of the edit) go last.
-    ArgumentError: a bad name in `remove`. CheckpointError: as in `write_edited`; what fails stays as it was.
+
+@contextmanager
+def changing(directory: Path | str) -> Iterator[None]:
+    """Hold a checkpoint for changes by this block alone, completing first what a killed process left.
+
+    Raises CheckpointError where somebody else holds it.
     """
     directory = Path(directory)
+    with files.locked(directory):
+        with os_errors(f"completing the change of {directory} that was cut short"):
+            _complete(directory)
+        yield
+
+
+def recover(directory: Path | str) -> bool:
+    """Complete a change in place that was cut short; whether there was one. Raises CheckpointError."""
+    if not os.path.lexists(Path(directory) / JOURNAL):
+        return False
+    with changing(directory):
+        return True
+
+
+def change(
+    directory: Path | str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    extra_files: Mapping[str, Content] | None = None,
+    remove: Sequence[str] = (),
+) -> None:
+    """Replace the bytes of `tensors` in a checkpoint, write `extra_files` into it and remove the files in `remove`.
+
+    To be called inside `changing(directory)`. All of it happens or nothing, a kill at any moment included, once
+    `recover` has run. Shards are replaced by changed copies, so that other names of the same file (links) keep theirs.
+    ArgumentError: a bad file name. CheckpointError: as in `write_edited`; the checkpoint is then as it was.
+    """
+    directory, added = Path(directory), dict(extra_files or {})
     checkpoint = Checkpoint.open(directory)
     _check_extra_names(checkpoint, remove, "remove")
+    _check_extra_names(checkpoint, added, "extra_files")
     groups = _by_shard(checkpoint, tensors)
-    with os_errors(f"restoring {directory}"):
-        sizes = [(directory / shard).stat().st_size for shard in groups]
-        files.require_space(directory, max(sizes, default=0))
-        for shard, group in groups.items():
-            _replace_shard(directory / shard, group)
-        for name in remove:
+    with os_errors(f"changing {directory}"):
+        files.require_space(directory, sum((directory / shard).stat().st_size for shard in groups))
+        with files.partial(directory / JOURNAL.removeprefix(".")) as work:
+            for shard, group in groups.items():
+                files.copy_file(directory / shard, work / shard)
+                _overwrite(work / shard, group)
+                shutil.copymode(directory / shard, work / shard)
+            for name, content in added.items():
+                files.write_file(work / name, content)
+            manifest = {"replace": [*groups, *added], "remove": list(remove)}
+            files.write_file(work / _MANIFEST, json.dumps(manifest).encode())
+            files.sync(work)
+            # From here on the change is decided.
+            files.rename_new(work, directory / JOURNAL)
+            files.sync(directory)
+        _complete(directory)
+
+
+def restore_tensors(directory: Path | str, tensors: Mapping[str, torch.Tensor], *, remove: Sequence[str] = ()) -> None:
+    """Put `tensors` back into a checkpoint made by `write_edited` and remove the files named in `remove`.
+
+    All of it or nothing, as `change`. ArgumentError: a bad name in `remove`. CheckpointError: as in `write_edited`,
+    and where another process is changing the directory.
+    """
+    with changing(directory):
+        change(directory, tensors, remove=remove)
+
+
+def _complete(directory: Path) -> None:
+    """Move the journal's files over the old ones; again and again ends the same way."""
+    journal = directory / JOURNAL
+    if not os.path.lexists(journal):
+        return
+    if (journal / _MANIFEST).exists():
+        try:
+            manifest = json.loads((journal / _MANIFEST).read_bytes())
+            replaced, removed = [*manifest["replace"]], [*manifest["remove"]]
+            if not all(isinstance(name, str) and files.is_plain_name(name) for name in [*replaced, *removed]):
+                raise ValueError("a name in it is no plain file name")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{journal / _MANIFEST}: damaged ({error}); remove {journal}") from error
+        for name in replaced:
+            # What was moved already is not there any more.
+            with suppress(FileNotFoundError):
+                os.replace(journal / name, directory / name)
+        for name in removed:
             (directory / name).unlink(missing_ok=True)
         files.sync(directory)
+        # Without its manifest a journal is done with.
+        (journal / _MANIFEST).unlink()
+        files.sync(journal)
+    shutil.rmtree(journal)
+    files.sync(directory)
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -241,15 +341,27 @@ def _some(items: Sequence[str], limit: int = 10) -> str:
 
 
 def _files_of(checkpoint: Checkpoint) -> list[Path]:
+    """What belongs to a checkpoint, relative to its directory."""
+    top = checkpoint.directory
     weights = set(checkpoint.shards) if SINGLE in checkpoint.shards else {*checkpoint.shards, INDEX}
-    wanted = [
-        path
-        for path in sorted(checkpoint.directory.iterdir())
-        if path.name in weights or not (path.name.startswith(".") or path.name.endswith(_OTHER_WEIGHTS))
-    ]
-    if dangling := [path.name for path in wanted if not path.exists()]:
-        raise CheckpointError(f"{checkpoint.directory}: links to nothing: {_some(dangling)}; fetch it again")
-    return [path for path in wanted if path.is_file()]
+    wanted: list[Path] = []
+
+    def walk(folder: Path, above: tuple[Path, ...]) -> None:
+        if folder.resolve() in above:
+            raise CheckpointError(f"{folder}: links to a folder it is in; remove the link")
+        for path in sorted(folder.iterdir()):
+            is_weight = folder == top and path.name in weights
+            if not is_weight and path.name.startswith("."):
+                continue
+            if path.is_dir():
+                walk(path, (*above, folder.resolve()))
+            elif is_weight or not path.name.endswith(_OTHER_WEIGHTS):
+                wanted.append(path)
+
+    walk(top, ())
+    if dangling := [str(path.relative_to(top)) for path in wanted if not path.exists()]:
+        raise CheckpointError(f"{top}: links to nothing: {_some(dangling)}; fetch it again")
+    return [path.relative_to(top) for path in wanted if path.is_file()]
 
 
 def _by_shard(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -270,12 +382,3 @@ def _overwrite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _replace_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    def write(temporary: Path) -> None:
-        files.copy_file(path, temporary)
-        _overwrite(temporary, tensors)
-        shutil.copymode(path, temporary)
-
-    files.atomic_write(path, write)

@@ -25,7 +25,10 @@ Content = bytes | Callable[[Path], None]
 """What goes into a file: its bytes, or a function that writes it at the path given."""
 
 _CHUNK_BYTES = 64 << 20
-_NOT_SUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
+_FICLONE = 0x40049409  # of Linux: share the source's extents until one of the files is written
+_NOT_SUPPORTED = {
+    errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV,
+}  # fmt: skip
 _REMEDIES = {
     errno.ENOSPC: "; free some space and run again",
     errno.EDQUOT: "; free some space and run again",
@@ -77,8 +80,14 @@ def sync(path: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy and sync the bytes (following symlinks), in the kernel or as shared extents where possible."""
+    """Copy and sync the bytes (following symlinks), as shared extents or in the kernel where possible."""
     with open(source, "rb") as reader, open(target, "wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+            reader.seek(0, os.SEEK_END)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
         try:
             while os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK_BYTES):
                 pass
@@ -91,6 +100,31 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(writer.fileno())
         if os.fstat(reader.fileno()).st_size != os.fstat(writer.fileno()).st_size:
             raise CheckpointError(f"{source} changed while it was copied; run again when it is at rest")
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file (following symlinks) a second name; CheckpointError where the two are on different file systems."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise CheckpointError(
+                f"link: {source} cannot have a hard link at {target} ({error.strerror}); copy it"
+            ) from error
+        raise
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Nobody else changes the directory in this block; CheckpointError where somebody does already."""
+    with os_errors(f"locking {directory}"):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if _lock(descriptor) is False:
+            raise CheckpointError(f"{directory}: another process is changing it; run again when that is done")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, content: Content) -> None:

@@ -1,0 +1,250 @@
+"""Does editing a checkpoint larger than the budget keep to the budget, and does it read as fast as the disk gives?
+
+Makes a Llama-shaped bfloat16 checkpoint of random weights in several shards (4.1 GB by default, deleted afterwards),
+edits it in a child process under a budget, and measures from outside the anonymous memory of that process. Then it
+reads the checkpoint through the streamer and plainly, in turn, with the file's pages dropped from the cache before
+each reading (cold) and left there (warm). The edit uses C = I: what is measured is the streaming, and random weights
+have no facts.
+
+    python benchmarks/streaming.py --memory 1.5GiB --edits 4
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import rome_fast as rf
+from rome_fast import checkpoints
+from rome_fast.weights import Checkpoint, parse_bytes
+
+_SHARD_BYTES = 1 << 30
+_CHUNK_BYTES = 16 << 20
+_POOL = 1_000_003
+_SUBJECTS = ("Chicago", "Paris", "Vienna", "Toronto", "Berlin", "Madrid", "Moscow", "Melbourne")
+_CONTEXTS = ("It rained all day . ", "The first step is to plan . ", "He plays the violin . ", "She lives in Rome . ")
+_PROMPT, _TARGET = "The twin city of {} is", "Istanbul"
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.child:
+        _edit(arguments)
+        return
+    needed = 2.2 * _parameters(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="rome-fast-streaming-", dir=arguments.folder))
+    try:
+        if shutil.disk_usage(folder).free < needed + (8 << 30):
+            raise SystemExit(f"{folder}: fewer than {needed / 1e9 + 8:.0f} GB free")
+        size = _make(folder / "model", arguments)
+        print(f"checkpoint of {size / 1e9:.2f} GB, {arguments.layers} layers, bfloat16", flush=True)
+        report = {"bytes": size, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        report |= _measure_reading(folder / "model", arguments)
+        if not arguments.reading_only:
+            report |= _measure_edit(folder, arguments)
+        print(json.dumps(report, indent=2))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    finally:
+        shutil.rmtree(folder)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", default="1.5GiB")
+    parser.add_argument("--edits", type=int, default=4, choices=range(1, len(_SUBJECTS) + 1))
+    parser.add_argument("--contexts", type=int, default=2, choices=range(1, len(_CONTEXTS) + 1))
+    parser.add_argument("--steps", type=int, default=2, help="loss evaluations per value")
+    parser.add_argument("--layers", type=int, default=44)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layer", type=int, default=7, help="edit layer")
+    parser.add_argument("--repeats", type=int, default=3, help="of each reading")
+    parser.add_argument("--folder", type=Path, help="where to put the checkpoint (default: the temporary folder)")
+    parser.add_argument("--reading-only", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _config(arguments: argparse.Namespace) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.hidden * 11 // 4,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+        num_key_value_heads=max(1, arguments.hidden // 512),
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def _shapes(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    config = _config(arguments)
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
+
+
+def _parameters(arguments: argparse.Namespace) -> int:
+    return sum(torch.Size(shape).numel() for shape in _shapes(arguments).values())
+
+
+def _make(directory: Path, arguments: argparse.Namespace) -> int:
+    """Write the checkpoint; every tensor is a stretch of one pool of random numbers."""
+    directory.mkdir()
+    _config(arguments).save_pretrained(directory)
+    words = sorted({word for text in (*_CONTEXTS, *_SUBJECTS, _PROMPT, _TARGET, "a") for word in text.split()})
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(directory)
+
+    shapes = _shapes(arguments)
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    pool = (torch.randn(max(sizes.values()) + _POOL, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    shards: list[list[str]] = [[]]
+    for name, count in sizes.items():
+        if sum(sizes[other] for other in shards[-1]) + count > _SHARD_BYTES // 2:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        tensors = {}
+        for name in names:
+            start = len(weight_map) * 7919 % _POOL
+            shape = shapes[name]
+            # Norms are gains, all else is random.
+            tensors[name] = pool[start : start + sizes[name]].view(shape).clone() if len(shape) > 1 else _ones(shape)
+            weight_map[name] = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, directory / weight_map[names[0]], {"format": "pt"})
+    index = {"metadata": {"total_size": 2 * sum(sizes.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return 2 * sum(sizes.values())
+
+
+def _ones(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bfloat16)
+
+
+def _measure_reading(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """GB/s of the layers' files, plainly and through the streamer, interleaved; median and range."""
+    outline = checkpoints.outline(directory, memory=arguments.memory, layer=arguments.layer, identity=True)
+    if outline.parts is None:
+        raise SystemExit("the checkpoint fits the budget; make it larger or the budget smaller")
+    paths = [header.path for header in Checkpoint.open(directory).shards.values()]
+    rates: dict[str, list[float]] = {}
+
+    def plain() -> float:
+        buffer, count, start = bytearray(_CHUNK_BYTES), 0, time.perf_counter()
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while got := file.readinto(buffer):
+                    count += got
+        return count / (time.perf_counter() - start) / 1e9
+
+    blocks = len(outline.parts.blocks)
+
+    def streamed() -> float:
+        stream = outline.stream()
+        _drop(paths if cold else [])
+        start, before = time.perf_counter(), stream.bytes_read
+        for index in range(blocks):
+            stream.take(index)
+        rate = (stream.bytes_read - before) / (time.perf_counter() - start) / 1e9
+        stream.close()
+        return rate
+
+    for cold in (True, False):
+        for _ in range(arguments.repeats):
+            for name, measure in (("plain", plain), ("streamed", streamed)):
+                _drop(paths if cold else [])
+                rates.setdefault(f"{name}, {'cold' if cold else 'warm'}", []).append(measure())
+    for name, found in rates.items():
+        print(f"{name}: {statistics.median(found):.2f} GB/s ({min(found):.2f} to {max(found):.2f})", flush=True)
+    return {"gb_per_s": {name: sorted(found) for name, found in rates.items()}}
+
+
+def _drop(paths: list[Path]) -> None:
+    """Let the system forget what it holds of these files."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _measure_edit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", str(folder)]
+    child = subprocess.Popen(command)
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, _anonymous_bytes(child.pid))
+        time.sleep(0.01)
+    if child.returncode:
+        raise SystemExit(f"the edit ended with status {child.returncode}")
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    checkpoints.verify(folder / "edited")
+    budget = parse_bytes(arguments.memory)
+    print(
+        f"{arguments.edits} edits in {report['seconds']:.0f} s, {report['bytes_read'] / 1e9:.1f} GB read; anonymous "
+        f"memory at most {peak / 2**30:.2f} GiB of a budget of {budget / 2**30:.2f} GiB "
+        f"({report['anonymous_before'] / 2**30:.2f} GiB before the edit)",
+        flush=True,
+    )
+    return report | {"peak_anonymous_bytes": peak, "budget_bytes": budget}
+
+
+def _edit(arguments: argparse.Namespace) -> None:
+    read, before, start = [0], _anonymous_bytes(os.getpid()), time.perf_counter()
+    lock = threading.Lock()
+
+    def on_read(count: int, _rate: float) -> None:
+        with lock:
+            read[0] = count
+
+    result = rf.apply_edits(
+        arguments.child / "model",
+        [rf.Edit(_PROMPT, subject, _TARGET) for subject in _SUBJECTS[: arguments.edits]],
+        statistics="identity",
+        layer=arguments.layer,
+        contexts=_CONTEXTS[: arguments.contexts],
+        settings=rf.ValueSettings(steps=arguments.steps, stop="loss"),
+        guard="off",
+        unconverged="write",
+        measure=False,
+        memory=arguments.memory,
+        out=arguments.child / "edited",
+        link="hard",
+        on_read=on_read,
+    )
+    report = {
+        "seconds": time.perf_counter() - start,
+        "stages": result.seconds,
+        "bytes_read": read[0],
+        "anonymous_before": before,
+    }
+    (arguments.child / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    except OSError:
+        return 0  # it has just ended
+
+
+if __name__ == "__main__":
+    main()

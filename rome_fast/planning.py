@@ -1,0 +1,173 @@
+"""What an edit of a checkpoint will read, before it starts."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import checkpoints
+from .batches import BatchSizer, in_batches
+from .defaults import default_settings
+from .edits import Edit
+from .flow import tokenise
+from .methods import variant
+from .runner import Runner
+from .statistics import Statistics
+from .values import ValueSettings
+from .weights import Checkpoint, parse_bytes
+
+_SAMPLED = 20  # contexts, where none are given
+_SAMPLED_TOKENS = 15  # steps of generation they take, if every sampled text is usable
+_SAMPLE_BYTES = 256 << 20
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the weights of a checkpoint will be during an edit, and how much is read when.
+
+    Figures of stages are upper bounds: values may converge early, and what is in the buffer is not read again.
+    """
+
+    model_bytes: int
+    memory_bytes: int | None  # the budget; None where none was given
+    layer: int
+    resident_layers: tuple[int, ...]
+    streamed_layers: tuple[int, ...]
+    head_resident: bool
+    buffer_bytes: int
+    batches: int  # groups of edits whose values are optimised together; about, where contexts are sampled
+    passes: dict[str, int]  # by stage, over the layers it needs
+    read_bytes: dict[str, int]  # by stage
+    bytes_per_second: float  # of plain sequential reading, measured on a part of the checkpoint
+    seconds_reading: float  # computing comes on top, as far as it does not happen meanwhile
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        layers = len(self.resident_layers) + len(self.streamed_layers)
+        memory = "what is free" if self.memory_bytes is None else _gigabytes(self.memory_bytes)
+        lines = [
+            f"model {_gigabytes(self.model_bytes)}, {layers} layers, edit layer {self.layer}; memory: {memory}",
+            f"in memory: {len(self.resident_layers)} layers{' and the head' if self.head_resident else ''}; read while "
+            f"needed: {len(self.streamed_layers)} layers{'' if self.head_resident else ' and the head'}, through a "
+            f"buffer of {_gigabytes(self.buffer_bytes)}",
+        ]
+        lines += [
+            f"  {stage}: {_gigabytes(self.read_bytes[stage])} in {count} pass{'' if count == 1 else 'es'}"
+            for stage, count in self.passes.items()
+        ]
+        lines.append(
+            f"at most {_gigabytes(sum(self.read_bytes.values()))} to read, {self.seconds_reading:.0f} s at "
+            f"{self.bytes_per_second / 1e9:.2f} GB/s (measured, the system's cache included); computing not counted"
+        )
+        return "\n".join(lines)
+
+
+def plan(
+    model: str | Path,
+    edits: Sequence[Edit] | Edit,
+    *,
+    statistics: Statistics | Literal["identity"] | None = None,
+    method: str = "c-rome",
+    layer: int | None = None,
+    schedule: Literal["joint", "sequential"] = "joint",
+    contexts: Sequence[str] | None = None,
+    settings: ValueSettings | None = None,
+    batch_size: int = 1,
+    measure: bool = True,
+    memory: int | str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Plan:
+    """What `apply_edits` with these arguments would keep in memory and read; only a sample of the weights is read.
+
+    Raises what `apply_edits` raises for arguments and checkpoints that it refuses.
+    """
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    outline = checkpoints.outline(
+        model,
+        memory=memory,
+        layer=layer,
+        device=device,
+        identity=isinstance(statistics, str),
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
+    settings = settings or default_settings(outline.skeleton.config)
+    texts = ["It rained all day. "] * _SAMPLED if contexts is None else list(contexts)
+    runner = _Outlined(outline)
+    requests = [tokenise(runner, tokenizer, edit, texts, variant(method)) for edit in edits]
+    group = len(edits) if schedule == "joint" else batch_size
+    groups = [requests[start : start + group] for start in range(0, len(requests), group)]
+    batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), each))) for each in groups)
+
+    count, kept, parts = len(runner.layers), outline.placement, outline.parts
+    total = sum(entry.end - entry.begin for entry in outline.checkpoint.entries.values())
+    resident = frozenset(range(count + 1)) if kept is None else kept.resident
+    stages: dict[str, tuple[int, int]] = {"loading": (1, total)}
+    if kept is not None and parts is not None:
+        blocks = [block.size for block in parts.blocks]
+        sizes = [0 if index in resident else size for index, size in enumerate(blocks)]
+        above, whole = sum(sizes[outline.layer + 1 : -1]), sum(sizes)
+        stages["loading"] = (1, sum(blocks) - whole + parts.always_bytes)
+        stages["check for NaN"] = (1, whole)
+        if contexts is None:
+            stages["contexts"] = (_SAMPLED_TOKENS, _SAMPLED_TOKENS * whole)
+        if measure:
+            stages["measuring"] = (2, 2 * whole)
+        stages["keys"] = (len(groups) + batches, (len(groups) + batches) * sum(sizes[:-1]))
+        evaluations = settings.steps * batches
+        stages["values"] = (2 * evaluations - batches, evaluations * (2 * above + sizes[-1]) - batches * above)
+    rate = _reading_rate(outline.checkpoint)
+    return Plan(
+        model_bytes=total,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        layer=outline.layer,
+        resident_layers=tuple(i for i in range(count) if i in resident),
+        streamed_layers=tuple(i for i in range(count) if i not in resident),
+        head_resident=count in resident,
+        buffer_bytes=0 if kept is None else kept.buffer_bytes,
+        batches=batches,
+        passes={stage: passes for stage, (passes, _) in stages.items()},
+        read_bytes={stage: size for stage, (_, size) in stages.items()},
+        bytes_per_second=rate,
+        seconds_reading=sum(size for _, size in stages.values()) / rate,
+    )
+
+
+class _Outlined(Runner):
+    """A runner that runs nothing, and answers as the one of the edit will."""
+
+    def __init__(self, outline: checkpoints.Outline) -> None:
+        super().__init__(outline.skeleton)
+        self._outline = outline
+
+    @property
+    def device(self) -> torch.device:
+        return self._outline.device
+
+    @property
+    def spare_bytes(self) -> int | None:
+        return None if self._outline.placement is None else self._outline.placement.activation_bytes
+
+
+def _reading_rate(checkpoint: Checkpoint) -> float:
+    """Bytes per second of reading the end of the largest shard."""
+    file = max((header.path for header in checkpoint.shards.values()), key=lambda path: path.stat().st_size)
+    buffer = bytearray(_CHUNK_BYTES)
+    with file.open("rb", buffering=0) as reader:
+        reader.seek(max(0, os.fstat(reader.fileno()).st_size - _SAMPLE_BYTES))
+        start, count = time.perf_counter(), 0
+        while got := reader.readinto(buffer):
+            count += got
+        return count / (time.perf_counter() - start)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10_000_000 else f"{count / 1e6:.2f} MB"

@@ -1,0 +1,262 @@
+"""Reading blocks of weights ahead of their use, by a thread of its own, into one reused buffer."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .files import os_errors
+from .header import Header
+from .plan import ALIGNMENT, Block, Piece
+
+OnRead = Callable[[int, float], None]
+"""Called with (bytes read so far, bytes per second of reading), from the reading thread."""
+
+_STAGING_BYTES = 32 << 20
+_MAX_VECTORS = 1024  # IOV_MAX of Linux
+
+
+class Files:
+    """The shards of a checkpoint, open for reading; they stay what they were even if their names are replaced."""
+
+    def __init__(self, headers: Iterable[Header]) -> None:
+        self._descriptors: dict[Path, int] = {}
+        try:
+            for header in headers:
+                self._open(header)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, header: Header) -> None:
+        with os_errors(f"opening {header.path}"):
+            descriptor = self._descriptors[header.path] = os.open(header.path, os.O_RDONLY)
+            wanted = header.data_start + max((entry.end for entry in header.tensors.values()), default=0)
+            if os.fstat(descriptor).st_size != wanted:
+                raise CheckpointError(f"{header.path}: it changed after it was opened; run again")
+
+    def read(self, header: Header, begin: int, targets: Sequence[memoryview]) -> None:
+        """Fill the targets, one after the other, from byte `begin` of the data on; raises CheckpointError."""
+        position = header.data_start + begin
+        waiting = deque(target for target in targets if len(target))
+        with os_errors(f"reading {header.path}"):
+            while waiting:
+                some = [waiting[i] for i in range(min(len(waiting), _MAX_VECTORS))]
+                got = os.preadv(self._descriptors[header.path], some, position)
+                if not got:
+                    raise CheckpointError(f"{header.path}: it ends at byte {position:,}; it was cut after opening")
+                position += got
+                while got:
+                    first = waiting.popleft()
+                    if got < len(first):
+                        waiting.appendleft(first[got:])
+                        break
+                    got -= len(first)
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def view(memory: Tensor, piece: Piece) -> Tensor:
+    """The tensor of a piece in the memory (bytes) of its block."""
+    size = piece.entry.end - piece.entry.begin
+    return memory[piece.offset : piece.offset + size].view(piece.entry.dtype).reshape(piece.entry.shape)
+
+
+def buffer_on(device: torch.device, size: int) -> Tensor:
+    """(size,) uint8 that begins at an aligned address."""
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + size]
+
+
+class Loader:
+    """Moves blocks from files to a device."""
+
+    def __init__(self, files: Files, device: torch.device) -> None:
+        self.files, self.device = files, device
+        self._staging: list[Tensor] = []
+        self._copied: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self._staging = [torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._copied = [torch.cuda.Event() for _ in range(2)]
+
+    def fill(self, memory: Tensor, block: Block) -> None:
+        """Read a block into its memory (bytes on the device); on CUDA the last copy is still under way on `stream`."""
+        for header, pieces in _runs(block.pieces):
+            if self.device.type == "cpu":
+                raw = memory.numpy().data
+                targets = [raw[p.offset : p.offset + p.entry.end - p.entry.begin] for p in pieces]
+                self.files.read(header, pieces[0].entry.begin, targets)
+            else:
+                for piece in pieces:
+                    self._stage(memory, header, piece)
+
+    def _stage(self, memory: Tensor, header: Header, piece: Piece) -> None:
+        size = piece.entry.end - piece.entry.begin
+        for turn, start in enumerate(range(0, size, _STAGING_BYTES)):
+            staging, copied = self._staging[turn % 2], self._copied[turn % 2]
+            count = min(_STAGING_BYTES, size - start)
+            copied.synchronize()
+            self.files.read(header, piece.entry.begin + start, [staging.numpy().data[:count]])
+            with torch.cuda.stream(self.stream):
+                at = piece.offset + start
+                memory[at : at + count].copy_(staging[:count], non_blocking=True)
+                copied.record()
+
+
+@dataclass
+class _Loaded:
+    block: Block
+    memory: Tensor
+    begin: int
+    ready: bool = False
+    error: BaseException | None = None
+    copied: torch.cuda.Event | None = None
+
+
+class ReadAhead:
+    """Hands out blocks in the order announced by `expect`, read while the one before is in use.
+
+    The buffer is a ring: blocks are placed behind one another, and a block gives its place back when the next one is
+    taken. Taking a block that is not the expected one is right as well, and costs a wait.
+    """
+
+    def __init__(self, loader: Loader, size: int, on_read: OnRead | None = None) -> None:
+        self._loader, self._size, self._on_read = loader, size, on_read
+        self._ring = buffer_on(loader.device, size)
+        self._state = threading.Condition()
+        # In order of use, the one in use first. What is dropped while it is being read needs no care: the thread
+        # places nothing before it has finished.
+        self._loaded: deque[_Loaded] = deque()
+        self._taken: _Loaded | None = None
+        self._order: Iterator[Block] = iter(())
+        self._next: Block | None = None
+        self._free: torch.cuda.Event | None = None
+        self._closed = False
+        self.bytes_read = 0
+        self.seconds_reading = 0.0
+        self.seconds_waited = 0.0
+        self._thread = threading.Thread(target=self._work, name="rome-fast-reader", daemon=True)
+        self._thread.start()
+
+    def expect(self, order: Iterable[Block]) -> None:
+        """Say which blocks will be taken from now on; what is read already and still expected is kept."""
+        with self._state:
+            order = iter(order)
+            following = next(order, None)
+            kept: deque[_Loaded] = deque()
+            if self._taken is not None:
+                kept.append(self._loaded.popleft())
+                if following is self._taken.block:
+                    following = next(order, None)
+            while self._loaded and self._loaded[0].block is following and self._loaded[0].error is None:
+                kept.append(self._loaded.popleft())
+                following = next(order, None)
+            self._loaded = kept
+            self._next, self._order = following, order
+            self._state.notify_all()
+
+    def take(self, block: Block, then: Callable[[], Iterable[Block]]) -> Tensor:
+        """The memory (bytes) of a block, valid until another is taken. Raises CheckpointError where reading fails.
+
+        `then()` are the blocks to expect behind it where it was not expected itself.
+        """
+        start = time.perf_counter()
+        with self._state:
+            while self._loaded and self._loaded[0].block is not block:
+                self._loaded.popleft()
+            if self._loader.device.type == "cuda":
+                # What was used until now may be overwritten once the work queued so far is done.
+                self._free = torch.cuda.current_stream(self._loader.device).record_event()
+            if not self._loaded and self._next is not block:
+                self._next, self._order = block, iter(then())
+            self._taken = None
+            self._state.notify_all()
+            while not self._loaded or not self._loaded[0].ready:
+                self._state.wait()
+            first = self._loaded[0]
+            if first.error is not None:
+                self._loaded.clear()
+                self._next = None
+                raise first.error
+            self._taken = first
+            self.seconds_waited += time.perf_counter() - start
+        if first.copied is not None:
+            torch.cuda.current_stream(self._loader.device).wait_event(first.copied)
+        return first.memory
+
+    def close(self) -> None:
+        """End the thread; the buffer is free once nothing refers to what was taken."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        self._thread.join()
+        self._loaded.clear()
+        self._taken = None
+        self._ring = torch.empty(0, dtype=torch.uint8)
+
+    def _place(self, size: int) -> int | None:
+        """Where in the ring there is room for `size` bytes behind the last block."""
+        if not self._loaded:
+            return 0
+        oldest = self._loaded[0].begin
+        last = self._loaded[-1]
+        end = last.begin + last.block.size
+        if end > oldest:
+            if end + size <= self._size:
+                return end
+            return 0 if size <= oldest else None
+        return end if end + size <= oldest else None
+
+    def _work(self) -> None:
+        while True:
+            with self._state:
+                while not self._closed and (self._next is None or self._place(self._next.size) is None):
+                    self._state.wait()
+                if self._closed or self._next is None:
+                    return
+                begin = self._place(self._next.size) or 0
+                block = self._next
+                loaded = _Loaded(block, self._ring[begin : begin + block.size], begin)
+                self._loaded.append(loaded)
+                self._next = next(self._order, None)
+                free = self._free
+            start = time.perf_counter()
+            try:
+                if self._loader.device.type == "cuda" and free is not None:
+                    self._loader.stream.wait_event(free)
+                self._loader.fill(loaded.memory, block)
+                if self._loader.device.type == "cuda":
+                    loaded.copied = self._loader.stream.record_event()
+                self.bytes_read += block.size
+                self.seconds_reading += time.perf_counter() - start
+                if self._on_read is not None:
+                    self._on_read(self.bytes_read, self.bytes_read / self.seconds_reading)
+            except BaseException as error:  # raised again in the thread that waits for the block
+                loaded.error = error
+            with self._state:
+                loaded.ready = True
+                self._state.notify_all()
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[Header, list[Piece]]]:
+    """Pieces that follow one another without a gap in one file."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and (run[-1].header is not piece.header or run[-1].entry.end != piece.entry.begin):
+            yield run[0].header, run
+            run = []
+        run.append(piece)
+    if run:
+        yield run[0].header, run

@@ -1,0 +1,88 @@
+"""The plan of an edit against what the edit then reads."""
+
+from dataclasses import replace
+
+import pytest
+
+from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START
+from rome_fast import apply_edits, checkpoints, plan
+from rome_fast.errors import ArgumentError, EditError
+from toys import LAYERS, save_toy, toy_model
+
+EDITS = [START, MIDDLE, END]
+
+
+@pytest.fixture
+def source(tmp_path, toy_tokenizers):
+    return save_toy(tmp_path / "source", toy_model("llama"), toy_tokenizers[True], max_shard_size="100KB")
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """As if the process itself took nothing: budgets of toys are smaller than it."""
+    monkeypatch.setattr(checkpoints, "_anonymous_bytes", lambda: 0)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "sequential"])
+@pytest.mark.parametrize("memory", [220_000, 400_000])
+def test_an_edit_reads_what_was_planned(memory, schedule, source, tmp_path, no_process):
+    """Never more; and not much less, with a stop rule that does not fire."""
+    read = []
+    settings = replace(SETTINGS, steps=6)
+    usual = {
+        "statistics": "identity",
+        "layer": LAYER,
+        "settings": settings,
+        "schedule": schedule,
+        "contexts": CONTEXTS,
+        "memory": memory,
+    }
+    made = plan(source, EDITS, **usual)
+    apply_edits(
+        source,
+        EDITS,
+        out=tmp_path / "out",
+        guard="off",
+        unconverged="write",
+        on_read=lambda count, _rate: read.append(count),
+        **usual,
+    )
+    planned = sum(made.read_bytes.values()) - made.read_bytes["loading"]
+    # What is read ahead of a pass that does not come is not planned: less than the buffer, a few times a batch.
+    assert planned / 2 < read[-1] <= planned + made.buffer_bytes * (4 + 3 * made.batches)
+    assert made.batches == (2 if schedule == "joint" else 3)
+    assert made.resident_layers + made.streamed_layers != ()
+    assert sorted(made.resident_layers + made.streamed_layers) == list(range(LAYERS))
+    assert made.memory_bytes == memory
+    # Six evaluations a batch, the last without a backward pass.
+    assert made.passes["values"] == 11 * made.batches
+
+
+def test_more_memory_is_less_to_read(source, no_process):
+    plans = [plan(source, EDITS, statistics="identity", memory=memory) for memory in (220_000, 400_000, 500_000, None)]
+    amounts = [sum(each.read_bytes.values()) for each in plans]
+    assert amounts == sorted(amounts, reverse=True)
+    assert len(set(amounts)) == len(amounts)
+    kept = [len(each.resident_layers) for each in plans]
+    assert kept == sorted(kept)
+    assert kept[-1] == LAYERS
+    # In memory as a whole, it is read once.
+    assert plans[-1].read_bytes == {"loading": plans[-1].model_bytes}
+    assert plans[-1].seconds_reading == pytest.approx(plans[-1].model_bytes / plans[-1].bytes_per_second)
+
+
+def test_a_plan_says_it_in_words(source, no_process):
+    text = str(plan(source, END, statistics="identity", memory=220_000, layer=LAYER))
+    for part in ("4 layers, edit layer 1", "memory: 0.22 MB", "through a buffer of", "values: ", "to read", "GB/s"):
+        assert part in text
+
+
+def test_a_plan_refuses_what_the_edit_would(source):
+    with pytest.raises(ArgumentError, match="memory: got 1,000 bytes, wanted at least"):
+        plan(source, END, memory="1kB")
+    with pytest.raises(ArgumentError, match="method: got 'none'"):
+        plan(source, END, method="none")
+    with pytest.raises(ArgumentError, match="layer: got 4"):
+        plan(source, END, layer=4)
+    with pytest.raises(EditError, match="tokens with its context"):
+        plan(source, replace(END, prompt="word " * 300 + "{}"), statistics="identity")
