@@ -39,7 +39,7 @@ class Fingerprint:
         picked = []
         for weight in weights:
             count = min(_SAMPLES, weight.numel())
-            index = torch.arange(count) * (weight.numel() - 1) // max(count - 1, 1)
+            index = torch.arange(count, device="cpu") * (weight.numel() - 1) // max(count - 1, 1)
             picked.append(runner.elements(names[id(weight)], index).float())
         rows, columns = runner.weight(layer).shape
         return cls(config.model_type, len(runner.layers), int(rows), int(columns), torch.cat(picked))
