@@ -130,6 +130,8 @@ def _make(directory: Path, arguments: argparse.Namespace) -> int:
             tensors[name] = pool[start : start + sizes[name]].view(shape).clone() if len(shape) > 1 else _ones(shape)
             weight_map[name] = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, directory / weight_map[names[0]], {"format": "pt"})
+    # What is still to be written would slow the first reading down.
+    os.sync()
     index = {"metadata": {"total_size": 2 * sum(sizes.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return 2 * sum(sizes.values())

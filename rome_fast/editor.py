@@ -31,6 +31,8 @@ from .statistics import Statistics
 from .values import ValueSettings
 from .weights import Link, OnRead, align_, check_link
 
+_CHECKED_AT_ONCE = 1 << 20  # elements; a sum in fp32 copies what it sums
+
 
 @dataclass
 class EditResult:
@@ -310,10 +312,14 @@ def _check_weights(runner: Runner, layer: int) -> None:
     for name, parameter in runner.parameters():
         if not _is_wide(parameter):
             continue
-        # One read of the weights: a sum is finite unless an element is not, or it overflows, which is looked into.
-        total = parameter.detach().sum(dtype=torch.promote_types(parameter.dtype, torch.float32))
-        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(parameter).all()):
+        if not all(map(_is_finite, parameter.detach().reshape(-1).split(_CHECKED_AT_ONCE))):
             raise ModelError(f"model: {name} contains NaN or infinity; load an undamaged checkpoint")
+
+
+def _is_finite(part: Tensor) -> bool:
+    # One read of the weights: a sum is finite unless an element is not, or it overflows, which is looked into.
+    total = part.sum(dtype=torch.promote_types(part.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(part).all())
 
 
 def _is_wide(weight: Tensor) -> bool:

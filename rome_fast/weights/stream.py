@@ -19,7 +19,7 @@ from .header import Header, TensorEntry
 from .plan import ALIGNMENT, Block, Placement, aligned
 from .reader import Files, Loader, OnRead, ReadAhead, buffer_on, view
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = 4 << 20
 
 
 class Stream:
