@@ -91,12 +91,13 @@ def joint(study: Study, edits: Sequence[Edit], counts: Sequence[int]) -> None:
     flow = study.flow()
     requests: list[Request] = [tokenise(study.runner, study.tokenizer, e, study.contexts, flow.how) for e in edits]
     solved: list[Solved] = []
+    seconds = 0.0
     for count in counts:
         start = time.process_time()
         solved += flow.find(requests[len(solved) : count])
         factors = flow.close(solved)
         delta = flow.delta(factors)
-        seconds = time.process_time() - start
+        seconds += time.process_time() - start
         delta.apply(study.model)
         record(study, "joint", 0, count, study.measure(edits[:count]), norm(delta), factors.condition, seconds)
         delta.revert(study.model)
