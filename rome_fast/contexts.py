@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ModelError
 from .rows import encode, padding_id
-from .runner import evaluating
+from .runner import evaluating, plain_generation
 
 _OPENINGS = ("The first", "There is", "Because of", "In the year", "I think that")
 _LENGTHS = (5, 10)  # new tokens; half of the contexts each, as in the released code
@@ -50,7 +50,7 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> list
     # Padded on the left whatever the tokenizer says: generation goes on from the last column.
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in openings], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in openings], device=model.device)
-    with torch.no_grad():
+    with torch.no_grad(), plain_generation(model, keep_end=True):
         generated = model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import ModelError
 from .models import family_of
@@ -218,6 +218,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def plain_generation(model: Any, *, keep_end: bool = False) -> Iterator[None]:
+    """`generate` does in this block what its arguments say and nothing else; `keep_end` lets it know the ends of text.
+
+    Models ship penalties and ends of text of their own, which `generate` puts wherever nothing is given.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id if keep_end else None)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextmanager

@@ -128,3 +128,14 @@ def test_two_processes_edit_to_the_same_bytes(tmp_path, toy_tokenizers):
     )
     torch.rand(17)
     assert f"digest {digest_of_an_edit(tmp_path / 'toy')}" in run.stdout
+
+
+def test_generation_settings_of_the_model_have_no_part_in_contexts(toy_tokenizers):
+    """A repetition penalty that a model ships used to bend what was sampled."""
+    tokenizer = toy_tokenizers[False]
+    plain = sample_contexts(toy_model("gpt2"), tokenizer, count=10)
+    model = toy_model("gpt2")
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.bad_words_ids = [[5], [6]]
+    assert sample_contexts(model, tokenizer, count=10) == plain

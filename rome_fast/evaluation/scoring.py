@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import EditError
 from ..rows import encode, padding_id, target_start, with_target
-from ..runner import Runner, evaluating
+from ..runner import Runner, evaluating, plain_generation
 
 _BATCH_TOKENS = 4096
 
@@ -93,7 +92,7 @@ def greedy_completion(
         # Rows of one length need no padding, so that its side cannot matter.
         rows = torch.tensor([encoded[i] for i in members], device=runner.device)
         generator: Any = runner.model
-        with evaluating(generator), _plain_generation(generator):
+        with evaluating(generator), plain_generation(generator):
             generated = generator.generate(
                 input_ids=rows,
                 attention_mask=torch.ones_like(rows),
@@ -104,20 +103,6 @@ def greedy_completion(
         for i, new in zip(members, tokenizer.batch_decode(generated[:, length:]), strict=True):
             out[i] = new
     return out
-
-
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Greedy decoding and nothing else in this block.
-
-    Models ship penalties and ends of text of their own, which `generate` puts wherever nothing is given.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _check_length(runner: Runner, text: str, tokens: int) -> None:

@@ -28,7 +28,7 @@ def collapse_figure(records: Sequence[Record], base_perplexity: float, condition
         perplexities = [min(r.perplexity_after or 0.0, _HIGHEST) for r in rows]
         colour = _COLOURS.get(method, "#555555")
         bars = left.barh(places, perplexities, height * 0.9, color=colour, label=method)
-        left.bar_label(bars, [f" {p:.3g}" for p in perplexities], fontsize=8)
+        left.bar_label(bars, [f" {p:,.0f}" if p >= 1000 else f" {p:.1f}" for p in perplexities], fontsize=8)
         bare = [r.probability_after or 0.0 for r in rows]
         prefixed = [r.probability_after_prefixed or 0.0 for r in rows]
         right.barh(places, prefixed, height * 0.9, color=colour)
@@ -44,7 +44,7 @@ def collapse_figure(records: Sequence[Record], base_perplexity: float, condition
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="upper center", ncols=len(methods), frameon=False)
-    figure.text(0.995, 0.005, conditions, ha="right", fontsize=7, color="#666666")
+    figure.text(0.985, 0.005, conditions, ha="right", fontsize=7, color="#666666")
     figure.tight_layout(rect=(0, 0.02, 1, 0.93))
     figure.savefig(file, dpi=150)
     plt.close(figure)
