@@ -96,6 +96,7 @@ def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool 
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
+        # The wrapper of transformers around this method hides its types.
         model.to(_device(device))  # type: ignore[arg-type]
     return model
 

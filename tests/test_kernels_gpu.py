@@ -10,7 +10,8 @@ from rome_fast.kernels import explain, low_rank_apply_, mirror_lower_, prefixed_
 from helpers import bits, relative_error
 from op_cases import matrix_unit_error
 
-# These make their tensors on the default device, which is the GPU here.
+# Collected here a second time, hence imported and not used: these make their tensors on the default device, which is
+# the GPU here.
 from test_kernels_reference import (  # noqa: F401
     test_low_rank_apply,
     test_low_rank_apply_does_not_read_rows_without_an_edit,

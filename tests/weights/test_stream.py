@@ -327,6 +327,7 @@ def test_the_next_block_is_read_while_one_is_in_use(blocks, reader):
     ahead.expect(blocks)
     for index, block in enumerate(blocks[:-1]):
         ahead.take(block, list)
+        # Called before the loop goes on, so that the late binding of `index` does no harm.
         wait_for(lambda: ahead.bytes_read >= sum(b.size for b in blocks[: index + 2]))  # noqa: B023
         assert ahead.bytes_read == sum(b.size for b in blocks[: index + 2])
 
