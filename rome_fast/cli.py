@@ -143,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--baseline", action="store_true", help="also make the edits as the released editors do")
     bench.add_argument("--sentences", type=Path, help="sentences for perplexity, one a line (default: the demo's)")
     bench.add_argument("--no-quality", action="store_true", help="leave quality figures out")
+    bench.add_argument(
+        "--keep", type=Path, help="keep each batch's figures in this file; a batch in it is not run again"
+    )
     bench.add_argument("--csv", type=Path, help="append a row to this CSV file")
 
     profile = verb(

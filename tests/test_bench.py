@@ -8,10 +8,11 @@ import torch
 import oracle
 from helpers import CONTEXTS, END, LAYER, MIDDLE, START, relative_error
 from rome_fast import Edit, ValueSettings
-from rome_fast.bench import edit_as_released
+from rome_fast.bench import edit_as_released, throughput
 from rome_fast.bench.flops import FlopCounter, ideal_flops
 from rome_fast.bench.throughput import Setup, bench
 from rome_fast.cli import main
+from rome_fast.errors import ArgumentError
 from rome_fast.flow import tokenise
 from rome_fast.methods import METHODS
 from rome_fast.past import Contexts
@@ -138,6 +139,27 @@ def test_report(toy_tokenizers):
     for name in ("efficacy", "perplexity_ratio"):
         assert report["quality"][name] >= 0
         assert report["as_released"]["quality"][name] >= 0
+
+
+def test_kept_batches_are_not_run_again(tmp_path, toy_tokenizers, monkeypatch):
+    """A run that was cut short goes on where it stood, with the same figures; other conditions are refused."""
+    model, tokenizer, kept = toy_model("llama"), toy_tokenizers[False], tmp_path / "kept.jsonl"
+    edits = [Edit(e.prompt, e.subject, e.target, "Vienna") for e in (START, MIDDLE, END)]
+    setup = setup_of(model, tokenizer, steps=4)
+    first = bench(setup, edits, 1, True, True, lambda line: None, kept)
+    lines = kept.read_text().splitlines(keepends=True)
+    assert len(lines) == 3
+    kept.write_text("".join(lines[:2]) + lines[2][:50])
+    measured = []
+    original = throughput._measure
+    monkeypatch.setattr(throughput, "_measure", lambda *a: measured.append(a[1]) or original(*a))
+    second = bench(setup, edits, 1, True, True, lambda line: None, kept)
+    assert measured == [edits[2:]]
+    assert len(kept.read_text().splitlines()) == 3
+    for name in ("edits", "steps_per_edit", "flops_per_edit", "ideal_flops_per_edit", "quality"):
+        assert second[name] == pytest.approx(first[name])
+    with pytest.raises(ArgumentError, match="another settings"):
+        bench(setup_of(model, tokenizer, steps=5), edits, 1, True, True, lambda line: None, kept)
 
 
 def test_command(tmp_path):

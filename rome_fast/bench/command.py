@@ -37,7 +37,9 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    report = bench(setup, edits, arguments.batch, arguments.baseline, bool(setup.sentences), say) | extra
+    report = (
+        bench(setup, edits, arguments.batch, arguments.baseline, bool(setup.sentences), say, arguments.keep) | extra
+    )
     report["versions"] = checkpoints.versions()
     report["date"] = datetime.now(UTC).date().isoformat()
     report["processor"] = processor(setup.model.device)

@@ -1,10 +1,13 @@
 """`rome-fast bench`: seconds, FLOPs and quality per edit, and against the baseline, interleaved in one run."""
 
+import json
+import os
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..defaults import default_layer, default_settings
 from ..delta import Delta
 from ..edits import Edit
+from ..errors import ArgumentError
 from ..evaluation import evaluate, sentence_perplexity, summarise
 from ..flow import Clock, Flow, Request, tokenise
 from ..methods import variant
@@ -46,6 +50,15 @@ class Track:
     def add_quality(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
             self.quality.setdefault(name, []).append(value)
+
+    def add(self, other: "Track") -> None:
+        self.edits += other.edits
+        self.process_seconds += other.process_seconds
+        self.wall_seconds += other.wall_seconds
+        self.flops += other.flops
+        self.steps += other.steps
+        for name, values in other.quality.items():
+            self.quality.setdefault(name, []).extend(values)
 
     def report(self) -> dict[str, Any]:
         count = max(1, self.edits)
@@ -107,55 +120,55 @@ def shape_setup(
     return Setup(model, tokenizer, CONTEXTS, layer, "c-rome", settings, factor, []), what
 
 
-def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quality: bool, say: Say) -> dict[str, Any]:
+@dataclass
+class Measured:
+    """What was measured of some batches, in sums."""
+
+    fast: Track = field(default_factory=lambda: Track("rome_fast"))
+    rule: Track = field(default_factory=lambda: Track("rome_fast, released stop rule"))
+    released: Track = field(default_factory=lambda: Track("as released"))
+    stages: dict[str, float] = field(default_factory=dict)  # wall seconds of `fast`
+    ideal_flops: float = 0.0
+    largest_batch: int = 0
+    differences: list[float] = field(default_factory=list)  # see `_difference`, of `rule` and `released`
+    peak_bytes: int = 0
+
+    def add(self, other: "Measured") -> None:
+        for mine, theirs in ((self.fast, other.fast), (self.rule, other.rule), (self.released, other.released)):
+            mine.add(theirs)
+        for stage, seconds in other.stages.items():
+            self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+        self.ideal_flops += other.ideal_flops
+        self.largest_batch = max(self.largest_batch, other.largest_batch)
+        self.differences += other.differences
+        self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Measured":
+        tracks = {name: Track(**data[name]) for name in ("fast", "rule", "released")}
+        return cls(**(data | tracks))
+
+
+def bench(
+    setup: Setup,
+    edits: Sequence[Edit],
+    batch: int,
+    baseline: bool,
+    quality: bool,
+    say: Say,
+    kept: Path | None = None,
+) -> dict[str, Any]:
     """Measure `edits` in batches; with `baseline`, each batch also as released and with the released stop rule.
 
     The tracks take turns batch by batch, so that a change of the machine's speed meets all of them. Counting FLOPs
     slows a program down; it is done in runs of its own, which are not timed. The peak memory on a GPU includes the
-    baseline's where that runs.
+    baseline's where that runs. A batch that stands in the file `kept` is taken from there, any other is added to it.
+
+    Raises ArgumentError where `kept` was measured under other conditions.
     """
-    roofline = measure_roofline(setup.model.device, setup.model.dtype)
-    fast, rule, released = Track("rome_fast"), Track("rome_fast, released stop rule"), Track("as released")
-    stages: dict[str, float] = {}
-    ideal_total, largest = 0.0, 0
-    old_rule = replace(setup, settings=replace(setup.settings, stop="loss"))
-    differences: list[float] = []
-    counts: dict[tuple[int, int], tuple[int, int]] = {}
     runner = Runner(setup.model)
     base = sentence_perplexity(runner, setup.tokenizer, setup.sentences) if quality else None
-    on_gpu = runner.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(runner.device)
-    for start in range(0, len(edits), batch):
-        group = list(edits[start : start + batch])
-        flow = setup.flow
-        requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.how) for e in group]
-        made = run_timed(fast, flow, requests)
-        largest = max(largest, flow.largest_batch)
-        for stage, seconds in flow.clock.seconds.items():
-            stages[stage] = stages.get(stage, 0.0) + seconds
-        ideal_total += ideal(setup, requests, [record for _, record in made])
-        with FlopCounter() as counter:
-            setup.flow.solve_each(requests)
-        fast.flops += counter.total
-        if baseline:
-            same_rule = run_timed(rule, old_rule.flow, requests)
-            for edit, request, (delta, _) in zip(group, requests, same_rule, strict=True):
-                theirs_delta = _run_released(released, old_rule, edit, request, quality, base, counts)
-                differences.append(_difference(delta, theirs_delta))
-        if quality:
-            for edit, (delta, _) in zip(group, made, strict=True):
-                fast.add_quality(_quality(setup, edit, delta, base))
-        say(_line(fast, rule, released))
-    weight_bytes = sum(p.nbytes for p in setup.model.parameters())
-    peak_bytes = (
-        torch.cuda.max_memory_allocated(runner.device)
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    mine = fast.report()
-    flops_per_second = mine["flops_per_edit"] / mine["seconds_per_edit"]
-    report: dict[str, Any] = {
+    conditions: dict[str, Any] = {
         "model": str(setup.model.config._name_or_path),
         "dtype": str(setup.model.dtype).removeprefix("torch."),
         "device": str(runner.device),
@@ -165,23 +178,53 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
         "statistics": "identity" if setup.factor is None else "second moment",
         "contexts": len(setup.contexts),
         "batch": batch,
-        "largest_batch": largest,  # what the memory allowed of it
         "settings": asdict(setup.settings),
+        "perplexity_before": base,
+    }
+    known = _read_kept(kept, conditions | {"baseline": baseline})
+    roofline = measure_roofline(setup.model.device, setup.model.dtype)
+    on_gpu = runner.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(runner.device)
+    total = Measured()
+    counts: dict[tuple[int, int], tuple[int, int]] = {}
+    for start in range(0, len(edits), batch):
+        group = list(edits[start : start + batch])
+        name = _name(group)
+        if name not in known:
+            measured = _measure(setup, group, baseline, quality, base, counts)
+            measured.peak_bytes = (
+                torch.cuda.max_memory_allocated(runner.device)
+                if on_gpu
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            )
+            known[name] = measured
+            if kept is not None:
+                line = {"conditions": conditions | {"baseline": baseline}, "edits": name, "measured": asdict(measured)}
+                with kept.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(line) + "\n")
+        total.add(known[name])
+        say(_line(total.fast, total.rule, total.released))
+    weight_bytes = sum(p.nbytes for p in setup.model.parameters())
+    mine = total.fast.report()
+    flops_per_second = mine["flops_per_edit"] / mine["seconds_per_edit"]
+    report: dict[str, Any] = {
+        **conditions,
+        "largest_batch": total.largest_batch,  # what the memory allowed of it
         **mine,
-        "seconds_by_stage": stages,
-        "ideal_flops_per_edit": ideal_total / max(1, len(edits)),
-        "flops_over_ideal": fast.flops / ideal_total if ideal_total else None,
+        "seconds_by_stage": total.stages,
+        "ideal_flops_per_edit": total.ideal_flops / max(1, len(edits)),
+        "flops_over_ideal": total.fast.flops / total.ideal_flops if total.ideal_flops else None,
         "flops_per_second": flops_per_second,
         "roofline": roofline.to_json(),
         "share_of_matrix_rate": flops_per_second / roofline.matrix_rate,
         # Of the GPU's allocator, or of this process.
-        "peak_memory_bytes": peak_bytes,
+        "peak_memory_bytes": total.peak_bytes,
         "weight_bytes": weight_bytes,
-        "peak_memory_over_weights": peak_bytes / weight_bytes,
-        "perplexity_before": base,
+        "peak_memory_over_weights": total.peak_bytes / weight_bytes,
     }
-    if released.edits:
-        theirs, middle = released.report(), rule.report()
+    if total.released.edits:
+        theirs, middle = total.released.report(), total.rule.report()
         report |= {
             "process_time_ratio": theirs["process_seconds_per_edit"] / mine["process_seconds_per_edit"],
             "flops_ratio": theirs["flops_per_edit"] / mine["flops_per_edit"],
@@ -191,12 +234,66 @@ def bench(setup: Setup, edits: Sequence[Edit], batch: int, baseline: bool, quali
                 "dtype": 1.0,
             },
             # ‖ΔW − ΔW of the baseline‖ / ‖ΔW of the baseline‖, both with the released stop rule
-            "largest_difference": max(differences),
-            "median_difference": statistics.median(differences),
+            "largest_difference": max(total.differences),
+            "median_difference": statistics.median(total.differences),
             "as_released": theirs,
             "released_stop_rule": middle,
         }
     return report
+
+
+def _measure(
+    setup: Setup,
+    group: Sequence[Edit],
+    baseline: bool,
+    quality: bool,
+    base: float | None,
+    counts: dict[tuple[int, int], tuple[int, int]],
+) -> Measured:
+    """One batch, by every track."""
+    out, flow, runner = Measured(), setup.flow, Runner(setup.model)
+    requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.how) for e in group]
+    made = run_timed(out.fast, flow, requests)
+    out.largest_batch = flow.largest_batch
+    out.stages = dict(flow.clock.seconds)
+    out.ideal_flops = ideal(setup, requests, [record for _, record in made])
+    with FlopCounter() as counter:
+        setup.flow.solve_each(requests)
+    out.fast.flops = counter.total
+    if baseline:
+        old_rule = replace(setup, settings=replace(setup.settings, stop="loss"))
+        same_rule = run_timed(out.rule, old_rule.flow, requests)
+        for edit, request, (delta, _) in zip(group, requests, same_rule, strict=True):
+            theirs_delta = _run_released(out.released, old_rule, edit, request, quality, base, counts)
+            out.differences.append(_difference(delta, theirs_delta))
+    if quality:
+        for edit, (delta, _) in zip(group, made, strict=True):
+            out.fast.add_quality(_quality(setup, edit, delta, base))
+    return out
+
+
+def _name(group: Sequence[Edit]) -> str:
+    return json.dumps([[e.prompt, e.subject, e.target] for e in group], ensure_ascii=False)
+
+
+def _read_kept(file: Path | None, conditions: dict[str, Any]) -> dict[str, Measured]:
+    """The batches of a file by their edits; a line that was cut short by a kill is left out, and cut off."""
+    if file is None or not file.exists():
+        return {}
+    out, whole = {}, 0
+    for line in file.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            os.truncate(file, whole)
+            break
+        whole += len(line)
+        data = json.loads(line)
+        wanted = json.loads(json.dumps(conditions))
+        if other := [key for key, value in wanted.items() if data["conditions"].get(key) != value]:
+            raise ArgumentError(
+                f"keep: {file} was measured under another {', '.join(other)}; give another file, or delete this one"
+            )
+        out[data["edits"]] = Measured.from_json(data["measured"])
+    return out
 
 
 def run_timed(track: Track, flow: Flow, requests: Sequence[Request]) -> list[tuple[Delta, Record]]:
