@@ -1,12 +1,15 @@
 """Measure what an edit did: target probabilities, edit metrics, perplexity."""
 
+from .isolated import RowUpdates
 from .metrics import EditMetrics, evaluate, summarise
-from .perplexity import sentence_perplexity
+from .perplexity import edited_perplexities, sentence_perplexity
 from .scoring import Score, greedy_completion, score
 
 __all__ = [
     "EditMetrics",
+    "RowUpdates",
     "Score",
+    "edited_perplexities",
     "evaluate",
     "greedy_completion",
     "score",

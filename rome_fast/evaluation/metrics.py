@@ -6,9 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..delta import Delta
 from ..edits import Edit
+from ..errors import ArgumentError
 from ..rows import check_tokenizer, encode, target_start, with_target
 from ..runner import Runner
+from .isolated import RowUpdates
 from .scoring import Score, greedy_completion, score
 
 
@@ -40,24 +43,37 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
     contexts: Sequence[str] = (),
+    *,
+    deltas: Sequence[Delta] | None = None,
 ) -> list[EditMetrics]:
-    """Measure the model as it is on each request. `contexts` are put before prompts for the prefixed figures."""
+    """Measure each request, on the model as it is, or with `deltas` as `deltas[i]` alone would leave it for request i.
+
+    `contexts` are put before prompts for the prefixed figures. Raises EditError for a request that cannot be scored,
+    ArgumentError for Deltas that are not one per request, all of the same layer.
+    """
     check_tokenizer(tokenizer)
+    if deltas is not None and len(deltas) != len(edits):
+        raise ArgumentError(f"deltas: got {len(deltas)} for {len(edits)} edits, wanted one each")
     runner = Runner(model)
-    asked: dict[tuple[str, str], None] = {}  # every text is scored once, however many figures use it
-    for edit in edits:
-        for text, target in _questions(edit, contexts):
-            asked[(text, target)] = None
-    scores = dict(zip(asked, score(runner, tokenizer, list(asked)), strict=True))
+    updates = RowUpdates.of(runner, deltas) if deltas else None
+    model_of = [-1] * len(edits) if updates is None else list(range(len(edits)))
+    # Every text is scored once under an edit, however many figures use it.
+    asked = dict.fromkeys((w, *q) for edit, w in zip(edits, model_of, strict=True) for q in _questions(edit, contexts))
+    found = score(runner, tokenizer, [(t, target) for _, t, target in asked], updates, [w for w, _, _ in asked])
+    scores: dict[int, dict[tuple[str, str], Score]] = {}
+    for (which, text, target), one in zip(asked, found, strict=True):
+        scores.setdefault(which, {})[(text, target)] = one
 
     first = contexts[:1]
-    texts = [prefix + edit.text for edit in edits for prefix in ("", *first)]
-    targets = [edit.target for edit in edits for _ in ("", *first)]
-    counts = [_target_length(tokenizer, t, target) for t, target in zip(texts, targets, strict=True)]
-    decoded = greedy_completion(runner, tokenizer, texts, counts)
     per_edit = 1 + len(first)
+    texts = [prefix + edit.text for edit in edits for prefix in ("", *first)]
+    targets = [edit.target for edit in edits for _ in range(per_edit)]
+    counts = [_target_length(tokenizer, t, target) for t, target in zip(texts, targets, strict=True)]
+    decoders = [which for which in model_of for _ in range(per_edit)]
+    decoded = greedy_completion(runner, tokenizer, texts, counts, updates, decoders)
     return [
-        _metrics(edit, scores, contexts, decoded[i * per_edit : (i + 1) * per_edit]) for i, edit in enumerate(edits)
+        _metrics(edit, scores[which], contexts, decoded[i * per_edit : (i + 1) * per_edit])
+        for i, (edit, which) in enumerate(zip(edits, model_of, strict=True))
     ]
 
 

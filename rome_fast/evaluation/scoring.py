@@ -1,7 +1,8 @@
 """Teacher-forced probability of a target behind a text, and what the model says when it decodes freely."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import EditError
 from ..rows import encode, padding_id, target_start, with_target
 from ..runner import Runner, evaluating, plain_generation
-
-_BATCH_TOKENS = 4096
+from .isolated import RowUpdates, carrying, final_states
 
 
 @dataclass(frozen=True)
@@ -28,36 +28,31 @@ class Score:
         return math.exp(self.log_probability)
 
 
-def packed_by_length(lengths: Sequence[int], batch_tokens: int = _BATCH_TOKENS) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each batch's padded size within `batch_tokens` (or a single row)."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
 @torch.no_grad()
-def score(runner: Runner, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+def score(
+    runner: Runner,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    updates: RowUpdates | None = None,
+    edits: Sequence[int] | None = None,
+) -> list[Score]:
     """Score every (text, target), in the order given. Only target positions go through the head.
 
+    With `updates`, pair i is scored on the model as edit `edits[i]` of them would leave it (-1: as it is).
     Raises EditError for a text that is too long for the model, and for a target without a token of its own.
     """
-    texts = [with_target(text, target) for text, target in pairs]
+    place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+    texts = [with_target(text, target) for text, target in place]
     encoded = encode(tokenizer, texts)
     for text, tokens in zip(texts, encoded, strict=True):
         _check_length(runner, text, len(tokens.ids) - 1)
-    starts = [target_start(e, text, target) for e, (text, target) in zip(encoded, pairs, strict=True)]
+    starts = [target_start(e, text, target) for e, (text, target) in zip(encoded, place, strict=True)]
+    uses = [(place[pair], edit) for pair, edit in zip(pairs, edits or [-1] * len(pairs), strict=True)]
     scores: dict[int, Score] = {}
-    for batch in packed_by_length([len(e.ids) for e in encoded]):
-        packed = runner.pack([encoded[i].ids[:-1] for i in batch])
-        with evaluating(runner.model):
-            hidden = runner.run(runner.embed(packed.ids), 0, len(runner.layers))
-        where = [(r, p) for r, i in enumerate(batch) for p in range(starts[i] - 1, len(encoded[i].ids) - 1)]
-        targets = [encoded[i].ids[p] for i in batch for p in range(starts[i], len(encoded[i].ids))]
+    for some, hidden in final_states(runner, [e.ids[:-1] for e in encoded], uses, updates):
+        rows = [uses[i][0] for i in some]
+        where = [(r, p) for r, i in enumerate(rows) for p in range(starts[i] - 1, len(encoded[i].ids) - 1)]
+        targets = [encoded[i].ids[p] for i in rows for p in range(starts[i], len(encoded[i].ids))]
         labels = torch.tensor(targets, device=hidden.device)
         row_of, position = torch.tensor(where, device=hidden.device).T
         logits = runner.head(hidden[row_of, position])
@@ -65,19 +60,25 @@ def score(runner: Runner, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tu
         found = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).tolist()
         best = (log_probs.argmax(1) == labels).tolist()
         at = 0
-        for i in batch:
+        for use, i in zip(some, rows, strict=True):
             count = len(encoded[i].ids) - starts[i]
-            scores[i] = Score(sum(found[at : at + count]) / count, all(best[at : at + count]))
+            scores[use] = Score(sum(found[at : at + count]) / count, all(best[at : at + count]))
             at += count
     return [scores[i] for i in range(len(pairs))]
 
 
 @torch.no_grad()
 def greedy_completion(
-    runner: Runner, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], counts: Sequence[int]
+    runner: Runner,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    counts: Sequence[int],
+    updates: RowUpdates | None = None,
+    edits: Sequence[int] | None = None,
 ) -> list[str]:
     """What the model writes behind each text when it decodes greedily for `counts[i]` tokens.
 
+    With `updates`, text i is completed by the model as edit `edits[i]` of them would leave it (-1: as it is).
     Raises EditError for a text that is too long for the model.
     """
     encoded = [e.ids for e in encode(tokenizer, [text.rstrip() for text in texts])]
@@ -92,7 +93,12 @@ def greedy_completion(
         # Rows of one length need no padding, so that its side cannot matter.
         rows = torch.tensor([encoded[i] for i in members], device=runner.device)
         generator: Any = runner.model
-        with evaluating(generator), plain_generation(generator):
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(generator))
+            stack.enter_context(plain_generation(generator))
+            if updates is not None and edits is not None:
+                of_rows = torch.tensor([edits[i] for i in members], device=runner.device)
+                stack.enter_context(carrying(runner, updates, of_rows))
             generated = generator.generate(
                 input_ids=rows,
                 attention_mask=torch.ones_like(rows),

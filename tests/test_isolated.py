@@ -1,0 +1,145 @@
+"""Evaluation of many single edits in one pass against applying, measuring and reverting them one at a time."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from helpers import CONTEXTS, END, LAYER, MIDDLE, START, all_bits, changed, relative_error
+from rome_fast import Edit
+from rome_fast.bench.flops import FlopCounter
+from rome_fast.delta import Delta, LowRank
+from rome_fast.errors import ArgumentError
+from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
+from rome_fast.evaluation import isolated as module
+from rome_fast.runner import Runner
+from toys import KINDS, SENTENCES, toy_model
+
+REQUESTS = [
+    Edit(e.prompt, e.subject, e.target, "Vienna", ("They say that Chicago is near",), ("The capital of France is",))
+    for e in (START, MIDDLE, END)
+]
+
+
+def random_deltas(model, count, ranks=(1,), seed=0):
+    """Updates half as large as the weight, so that what they do is far above rounding."""
+    runner, generator = Runner(model), torch.Generator().manual_seed(seed)
+    name, weight = runner.family.weight_name(LAYER), runner.weight(LAYER)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    out = []
+    for i in range(count):
+        rank = ranks[i % len(ranks)]
+        left = torch.randn(weight.shape[0], rank, generator=generator, dtype=wide)
+        right = torch.randn(rank, weight.shape[1], generator=generator, dtype=wide)
+        left *= 0.5 * weight.norm() / (left @ right).norm()
+        out.append(Delta({name: LowRank(left, right)}))
+    return out
+
+
+def one_by_one(model, deltas, measure):
+    out = []
+    for i, delta in enumerate(deltas):
+        delta.apply(model)
+        try:
+            out.append(measure(i))
+        finally:
+            delta.revert(model)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_equal_the_loop(kind, toy_tokenizers):
+    model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[False]
+    deltas, before = random_deltas(model, 3, ranks=(1, 2)), all_bits(model)
+    together = evaluate(model, tokenizer, REQUESTS, CONTEXTS, deltas=deltas)
+    assert not changed(model, before)
+    alone = one_by_one(model, deltas, lambda i: evaluate(model, tokenizer, [REQUESTS[i]], CONTEXTS)[0])
+    unedited = evaluate(model, tokenizer, REQUESTS, CONTEXTS)
+    for mine, theirs, untouched in zip(together, alone, unedited, strict=True):
+        for field in fields(mine):
+            got, wanted = getattr(mine, field.name), getattr(theirs, field.name)
+            assert got == (pytest.approx(wanted, rel=1e-9) if isinstance(wanted, float) else wanted), field.name
+        assert mine.probability != pytest.approx(untouched.probability, rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_perplexities_equal_the_loop(dtype, allowed, toy_tokenizers, monkeypatch):
+    """Also where the rows of a batch do not fit together; float32 measured 3e-7."""
+    model, tokenizer = toy_model("llama", dtype=dtype), toy_tokenizers[False]
+    runner, deltas = Runner(model), random_deltas(model, 5)
+    monkeypatch.setattr(module, "_BATCH_TOKENS", 100)
+    together = edited_perplexities(runner, tokenizer, SENTENCES[:4], RowUpdates.of(runner, deltas))
+    alone = one_by_one(model, deltas, lambda _: sentence_perplexity(runner, tokenizer, SENTENCES[:4]))
+    assert together == pytest.approx(alone, rel=allowed)
+    assert len({round(p, 3) for p in together}) == len(deltas)
+
+
+def test_half_precision_differs_by_the_rounding_of_the_weight(toy_tokenizers):
+    """An applied update is rounded to bf16 with the weight, an isolated one is not: 2⁻⁸ of each weight; measured 9e-4."""
+    model, tokenizer = toy_model("llama", dtype=torch.bfloat16), toy_tokenizers[False]
+    runner, deltas = Runner(model), random_deltas(model, 4)
+    together = edited_perplexities(runner, tokenizer, SENTENCES[:4], RowUpdates.of(runner, deltas))
+    alone = one_by_one(model, deltas, lambda _: sentence_perplexity(runner, tokenizer, SENTENCES[:4]))
+    assert together == pytest.approx(alone, rel=0.01)
+
+
+def test_sixty_four_edits_in_one_forward(toy_tokenizers):
+    """One text under 64 edits: one pass through the layers below, one through those above."""
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[False]
+    runner, deltas = Runner(model), random_deltas(model, 64)
+    passes: list[int] = []
+    handles = [
+        runner.layers[i].register_forward_hook(lambda _m, _a, out: passes.append(len(out))) for i in (0, LAYER + 1)
+    ]
+    pairs = [("The city of Chicago", "Rome")] * 65
+    found = score(runner, tokenizer, pairs, RowUpdates.of(runner, deltas), [*range(64), -1])
+    for handle in handles:
+        handle.remove()
+    assert passes == [1, 65]
+    alone = one_by_one(model, deltas, lambda _: score(runner, tokenizer, pairs[:1])[0])
+    alone.append(score(runner, tokenizer, pairs[:1])[0])
+    assert [s.log_probability for s in found] == pytest.approx([s.log_probability for s in alone], rel=1e-9)
+    assert len({round(s.log_probability, 6) for s in found}) == 65
+
+
+def test_layers_below_are_run_once(toy_tokenizers):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    runner, deltas = Runner(model), random_deltas(model, 8)
+    with FlopCounter() as together:
+        edited_perplexities(runner, tokenizer, SENTENCES[:4], RowUpdates.of(runner, deltas))
+    with FlopCounter() as alone:
+        one_by_one(model, deltas, lambda _: sentence_perplexity(runner, tokenizer, SENTENCES[:4]))
+    # Two of four layers are below the edit's end; the rest, with the head, is the same for both.
+    assert alone.total / together.total >= 1.5
+
+
+def test_updates_are_exact(toy_tokenizers):
+    runner = Runner(toy_model("llama"))
+    deltas = random_deltas(runner.model, 3, ranks=(1, 3))
+    updates, generator = RowUpdates.of(runner, deltas), torch.Generator().manual_seed(1)
+    weight = runner.weight(LAYER)
+    keys = torch.randn(4, 5, weight.shape[1], generator=generator)
+    values = torch.zeros(4, 5, weight.shape[0])
+    updates.add_(values, keys, torch.tensor([2, -1, 0, 1]))
+    assert bool((values[1] == 0).all())
+    for row, edit in ((0, 2), (2, 0), (3, 1)):
+        (update,) = deltas[edit].updates.values()
+        assert relative_error(values[row], keys[row].double() @ update.dense().double().T) <= 1e-5
+
+
+def test_bad_deltas(toy_tokenizers):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    runner, (delta,) = Runner(model), random_deltas(model, 1)
+    (update,) = delta.updates.values()
+    elsewhere = Delta({runner.family.weight_name(LAYER + 1): update})
+    narrow = Delta({runner.family.weight_name(LAYER): LowRank(update.left, update.right[:, 1:].contiguous())})
+    with pytest.raises(ArgumentError, match="got 1 for 3 edits"):
+        evaluate(model, tokenizer, REQUESTS, deltas=[delta])
+    for wrong, message in (
+        ([delta, elsewhere], "one layer's in each"),
+        ([delta, Delta({})], "updates of nothing"),
+        ([Delta({"lm_head.weight": update})], "one layer's in each"),
+        ([delta, narrow], "of shape"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            RowUpdates.of(runner, wrong)
