@@ -75,7 +75,7 @@ def test_perplexities_equal_the_loop(dtype, allowed, toy_tokenizers, monkeypatch
 
 
 def test_half_precision_differs_by_the_rounding_of_the_weight(toy_tokenizers):
-    """An applied update is rounded to bf16 with the weight, an isolated one is not: 2⁻⁸ of each weight; measured 9e-4."""
+    """An applied update is rounded to bf16 with the weight, an isolated one is not; measured 9e-4."""
     model, tokenizer = toy_model("llama", dtype=torch.bfloat16), toy_tokenizers[False]
     runner, deltas = Runner(model), random_deltas(model, 4)
     together = edited_perplexities(runner, tokenizer, SENTENCES[:4], RowUpdates.of(runner, deltas))
