@@ -148,6 +148,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--csv", type=Path, help="append a row to this CSV file")
 
+    study = verb(
+        "study",
+        _study,
+        "which edits would collapse this model, why, and what cures it",
+        "rome-fast study ./model --edits edits.jsonl --sample 100 --out study",
+    )
+    study.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
+    study.add_argument("--edits", type=Path, required=True, help="JSON lines of prompt, subject, target_new")
+    study.add_argument("--out", type=Path, required=True, help="folder of the study; an interrupted one goes on")
+    study.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
+    study.add_argument("--methods", nargs="+", help="default: rome c-rome-released c-rome p-rome")
+    study.add_argument("--sample", type=int, help="requests besides the first-token ones (default: all)")
+    study.add_argument("--layer", type=int, help="default: the model's edit layer")
+    study.add_argument("--sentences", type=Path, help="sentences for perplexity, one a line (default: the demo's)")
+    study.add_argument("--batch", type=int, default=8, help="requests measured, and kept, at a time (default: 8)")
+    study.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
     profile = verb(
         "profile",
         _profile,
@@ -296,6 +313,13 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     from .bench.command import run_bench
 
     return run_bench(arguments)
+
+
+def _study(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .study import run_study
+
+    with _progress("studying", "requests") as (advance, _):
+        return run_study(arguments, advance, lambda line: print(line, flush=True))
 
 
 def _profile(arguments: argparse.Namespace) -> dict[str, Any]:

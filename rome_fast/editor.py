@@ -27,7 +27,7 @@ from .methods import variant
 from .records import Record
 from .rows import check_tokenizer
 from .runner import Runner, evaluating
-from .statistics import Statistics
+from .statistics import LayerStatistics, Statistics
 from .values import ValueSettings
 from .weights import Link, OnRead, align_, check_link
 
@@ -204,7 +204,8 @@ def apply_edits(
         runner = Runner(model, stream)
         layer = _checked_layer(runner, layer)
         _check_weights(runner, layer)
-        factor = _cholesky_factor(runner, layer, statistics)
+        entry = _checked_statistics(runner, layer, statistics)
+        factor = None if entry is None else entry.factor(runner.device)
         settings = default_settings(model.config) if settings is None else settings
         if not isinstance(settings, ValueSettings):
             raise ArgumentError(f"settings: got {type(settings).__name__}, wanted a rome_fast.ValueSettings or None")
@@ -234,6 +235,8 @@ def apply_edits(
                     progress,
                     len(edits),
                 )
+                if entry is not None and entry.collapse_limit is not None:
+                    flow.limit = entry.collapse_limit
                 records: list[Record] = []
                 size = len(requests) if schedule == "joint" else batch_size
                 for start in range(0, len(requests), size):
@@ -327,7 +330,7 @@ def _is_wide(weight: Tensor) -> bool:
     return weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
 
 
-def _cholesky_factor(runner: Runner, layer: int, statistics: Statistics | str | None) -> Tensor | None:
+def _checked_statistics(runner: Runner, layer: int, statistics: Statistics | str | None) -> LayerStatistics | None:
     if isinstance(statistics, str):
         if statistics != "identity":
             raise ArgumentError(f"statistics: got {statistics!r}, wanted a Statistics, 'identity' or None")
@@ -339,7 +342,7 @@ def _cholesky_factor(runner: Runner, layer: int, statistics: Statistics | str | 
             f"statistics: got {type(statistics).__name__}, wanted a Statistics, 'identity' or None; make them with "
             f"rome_fast.collect_statistics(model, tokenizer, texts, layers=[{layer}])"
         )
-    return statistics.for_layer(runner, layer).factor(runner.device)
+    return statistics.for_layer(runner, layer)
 
 
 def _check_contexts(contexts: Sequence[str]) -> None:

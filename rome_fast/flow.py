@@ -15,7 +15,7 @@ from .batches import BatchSizer, in_batches
 from .delta import Delta, LowRank
 from .edits import Edit
 from .errors import ConvergenceError
-from .guard import Guard, judge, judge_together, predicts_collapse
+from .guard import UPDATE_RATIO_LIMIT, Guard, judge, judge_together, predicts_collapse
 from .kernels import prefixed_solve
 from .keys import ContextRow, run_to_layer
 from .methods import Factors, RomeVariant, close, residual
@@ -94,6 +94,7 @@ class Flow:
     clock: "Clock"
     progress: Progress | None
     total: int
+    limit: float = UPDATE_RATIO_LIMIT  # ‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted
     done: int = 0
     condition: float = 1.0  # worst of the closed forms so far
     largest_batch: int = 0  # of the edits optimised together so far
@@ -125,7 +126,10 @@ class Flow:
 
         Neither the guard nor `unconverged` is asked: this is for measuring edits, not for writing them.
         """
-        solved = self.find(group)
+        return self.close_each(group, self.find(group))
+
+    def close_each(self, group: Sequence[Request], solved: Sequence[Solved]) -> list[tuple[Delta, Record]]:
+        """The same for values that are found already, perhaps by another variant that optimises the same rows."""
         with self.clock("update"):
             # One solve for all: with a single right-hand side it is bound by latency.
             u, k_den, residuals = self._left_hand(solved)
@@ -204,7 +208,7 @@ class Flow:
             update_norm=update_norm,
             weight_norm=weight_norm,
             needs_prefix=request.needs_prefix,
-            collapsed=predicts_collapse(update_norm, weight_norm),
+            collapsed=predicts_collapse(update_norm, weight_norm, self.limit),
             applied=solved.value.finite,
         )
 

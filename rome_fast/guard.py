@@ -14,7 +14,7 @@ from .records import Record
 Guard = Literal["raise", "warn", "skip", "off"]
 
 UPDATE_RATIO_LIMIT = 1.5
-"""‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted."""
+"""‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted, unless a study of the model has found its own limit."""
 
 
 _JOINT_EXCESS = 2.0
@@ -30,8 +30,8 @@ def check_guard(guard: str) -> None:
         raise ArgumentError(f"guard: got {guard!r}, wanted one of {', '.join(get_args(Guard))}")
 
 
-def predicts_collapse(update_norm: float, weight_norm: float) -> bool:
-    return not update_norm <= UPDATE_RATIO_LIMIT * weight_norm  # also true for NaN
+def predicts_collapse(update_norm: float, weight_norm: float, limit: float = UPDATE_RATIO_LIMIT) -> bool:
+    return not update_norm <= limit * weight_norm  # also true for NaN
 
 
 def judge(records: Sequence[Record], guard: Guard) -> list[bool]:

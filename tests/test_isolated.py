@@ -51,14 +51,17 @@ def one_by_one(model, deltas, measure):
 def test_metrics_equal_the_loop(kind, toy_tokenizers):
     model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[False]
     deltas, before = random_deltas(model, 3, ranks=(1, 2)), all_bits(model)
-    together = evaluate(model, tokenizer, REQUESTS, CONTEXTS, deltas=deltas)
+    prefixes = {"contexts": CONTEXTS, "unseen_contexts": ("Far away from here, ",)}
+    together = evaluate(model, tokenizer, REQUESTS, **prefixes, deltas=deltas)
     assert not changed(model, before)
-    alone = one_by_one(model, deltas, lambda i: evaluate(model, tokenizer, [REQUESTS[i]], CONTEXTS)[0])
-    unedited = evaluate(model, tokenizer, REQUESTS, CONTEXTS)
+    alone = one_by_one(model, deltas, lambda i: evaluate(model, tokenizer, [REQUESTS[i]], **prefixes)[0])
+    unedited = evaluate(model, tokenizer, REQUESTS, **prefixes)
     for mine, theirs, untouched in zip(together, alone, unedited, strict=True):
         for field in fields(mine):
             got, wanted = getattr(mine, field.name), getattr(theirs, field.name)
+            assert wanted is not None, field.name
             assert got == (pytest.approx(wanted, rel=1e-9) if isinstance(wanted, float) else wanted), field.name
+        assert len({mine.probability, mine.probability_prefixed, mine.probability_unseen}) == 3
         assert mine.probability != pytest.approx(untouched.probability, rel=0.01)
 
 

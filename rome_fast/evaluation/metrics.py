@@ -33,6 +33,11 @@ class EditMetrics:
     decoded_right_prefixed: float | None = None  # behind the first context
     efficacy_prefixed: float | None = None
     paraphrase_prefixed: float | None = None
+    probability_unseen: float | None = None  # the same behind contexts that the edit was not made with
+    argmax_unseen: float | None = None
+    decoded_right_unseen: float | None = None
+    efficacy_unseen: float | None = None
+    paraphrase_unseen: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,12 +49,14 @@ def evaluate(
     edits: Sequence[Edit],
     contexts: Sequence[str] = (),
     *,
+    unseen_contexts: Sequence[str] = (),
     deltas: Sequence[Delta] | None = None,
 ) -> list[EditMetrics]:
     """Measure each request, on the model as it is, or with `deltas` as `deltas[i]` alone would leave it for request i.
 
-    `contexts` are put before prompts for the prefixed figures. Raises EditError for a request that cannot be scored,
-    ArgumentError for Deltas that are not one per request, all of the same layer.
+    `contexts`, those of the edit, are put before prompts for the prefixed figures, `unseen_contexts` for the unseen
+    ones. Raises EditError for a request that cannot be scored, ArgumentError for Deltas that are not one per request,
+    all of the same layer.
     """
     check_tokenizer(tokenizer)
     if deltas is not None and len(deltas) != len(edits):
@@ -57,23 +64,24 @@ def evaluate(
     runner = Runner(model)
     updates = RowUpdates.of(runner, deltas) if deltas else None
     model_of = [-1] * len(edits) if updates is None else list(range(len(edits)))
+    every = ("", *contexts, *unseen_contexts)
     # Every text is scored once under an edit, however many figures use it.
-    asked = dict.fromkeys((w, *q) for edit, w in zip(edits, model_of, strict=True) for q in _questions(edit, contexts))
+    asked = dict.fromkeys((w, *q) for edit, w in zip(edits, model_of, strict=True) for q in _questions(edit, every))
     found = score(runner, tokenizer, [(t, target) for _, t, target in asked], updates, [w for w, _, _ in asked])
     scores: dict[int, dict[tuple[str, str], Score]] = {}
     for (which, text, target), one in zip(asked, found, strict=True):
         scores.setdefault(which, {})[(text, target)] = one
 
-    first = contexts[:1]
-    per_edit = 1 + len(first)
-    texts = [prefix + edit.text for edit in edits for prefix in ("", *first)]
-    targets = [edit.target for edit in edits for _ in range(per_edit)]
+    decoding = ("", *contexts[:1], *unseen_contexts[:1])
+    texts = [prefix + edit.text for edit in edits for prefix in decoding]
+    targets = [edit.target for edit in edits for _ in decoding]
     counts = [_target_length(tokenizer, t, target) for t, target in zip(texts, targets, strict=True)]
-    decoders = [which for which in model_of for _ in range(per_edit)]
-    decoded = greedy_completion(runner, tokenizer, texts, counts, updates, decoders)
+    decoded = iter(
+        greedy_completion(runner, tokenizer, texts, counts, updates, [w for w in model_of for _ in decoding])
+    )
     return [
-        _metrics(edit, scores[which], contexts, decoded[i * per_edit : (i + 1) * per_edit])
-        for i, (edit, which) in enumerate(zip(edits, model_of, strict=True))
+        _metrics(edit, scores[which], contexts, unseen_contexts, {prefix: next(decoded) for prefix in decoding})
+        for edit, which in zip(edits, model_of, strict=True)
     ]
 
 
@@ -88,9 +96,9 @@ def summarise(metrics: Sequence[EditMetrics]) -> dict[str, float]:
     return out
 
 
-def _questions(edit: Edit, contexts: Sequence[str]) -> list[tuple[str, str]]:
+def _questions(edit: Edit, prefixes: Sequence[str]) -> list[tuple[str, str]]:
     targets = [edit.target] if edit.target_true is None else [edit.target, edit.target_true]
-    texts = [prefix + text for text in (edit.text, *edit.paraphrase_prompts) for prefix in ("", *contexts)]
+    texts = [prefix + text for text in (edit.text, *edit.paraphrase_prompts) for prefix in prefixes]
     pairs = [(text, target) for text in texts for target in targets]
     if _neighbor_answer(edit) is not None:
         for text in edit.neighborhood_prompts:
@@ -103,18 +111,30 @@ def _neighbor_answer(edit: Edit) -> str | None:
 
 
 def _metrics(
-    edit: Edit, scores: dict[tuple[str, str], Score], contexts: Sequence[str], decoded: Sequence[str]
+    edit: Edit,
+    scores: dict[tuple[str, str], Score],
+    contexts: Sequence[str],
+    unseen_contexts: Sequence[str],
+    decoded: dict[str, str],
 ) -> EditMetrics:
-    bare = scores[(edit.text, edit.target)]
-    prefixed = [scores[(context + edit.text, edit.target)] for context in contexts]
-    right = [text.strip() == edit.target.strip() for text in decoded]
-
     def wins(texts: Sequence[str]) -> float | None:
         if edit.target_true is None or not texts:
             return None
         true = edit.target_true
         return _mean([scores[(t, edit.target)].log_probability > scores[(t, true)].log_probability for t in texts])
 
+    def behind(prefixes: Sequence[str], suffix: str) -> dict[str, Any]:
+        found = [scores[(prefix + edit.text, edit.target)] for prefix in prefixes]
+        right = [decoded[prefix].strip() == edit.target.strip() for prefix in prefixes[:1]]
+        return {
+            f"probability_{suffix}": _mean([s.probability for s in found]),
+            f"argmax_{suffix}": _mean([s.is_argmax for s in found]),
+            f"decoded_right_{suffix}": _mean(right),  # behind the first of them
+            f"efficacy_{suffix}": wins([prefix + edit.text for prefix in prefixes]),
+            f"paraphrase_{suffix}": wins([prefix + p for p in edit.paraphrase_prompts for prefix in prefixes]),
+        }
+
+    bare = scores[(edit.text, edit.target)]
     answer = _neighbor_answer(edit)
     held = [
         scores[(t, answer)].log_probability > scores[(t, edit.target)].log_probability
@@ -126,16 +146,13 @@ def _metrics(
         target=edit.target,
         probability=bare.probability,
         argmax=bare.is_argmax,
-        decoded=decoded[0],
-        decoded_right=right[0],
+        decoded=decoded[""],
+        decoded_right=decoded[""].strip() == edit.target.strip(),
         efficacy=wins([edit.text]),
         paraphrase=wins(edit.paraphrase_prompts),
         neighborhood=_mean(held),
-        probability_prefixed=_mean([s.probability for s in prefixed]),
-        argmax_prefixed=_mean([s.is_argmax for s in prefixed]),
-        decoded_right_prefixed=_mean(right[1:]),
-        efficacy_prefixed=wins([c + edit.text for c in contexts]),
-        paraphrase_prefixed=wins([c + p for p in edit.paraphrase_prompts for c in contexts]),
+        **behind(contexts, "prefixed"),
+        **behind(unseen_contexts, "unseen"),
     )
 
 

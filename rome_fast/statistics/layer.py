@@ -24,6 +24,8 @@ class LayerStatistics:
     provenance: dict[str, str] = field(default_factory=dict)
     # Added to the diagonal of C where it is solved with, in units of the mean of that diagonal; `moment` is without it.
     ridge: float = 0.0
+    # ‖Δ‖ / ‖W‖ of one edit above which this model collapses, where a study has found it.
+    collapse_limit: float | None = None
     _factor: tuple[torch.device, float, Tensor] | None = field(default=None, repr=False)
 
     def factor(self, device: torch.device, ridge: float | None = None) -> Tensor:

@@ -84,6 +84,8 @@ class Statistics:
                 "provenance": json.dumps(entry.provenance),
                 "ridge": repr(entry.ridge),
             }
+            if entry.collapse_limit is not None:
+                metadata["collapse_limit"] = repr(entry.collapse_limit)
             save_tensors(directory / f"layer-{layer}.safetensors", {"second_moment": entry.moment}, metadata)
 
     @classmethod
@@ -166,6 +168,7 @@ def _read_layer(file: Path) -> LayerStatistics:
             provenance=json.loads(metadata["provenance"]),
             # Files from before there was one have none.
             ridge=float(metadata.get("ridge", 0.0)),
+            collapse_limit=float(metadata["collapse_limit"]) if "collapse_limit" in metadata else None,
         )
     except (KeyError, ValueError, TypeError) as error:
         raise StatisticsError(f"statistics: {file} has unreadable metadata ({error}); collect it again") from error
