@@ -9,9 +9,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from safetensors.numpy import load_file, save_file
 
 from rome_fast.errors import ArgumentError, CheckpointError
+from rome_fast.report import study_figures
+from rome_fast.report.figures import method_colour
 from rome_fast.report.projection import directions, neighbour_embedding, principal_components
 from rome_fast.report.study import write_report
 from rome_fast.report.study_data import StudyRecord, read_study
@@ -39,6 +42,20 @@ CONDITIONS = {
     "collapse_ratio": 1.5,
     "seconds": {"values": 61.5, "perplexity": 200.25},
 }
+
+
+# What draws a figure into a file, which takes most of the time.
+PNG = study_figures._png
+FULL = {name: to_rgba(method_colour(name)) for name in ("rome", "c-rome")}
+EMPTY = to_rgba("white")
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """The figures in the order of their making, which are not drawn into files here."""
+    figures = []
+    monkeypatch.setattr(study_figures, "_png", lambda figure, *_: figures.append(figure) or b"\x89PNG\r\n\x1a\n")
+    return figures
 
 
 def record(method, first, denominator, perplexity, **changes):
@@ -234,14 +251,15 @@ def test_the_summary_says_what_collapsed_and_what_cured_it(tmp_path):
     assert "Each of 3 requests was edited alone into an unedited model, by each of 2 methods. In 2 of them" in text
     assert "more than 1.5 times the unedited model's 40.0." in text
     assert "Not every edit has been measured" not in text
-    assert (
-        "- rome: 2 of 3 edited models collapsed (2 of 2 first-token, 0 of 1 normal); highest perplexity 400.0, 10.0 times"
-        in text
-    )
+    assert "- rome: 2 of 3 edited models collapsed (2 of 2 first-token, 0 of 1 normal); highest" in text
+    assert "highest perplexity 400.0, 10.0 times the unedited model's." in text
     assert "- c-rome: none of 3 edited models collapsed; highest perplexity 44.0, 1.100 times" in text
     assert "20.0 in the mean over first-token requests and 1,000 over normal ones" in text
     assert "- No collapse with: c-rome." in text
-    assert "0.040 without a prefix, 0.850 behind an editing context, 0.700 behind an unseen one" in text
+    assert (
+        "c-rome on first-token requests: mean P(target) is 0.040 without a prefix, 0.850 behind an editing context, 0.700 behind an unseen one"
+        in text
+    )
     assert "Collapsed over all methods: 2 of 4 edits of first-token requests, 0 of 2 edits of normal requests." in text
 
 
@@ -254,7 +272,7 @@ def test_no_collapse_at_all(tmp_path):
     write(tmp_path, {**CONDITIONS, "requests": 1}, records=[record("rome", False, 1000.0, 41.0)])
     text = report(tmp_path)
     assert "No edited model collapsed." in text
-    assert "What cured it" not in text
+    assert "cured" not in text
 
 
 def test_a_study_that_was_interrupted(tmp_path):
@@ -362,13 +380,64 @@ def test_pictures_of_an_earlier_report_are_removed(tmp_path):
     assert {file.stem for file in (tmp_path / "figures").iterdir()} == {"denominators", "perplexity"}
 
 
-def test_an_infinite_perplexity(tmp_path):
+def test_an_infinite_perplexity(tmp_path, drawn):
     tiny(tmp_path)
     records = [record("rome", True, 10.0, math.inf), record("rome", False, 1000.0, 42.0)]
     write(tmp_path, CONDITIONS, records=records)
     assert "Infinity" in (tmp_path / "records.jsonl").read_text()
-    _, rome = table(report(tmp_path), "max perplexity")
+    text = report(tmp_path)
+    _, rome = table(text, "max perplexity")
     assert list(rome.values())[3:] == ["infinite"] * 4
+    assert "(1 of 1 first-token, 0 of 1 normal); highest perplexity infinite." in text
+    ((infinite, _),) = bands(drawn[1])
+    assert infinite == [[3 * 60.0, FULL["rome"]]]  # three times the largest value that the axis shows
+    labels = [label.get_text().strip() for label in drawn[1].axes[0].texts]
+    assert labels == ["unedited 40.0", "collapsed above 60.0", "above 10⁶ or infinite"]
+
+
+def bands(figure):
+    """Per method, its first-token and its normal marks: [value, colour inside] each."""
+    groups = [
+        [[float(x), tuple(face)] for (x, _), face in zip(marks.get_offsets(), marks.get_facecolors(), strict=True)]
+        for marks in figure.axes[0].collections
+    ]
+    return list(zip(groups[::2], groups[1::2], strict=True))
+
+
+def test_every_edit_is_one_mark_that_is_filled_where_the_model_collapsed(tmp_path, drawn):
+    tiny(tmp_path)
+    write_report(tmp_path)
+    denominators, perplexities = map(bands, drawn)
+    red, blue = FULL["rome"], FULL["c-rome"]
+    assert red != blue
+    assert denominators == [
+        ([[10, red], [30, red]], [[1000, EMPTY]]),
+        ([[600, EMPTY], [1000, EMPTY]], [[1500, EMPTY]]),
+    ]
+    assert perplexities == [
+        ([[200, red], [400, red]], [[42, EMPTY]]),
+        ([[40, EMPTY], [44, EMPTY]], [[41, EMPTY]]),
+    ]
+    edges = [tuple(marks.get_edgecolors()[0]) for marks in drawn[1].axes[0].collections]
+    assert edges == [red, red, blue, blue]
+    names = [label.get_text() for label in drawn[1].axes[0].get_yticklabels()]
+    assert names == ["rome\n2 of 3 collapsed", "c-rome\n0 of 3 collapsed"]
+
+
+def test_the_figures_of_keys_and_prefixes(tmp_path, drawn):
+    study(tmp_path, requests=6)
+    write_report(tmp_path)
+    _, _, projection, norms, prefix = drawn
+    panels = [[len(marks.get_offsets()) for marks in axes.collections] for axes in projection.axes]
+    assert panels[0] == [3] * 6
+    wanted = load_file(tmp_path / "keys.safetensors")["norms"]
+    assert np.array_equal([line.get_ydata() for line in norms.axes[0].lines[:2]], wanted)
+    *requests, median = prefix.axes[0].lines
+    assert len(requests) == 3
+    # Of three lines the median goes through the middle one.
+    middle = np.sort([line.get_ydata() for line in requests], axis=0)[1]
+    assert np.array_equal(median.get_ydata(), middle)
+    assert [tick.get_text() for tick in prefix.axes[0].get_xticklabels()] == ["0", "1", "2", "5", "10"]
 
 
 class Page(HTMLParser):
@@ -388,7 +457,8 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_html_needs_no_other_file(tmp_path):
+def test_html_needs_no_other_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_figures, "_png", PNG)
     study(tmp_path, requests=6)
     write_report(tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -490,9 +560,7 @@ def test_no_directory(tmp_path):
 def test_without_matplotlib(tmp_path, monkeypatch):
     tiny(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        ArgumentError, match=r"need matplotlib, which is not installed; pip install 'rome-fast\[study\]'"
-    ):
+    with pytest.raises(ArgumentError, match=r"need matplotlib, .*; pip install 'rome-fast\[study\]'"):
         write_report(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """The report of the collapse study: what was measured, in words, tables and figures."""
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def _pictures(data: StudyData) -> dict[str, Picture]:
         drawn["projection"] = (
             draw.projection_figure(data.keys, conditions),
             f"Directions (vectors scaled to length 1) of the two sides of the denominator, of {first} first-token and "
-            f"{len(data.keys.first_token) - first} normal requests.",
+            f"{len(data.keys.first_token) - first} normal requests. t-SNE keeps neighbours together; "
+            "distances between its groups mean nothing.",
         )
         drawn["key_norms"] = (
             draw.key_norm_figure(data.keys, data.records[0].layer, conditions),
@@ -147,8 +149,9 @@ def _outcome(records: Sequence[StudyRecord], method: str) -> str:
     if not measured:
         return f"{method}: no perplexity was measured."
     worst = largest(r.perplexity_after for r in edits)
-    ratio = largest(r.perplexity_ratio for r in edits)
-    extent = f"highest perplexity {cell(worst)}, {cell(ratio)} times the unedited model's"
+    extent = f"highest perplexity {cell(worst)}"
+    if worst is not None and math.isfinite(worst):
+        extent += f", {cell(largest(r.perplexity_ratio for r in edits))} times the unedited model's"
     if not bad:
         return f"{method}: none of {measured} edited models collapsed; {extent}."
     parts = [
@@ -166,15 +169,7 @@ def _cure(data: StudyData) -> list[Block]:
     safe = [method for method, (bad, measured) in verdicts.items() if measured and not bad]
     if not broken:
         return [Text("No edited model collapsed.")] if safe else []
-    lines = []
-    for method in broken:
-        first, normal = (mean(abs(r.denominator) for r in of(data.records, method, group)) for group in (True, False))
-        if first and normal:
-            lines.append(
-                f"{method} divides by |uᵀk|, which is {cell(first)} in the mean over first-token requests and "
-                f"{cell(normal)} over normal ones."
-            )
-    lines.append(f"No collapse with: {', '.join(safe)}." if safe else "No method was free of collapses.")
+    cures = [f"No collapse with: {', '.join(safe)}." if safe else "No method was free of collapses."]
     for method in safe:
         edits = of(data.records, method, True)
         found = {
@@ -184,12 +179,22 @@ def _cure(data: StudyData) -> list[Block]:
         }
         known = [f"{value:.3f} {where}" for where, value in found.items() if value is not None]
         if known:
-            lines.append(f"{method} on first-token requests leaves the new fact with P(target) {', '.join(known)}.")
-    return [Text("What cured it:"), Bullets([*lines, *_one_part_changed(data)])]
+            cures.append(f"{method} on first-token requests: mean P(target) is {', '.join(known)}.")
+    reasons = []
+    for method in broken:
+        first, normal = (mean(abs(r.denominator) for r in of(data.records, method, group)) for group in (True, False))
+        if first and normal:
+            reasons.append(
+                f"{method} divides by |uᵀk|, which is {cell(first)} in the mean over first-token requests and "
+                f"{cell(normal)} over normal ones."
+            )
+    reasons += _one_part_changed(data)
+    why: list[Block] = [Text("Why:"), Bullets(reasons)] if reasons else []
+    return [Text("What cured it, and whether the fact is then there:"), Bullets(cures), *why]
 
 
 def _one_part_changed(data: StudyData) -> list[str]:
-    """What becomes of rome's collapses when one of its parts is changed and the others stay."""
+    """What becomes of rome's collapses when one of its three parts is changed and the others stay."""
     rome = parts_of_method(METHODS["rome"])
 
     def outcome(parts: tuple[str, ...]) -> str:
@@ -216,7 +221,7 @@ def _collapse(data: StudyData, pictures: dict[str, Picture]) -> list[Block]:
     return [
         Heading("Collapse and normal cases"),
         Text(
-            "An edit adds Δ = r uᵀ / (uᵀk) to the weight W: u = C⁻¹k̄ or C⁻¹k_u, k the key in the denominator, r what "
+            "An edit adds Δ = r uᵀ / (uᵀk) to the weight W: u = C⁻¹k̄ or C⁻¹kᵤ, k the key in the denominator, r what "
             "is added to the value at that key. ‖r uᵀ‖ is the numerator's norm. Ratios are of perplexities, edited / "
             "unedited. A cell is empty where nothing was measured."
         ),

@@ -22,44 +22,45 @@ from .study_tables import methods_of
 
 _FIRST, _NORMAL = "^", "o"
 _GREY = "#666666"
-_DRAWN_BY_ROME = method_colour("rome")
+_ROME = method_colour("rome")
+_BEYOND = "above 10⁶ or infinite"
 
 
 def perplexity_figure(data: StudyData, conditions: str) -> bytes:
     """Perplexity of every edited model, sorted within its method and kind of request."""
-    methods = methods_of(data.records)
-    figure, axes = _figure(1, height=1.6 + 0.95 * len(methods))
-    _bands(axes[0], data.records, lambda r: _drawable(r.perplexity_after))
+    figure, axes = _figure(1, height=_bands_height(data.records))
     limit = data.collapse_ratio * data.perplexity_before
-    for value, style, name in (
-        (data.perplexity_before, ":", f"unedited {data.perplexity_before:.1f} "),
-        (limit, "--", f" collapsed above {limit:.1f}"),
-    ):
-        axes[0].axvline(value, color="black", linewidth=0.9, linestyle=style, zorder=0)
-        side = "right" if name.startswith("unedited") else "left"
-        axes[0].annotate(name, (value, 1.0), xycoords=("data", "axes fraction"), ha=side, va="bottom", fontsize=8)
+    edge = _edge([r.perplexity_after for r in data.records], limit)
+    _bands(axes[0], data.records, lambda r: _drawable(r.perplexity_after, edge))
+    marks = [
+        (data.perplexity_before, ":", "right", f"unedited {data.perplexity_before:.1f} "),
+        (limit, "--", "left", f" collapsed above {limit:.1f}"),
+    ]
+    if any((r.perplexity_after or 0.0) >= HIGHEST for r in data.records):
+        marks.append((edge, "-", "center", _BEYOND))
+    for x, style, side, words in marks:
+        axes[0].axvline(x, color="#bbbbbb" if x == edge else "black", linewidth=0.9, linestyle=style, zorder=0)
+        axes[0].annotate(words, (x, 1.0), xycoords=("data", "axes fraction"), ha=side, va="bottom", fontsize=8)
     # A log axis that spans less than this would show rounding errors as differences.
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(min(low, data.perplexity_before / 2.5), max(high, limit * 2.5))
-    clipped = any((r.perplexity_after or 0.0) >= HIGHEST for r in data.records)
-    axes[0].set_xlabel("perplexity of the edited model" + (f" (drawn at {HIGHEST:.0e} beyond it)" if clipped else ""))
+    axes[0].set_xlabel("perplexity of the edited model")
     return _png(figure, conditions, _group_marks(collapse=True))
 
 
 def denominator_figure(data: StudyData, conditions: str) -> bytes:
     """|uᵀk| of every edit, sorted within its method and kind of request."""
-    methods = methods_of(data.records)
-    figure, axes = _figure(1, height=1.6 + 0.95 * len(methods))
+    figure, axes = _figure(1, height=_bands_height(data.records))
     _bands(axes[0], data.records, lambda r: abs(r.denominator))
     axes[0].set_xlabel("denominator |uᵀk| of the update")
     return _png(figure, conditions, _group_marks(collapse=True))
 
 
 def projection_figure(keys: Keys, conditions: str) -> bytes:
-    """The directions of C⁻¹k̄, k_u and k̄ on a plane: by principal components, and by t-SNE where it is installed."""
+    """The directions of C⁻¹k̄, kᵤ and k̄ on a plane: by principal components, and by t-SNE where it is installed."""
     kinds = (
         ("C⁻¹ k̄, left of the denominator", keys.solved, "#e69f00"),
-        ("k_u, unprefixed key", keys.unprefixed, "#222222"),
+        ("kᵤ, unprefixed key", keys.unprefixed, "#222222"),
         ("k̄, mean key", keys.mean, "#009e73"),
     )
     vectors = np.concatenate([directions(values) for _, values, _ in kinds])
@@ -104,19 +105,22 @@ def prefix_figure(prefixes: Sequence[PrefixRecord], collapse_ratio: float, condi
     figure, (left, right) = _figure(2, height=3.8)
     _by_words(left, prefixes, lambda r: abs(r.denominator))
     left.set_ylabel("denominator |uᵀk|")
-    _by_words(right, prefixes, lambda r: _drawable(r.perplexity_ratio))
+    edge = _edge([r.perplexity_ratio for r in prefixes], collapse_ratio)
+    _by_words(right, prefixes, lambda r: _drawable(r.perplexity_ratio, edge))
     right.axhline(collapse_ratio, color="black", linewidth=0.9, linestyle="--", zorder=0)
-    words = f"collapsed above {collapse_ratio:g}"
-    place = (1.0, collapse_ratio)
-    right.annotate(words, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    marks = [(collapse_ratio, f"collapsed above {collapse_ratio:g}")]
+    if any((r.perplexity_ratio or 0.0) >= HIGHEST for r in prefixes):
+        marks.append((edge, _BEYOND))
+    for y, words in marks:
+        right.annotate(words, (1.0, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     low, high = right.get_ylim()
     right.set_ylim(min(low, 0.8), max(high, 2 * collapse_ratio))
     right.set_ylabel("perplexity, edited / unedited")
-    marks = [
-        Line2D([], [], color=_DRAWN_BY_ROME, marker=_FIRST, linewidth=2, label="median"),
-        Line2D([], [], color=_DRAWN_BY_ROME, alpha=0.3, linewidth=1, label="one request"),
+    lines = [
+        Line2D([], [], color=_ROME, marker=_FIRST, linewidth=2, label="median"),
+        Line2D([], [], color=_ROME, alpha=0.3, linewidth=1, label="one request"),
     ]
-    return _png(figure, conditions, marks)
+    return _png(figure, conditions, lines)
 
 
 def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -141,8 +145,13 @@ def _mark(label: str, marker: str, colour: str, filled: bool) -> Line2D:
 
 
 def _group_marks(collapse: bool = False) -> list[Line2D]:
-    marks = [_mark("first-token", _FIRST, _GREY, not collapse), _mark("normal", _NORMAL, _GREY, False)]
+    marks = [_mark("first-token request", _FIRST, _GREY, not collapse), _mark("normal request", _NORMAL, _GREY, False)]
     return [*marks, _mark("filled: collapsed", "s", _GREY, True)] if collapse else marks
+
+
+def _bands_height(records: Sequence[StudyRecord]) -> float:
+    """Inches."""
+    return 1.6 + 0.95 * len(methods_of(records))
 
 
 def _bands(axes: Axes, records: Sequence[StudyRecord], value: Callable[[StudyRecord], float | None]) -> None:
@@ -170,8 +179,13 @@ def _bands(axes: Axes, records: Sequence[StudyRecord], value: Callable[[StudyRec
     axes.tick_params(axis="y", length=0)
 
 
-def _drawable(perplexity: float | None) -> float | None:
-    return None if perplexity is None else min(perplexity, HIGHEST)
+def _edge(perplexities: Sequence[float | None], least: float) -> float:
+    """Where perplexities beyond what an axis can show are drawn: a little beyond all the others."""
+    return 3 * max([least, *(p for p in perplexities if p is not None and p < HIGHEST)])
+
+
+def _drawable(perplexity: float | None, edge: float) -> float | None:
+    return edge if perplexity is not None and perplexity >= HIGHEST else perplexity
 
 
 def _request(record: PrefixRecord) -> tuple[str, str, str]:
@@ -184,7 +198,7 @@ def _scatter(axes: Axes, points: NDArray[np.floating], keys: Keys, colours: Sequ
         for first, marker in ((False, _NORMAL), (True, _FIRST)):
             shown = kind[keys.first_token == first]
             face = colour if first else "none"
-            axes.scatter(shown[:, 0], shown[:, 1], s=28, marker=marker, edgecolors=colour, facecolors=face, alpha=0.8)
+            axes.scatter(shown[:, 0], shown[:, 1], s=28, marker=marker, edgecolors=colour, facecolors=face, alpha=0.7)
 
 
 def _by_words(axes: Axes, prefixes: Sequence[PrefixRecord], value: Callable[[PrefixRecord], float | None]) -> None:
@@ -196,13 +210,13 @@ def _by_words(axes: Axes, prefixes: Sequence[PrefixRecord], value: Callable[[Pre
         axes.plot(
             [words.index(w) for w in sorted(line)],
             [line[w] for w in sorted(line)],
-            color=_DRAWN_BY_ROME,
+            color=_ROME,
             alpha=0.3,
             linewidth=1,
         )
     groups = [[v for r, v in known if r.words == w] for w in words]
     medians = [statistics.median(group) if group else math.nan for group in groups]
-    axes.plot(range(len(words)), medians, color=_DRAWN_BY_ROME, marker=_FIRST, linewidth=2)
+    axes.plot(range(len(words)), medians, color=_ROME, marker=_FIRST, linewidth=2)
     axes.set_yscale("log")
     axes.set_xticks(range(len(words)), [str(w) for w in words])
     axes.set_xlabel("words before the subject")
