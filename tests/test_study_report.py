@@ -256,10 +256,8 @@ def test_the_summary_says_what_collapsed_and_what_cured_it(tmp_path):
     assert "- c-rome: none of 3 edited models collapsed; highest perplexity 44.0, 1.100 times" in text
     assert "20.0 in the mean over first-token requests and 1,000 over normal ones" in text
     assert "- No collapse with: c-rome." in text
-    assert (
-        "c-rome on first-token requests: mean P(target) is 0.040 without a prefix, 0.850 behind an editing context, 0.700 behind an unseen one"
-        in text
-    )
+    assert "c-rome on first-token requests: mean P(target) is 0.040 without a prefix, 0.850 behind" in text
+    assert "0.850 behind an editing context, 0.700 behind an unseen one." in text
     assert "Collapsed over all methods: 2 of 4 edits of first-token requests, 0 of 2 edits of normal requests." in text
 
 
