@@ -5,9 +5,20 @@ from pathlib import Path
 
 from ..records import Record
 
-_COLOURS = {"rome": "#c0392b", "c-rome-released": "#e0a030", "c-rome": "#2471a3", "p-rome": "#7f8c8d"}
+_COLOURS = {
+    "rome": "#c0392b",
+    "c-rome-released": "#e0a030",
+    "c-rome": "#2471a3",
+    "p-rome": "#7f8c8d",
+    "dual": "#7b4fa3",
+}
 # A collapsed perplexity can exceed what an axis can show.
-_HIGHEST = 1e6
+HIGHEST = 1e6
+
+
+def method_colour(method: str) -> str:
+    """The colour of a method in every figure."""
+    return _COLOURS.get(method, "#555555")
 
 
 def collapse_figure(records: Sequence[Record], base_perplexity: float, conditions: str, file: Path) -> None:
@@ -25,8 +36,8 @@ def collapse_figure(records: Sequence[Record], base_perplexity: float, condition
     for j, method in enumerate(methods):
         places = [i + (j - (len(methods) - 1) / 2) * height for i in range(len(requests))]
         rows = [found[(*request, method)] for request in requests]
-        perplexities = [min(r.perplexity_after or 0.0, _HIGHEST) for r in rows]
-        colour = _COLOURS.get(method, "#555555")
+        perplexities = [min(r.perplexity_after or 0.0, HIGHEST) for r in rows]
+        colour = method_colour(method)
         bars = left.barh(places, perplexities, height * 0.9, color=colour, label=method)
         left.bar_label(bars, [f" {p:,.0f}" if p >= 1000 else f" {p:.1f}" for p in perplexities], fontsize=8)
         bare = [r.probability_after or 0.0 for r in rows]
