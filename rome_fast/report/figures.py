@@ -10,7 +10,7 @@ _COLOURS = {
     "c-rome-released": "#e0a030",
     "c-rome": "#2471a3",
     "p-rome": "#7f8c8d",
-    "dual": "#7b4fa3",
+    "dual": "#56b4e9",
 }
 # A collapsed perplexity can exceed what an axis can show.
 HIGHEST = 1e6

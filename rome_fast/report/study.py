@@ -42,7 +42,8 @@ def write_report(directory: Path) -> list[Path]:
     """Write report.md, report.html (one file that needs no other) and figures/*.png beside a study's results.
 
     `directory` holds conditions.json and records.jsonl, and factors.jsonl, keys.safetensors, prefix.jsonl and
-    guard.json where those parts were measured; the report says of a part that was not. An earlier report is replaced.
+    guard.json where those parts were measured; the report says of a part that was not. An earlier
+    report is replaced, and with it every PNG in figures.
 
     Returns the files written. Raises ArgumentError without matplotlib, CheckpointError where a file of the study is
     missing, damaged or not of its form, or where the report cannot be written.

@@ -1,7 +1,7 @@
 """The figures of the collapse study, drawn with matplotlib (the `study` extra), each as the bytes of a PNG.
 
-Triangles are first-token requests, circles normal ones; filled marks are models that collapsed. A colour is a method
-or, in the projection, a kind of vector; no figure needs colours to be told apart.
+Triangles are first-token requests, circles normal ones; filled marks are models that collapsed. A colour is a method,
+which is named as well, or in the projection a kind of vector; colour-blind readers can tell all of them apart.
 """
 
 import io
@@ -43,7 +43,7 @@ def perplexity_figure(data: StudyData, conditions: str) -> bytes:
         axes[0].annotate(words, (x, 1.0), xycoords=("data", "axes fraction"), ha=side, va="bottom", fontsize=8)
     # A log axis that spans less than this would show rounding errors as differences.
     low, high = axes[0].get_xlim()
-    axes[0].set_xlim(min(low, data.perplexity_before / 2.5), max(high, limit * 2.5))
+    axes[0].set_xlim(min(low, data.perplexity_before / 2), max(high, limit * 2.5))
     axes[0].set_xlabel("perplexity of the edited model")
     return _png(figure, conditions, _group_marks(collapse=True))
 

@@ -68,7 +68,8 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def largest(values: Iterable[float | None]) -> float | None:
-    return max((v for v in values if v is not None), default=None)
+    """The largest value that there is; NaN counts as larger than any."""
+    return max((v for v in values if v is not None), key=lambda v: (math.isnan(v), v), default=None)
 
 
 def cell(value: float | None) -> str:
