@@ -114,8 +114,8 @@ def guard_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "rule": "update_ratio",
         **own,
-        "fitted_on": len(halves[0]),
-        "tested_on": len(halves[1]),
+        "fitted_on": f"the {len(halves[0])} edits of every other request",
+        "tested_on": f"the {len(halves[1])} of the rest",
         "alternatives": found,
     }
 
