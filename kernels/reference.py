@@ -6,18 +6,22 @@ Arguments are taken as valid; the checks live in `ops.py`.
 import torch
 from torch import Tensor
 
+_CHAIN_ROWS = 8192
+
 
 def second_moment_ref_(total: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """total += XᵀX over the rows of X where mask is true; at least the lower triangle is brought up to date.
 
-    The product is taken in fp32 (fp64 for fp64 rows) and added to `total` in the dtype of `total`: a tile of a few
-    thousand rows loses little in fp32, whereas a sum over millions of rows needs the wider accumulator.
+    Products of at most `_CHAIN_ROWS` rows are taken in fp32 (fp64 for fp64 rows) and added to `total` in the dtype of
+    `total`: a product of a few thousand rows loses little in fp32, a sum over millions of them needs fp64.
     """
     rows = x if mask is None else x[mask]
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if rows.dtype == total.dtype:
-        return total.addmm_(rows.T, rows)
-    return total.add_(rows.T @ rows)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    for part in rows.split(_CHAIN_ROWS):
+        part = part.to(wide)
+        # Not addmm_, which would go on summing in `total`: that has twice the error where `total` is fp32.
+        total.add_(part.T @ part)
+    return total
 
 
 def mirror_lower_ref_(total: Tensor) -> Tensor:

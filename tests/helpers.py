@@ -1,5 +1,7 @@
 """What several test files share: the usual requests, contexts and settings, and comparison bit for bit."""
 
+from importlib.metadata import version
+
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -60,6 +62,18 @@ def changed(model, before):
     after = all_bits(model)
     assert after.keys() == before.keys()
     return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def broken_interpreter():
+    """Why the installed triton cannot interpret kernels, or None: up to 3.6 it relies on what numpy 2.4 took away."""
+
+    def release(package):
+        major, minor, *_ = version(package).split(".")
+        return int(major), int(minor)
+
+    if release("triton") <= (3, 6) and release("numpy") >= (2, 4):
+        return "triton <= 3.6 cannot interpret any loop with numpy >= 2.4"
+    return None
 
 
 def merging_tokenizer(*merges):

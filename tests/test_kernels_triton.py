@@ -7,12 +7,12 @@ the kernels' own tests (interpreted_kernels.py) run in a process of theirs.
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers import broken_interpreter
 from rome_fast import kernels
 
 pytest.importorskip("triton", reason="the kernels extra is not installed")
@@ -41,17 +41,7 @@ kernels = sys.modules["kernels"] = importlib.util.module_from_spec(spec)
     return run("-c", load + code)
 
 
-def broken_interpreter() -> bool:
-    """triton up to 3.6 converts one-element arrays in a way that numpy refuses from 2.4 on."""
-
-    def release(package: str) -> tuple[int, int]:
-        major, minor, *_ = version(package).split(".")
-        return int(major), int(minor)
-
-    return release("triton") <= (3, 6) and release("numpy") >= (2, 4)
-
-
-@pytest.mark.skipif(broken_interpreter(), reason="triton <= 3.6 cannot interpret any loop with numpy >= 2.4")
+@pytest.mark.skipif(broken_interpreter() is not None, reason=str(broken_interpreter()))
 def test_the_kernels_agree_with_float64_in_the_interpreter() -> None:
     here = Path(__file__).parent
     done = run(
