@@ -265,7 +265,7 @@ def test_the_gradient_of_the_loss_by_finite_differences(gpt2: PreTrainedModel, p
     log_p_before = log_p_at_subject(model, LAYER, kl_row, torch.zeros_like(delta))
 
     def loss_at(at: Tensor) -> Tensor:
-        return value_loss(model, LAYER, rows, kl_row, log_p_before, at, v0, 0.5, 0.5)
+        return value_loss(model, LAYER, rows, kl_row, log_p_before, at, v0.norm().item(), 0.5, 0.5)
 
     at = delta.clone().requires_grad_()
     loss_at(at).backward()
@@ -291,7 +291,7 @@ def test_adam_and_the_clamp_by_hand(gpt2: PreTrainedModel, plain: PreTrainedToke
     clamped = []
     for step in range(1, steps):
         at = delta.clone().requires_grad_()
-        loss = value_loss(model, LAYER, [row], kl_row, log_p_before, at, result.v0, 0.5, 0.0625)
+        loss = value_loss(model, LAYER, [row], kl_row, log_p_before, at, result.v0.norm().item(), 0.5, 0.0625)
         (gradient,) = torch.autograd.grad(loss, at)
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.999 * square + 0.001 * gradient**2
