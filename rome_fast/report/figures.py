@@ -5,7 +5,13 @@ from pathlib import Path
 
 from ..records import Record
 
-_COLOURS = {"rome": "#c0392b", "c-rome-released": "#e0a030", "c-rome": "#2471a3", "p-rome": "#7f8c8d"}
+_COLOURS = {
+    "rome": "#c0392b",
+    "c-rome-released": "#e0a030",
+    "c-rome": "#2471a3",
+    "p-rome": "#7f8c8d",
+    "dual": "#1e8449",
+}
 # A collapsed perplexity can exceed what an axis can show.
 _HIGHEST = 1e6
 
