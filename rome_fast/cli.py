@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--link", choices=("copy", "hard"), default="copy", help="shards that stay as they are")
     edit.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
     edit.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
-    edit.add_argument("--method", default="c-rome", help="c-rome (default), rome, c-rome-released, p-rome")
+    edit.add_argument("--method", default="c-rome", help="c-rome (default), dual, rome, c-rome-released, p-rome")
     edit.add_argument("--layer", type=int, help="edit layer (default: by model)")
     edit.add_argument("--schedule", choices=("joint", "sequential"), default="joint")
     edit.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")

@@ -23,11 +23,11 @@ from .errors import ArgumentError, ModelError, StatisticsError
 from .evaluation import score
 from .flow import Clock, Flow, Progress, Unconverged, tokenise
 from .guard import Guard, check_guard
-from .methods import variant
+from .methods import hold_first_tokens, variant
 from .records import Record
 from .rows import check_tokenizer
 from .runner import Runner, evaluating
-from .statistics import LayerStatistics, Statistics
+from .statistics import LayerStatistics, Statistics, first_token_statistics
 from .values import ValueSettings
 from .weights import Link, OnRead, align_, check_link
 
@@ -44,7 +44,7 @@ class EditResult:
     contexts: tuple[str, ...]
     schedule: str
     settings: ValueSettings
-    condition: float  # of the joint closed form; 1 for a single edit
+    condition: float  # of the joint closed form; 1 for a single key
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
 
     def revert(self) -> None:
@@ -119,7 +119,9 @@ def apply_edits(
             Delta comes out.
         tokenizer: the model's fast tokenizer; not needed for a checkpoint, which has its own.
         statistics: second moments of this model's keys, "identity" for C = I, or None to look in the cache.
-        method: "c-rome", "rome", "c-rome-released" or "p-rome".
+        method: "c-rome", "rome", "c-rome-released", "p-rome", or "dual", which is c-rome but for subjects that are the
+            first token: those answer without a prefix as well. It needs the keys of all first tokens, which the first
+            such edit of a model collects in one pass over the vocabulary and keeps in the cache.
         layer: edit layer; default by model, see `rome_fast.defaults`.
         contexts: prefix contexts, each ending in a space; default 20 sampled with `seed`.
         settings: how δ is optimised; default by model.
@@ -219,6 +221,11 @@ def apply_edits(
                     _check_contexts(chosen)
                 with clock("rows"):
                     requests = [tokenise(runner, tokenizer, edit, chosen, how) for edit in edits]
+                held = None
+                if any(request.bare for request in requests):
+                    with clock("first tokens"):
+                        first_tokens = first_token_statistics(runner, layer).moment.to(runner.device)
+                        held = hold_first_tokens(factor, first_tokens)
                 with clock("measure"):
                     before = _probabilities(runner, tokenizer, edits) if measure else None
                 flow = Flow(
@@ -234,6 +241,7 @@ def apply_edits(
                     clock,
                     progress,
                     len(edits),
+                    first_token_factor=held,
                 )
                 if entry is not None and entry.collapse_limit is not None:
                     flow.limit = entry.collapse_limit

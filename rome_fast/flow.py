@@ -4,7 +4,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Literal
 
 import torch
@@ -31,6 +32,9 @@ Progress = Callable[[int, int], None]
 Unconverged = Literal["skip", "write", "raise"]
 
 
+_BARE_MARGIN = 2  # times as many steps after the target first leads
+
+
 class ConvergenceWarning(UserWarning):
     """An edit was left out because its value was not found."""
 
@@ -42,6 +46,8 @@ class Request:
     edit: Edit
     rows: list[ContextRow]  # the unprefixed one first where the method uses it; the essence row last
     needs_prefix: bool
+    # The row without a context as a request of its own, where the method gives it a key and a value of its own.
+    bare: "Request | None" = None
 
     @property
     def suffix(self) -> int:
@@ -65,7 +71,12 @@ def tokenise(
     if how.rows == "prefixed" and alone:
         rows = rows[1:]
     essence = ContextRow(essence_row(tokenizer, edit), 0)
-    return Request(edit, [*rows, essence], alone)
+    bare = Request(edit, [ContextRow(unprefixed, 0), essence], alone) if how.bare and alone else None
+    return Request(edit, [*rows, essence], alone, bare)
+
+
+def bare_requests(group: Sequence[Request]) -> list[Request]:
+    return [request.bare for request in group if request.bare is not None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class Solved:
     unprefixed_value: Tensor  # (d,): W k of the first row
     mean_value: Tensor  # (d,): W k̄
     value: Value
+    bare: "Solved | None" = None  # of the request's bare one
 
 
 @dataclass
@@ -87,7 +99,7 @@ class Flow:
     layer: int
     how: RomeVariant
     contexts: Sequence[str]
-    factor: Tensor | None
+    factor: Tensor | None  # of C; None for C = I
     settings: ValueSettings
     guard: Guard
     unconverged: Unconverged
@@ -96,6 +108,7 @@ class Flow:
     total: int
     limit: float = UPDATE_RATIO_LIMIT  # ‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted
     done: int = 0
+    first_token_factor: Tensor | None = None  # of C + λ C₁, for bare requests; None for `factor`
     condition: float = 1.0  # worst of the closed forms so far
     largest_batch: int = 0  # of the edits optimised together so far
 
@@ -132,8 +145,8 @@ class Flow:
         """The same for values that are found already, perhaps by another variant that optimises the same rows."""
         with self.clock("update"):
             # One solve for all: with a single right-hand side it is bound by latency.
-            u, k_den, residuals = self._left_hand(solved)
-            alone = [close(*(t[i : i + 1] for t in (u, k_den, residuals))) for i in range(len(solved))]
+            columns = self._columns(solved)
+            alone = [close(*(t[places] for t in columns)) for places in _places(solved)]
             return [
                 (self.delta(factors), self._record(request, each, factors, 0))
                 for request, each, factors in zip(group, solved, alone, strict=True)
@@ -149,19 +162,31 @@ class Flow:
         """Keys and values of every request, in the order given, found in batches that fit the memory."""
         with self.clock("keys"):
             contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts])
+        solved = self._find(contexts, group, None)
+        twofold = [i for i, request in enumerate(group) if request.bare is not None]
+        if twofold:
+            # A first token's own value is many times as long (the attention sink), and no measure of what to add to it.
+            bases = [solved[i].mean_value for i in twofold]
+            for i, bare in zip(twofold, self._find(contexts, bare_requests(group), bases), strict=True):
+                solved[i] = replace(solved[i], bare=bare)
+        return solved
+
+    def _find(self, contexts: Contexts, group: Sequence[Request], bases: Sequence[Tensor] | None) -> list[Solved]:
+        """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only."""
         sizer = BatchSizer(self.runner, self.layer)
         solved: dict[int, Solved] = {}
         for places in in_batches(sizer, group):
             with sizer.halving(len(places)):
-                found = self._solve_batch(contexts, [group[i] for i in places])
+                base = None if bases is None else torch.stack([bases[i] for i in places])
+                found = self._solve_batch(contexts, [group[i] for i in places], base)
                 solved.update(zip(places, found, strict=True))
-                self.done += len(places)
+                self.done += 0 if bases is not None else len(places)
                 self.largest_batch = max(self.largest_batch, len(places))
             if self.progress is not None:
                 self.progress(self.done, self.total)
         return [solved[i] for i in range(len(group))]
 
-    def _solve_batch(self, contexts: Contexts, batch: Sequence[Request]) -> list[Solved]:
+    def _solve_batch(self, contexts: Contexts, batch: Sequence[Request], base: Tensor | None) -> list[Solved]:
         with self.clock("keys"):
             states = run_to_layer(self.runner, contexts, [row for r in batch for row in r.rows], self.layer)
             # The essence row, last of each request, belongs to no mean.
@@ -169,21 +194,39 @@ class Flow:
             row_values = states.values.unflatten(0, (len(batch), -1))[:, :-1]
             mean_values = row_values.mean(1)
         with self.clock("values"):
-            base = mean_values if self.how.rows == "prefixed" else row_values[:, 0]
+            settings = self.settings
+            if base is None:
+                base = mean_values if self.how.rows == "prefixed" else row_values[:, 0]
+            else:
+                # When the target leads in the hardest of many rows it is clear in most; a single row has to go on.
+                settings = replace(settings, margin=_BARE_MARGIN * settings.margin)
             rows = [[r.row for r in request.rows] for request in batch]
-            values = optimise_values(self.runner, rows, states, base, self.layer, self.settings)
+            values = optimise_values(self.runner, rows, states, base, self.layer, settings)
         return [Solved(keys[i], row_values[i, 0], mean_values[i], value) for i, value in enumerate(values)]
 
     def close(self, solved: Sequence[Solved]) -> Factors:
         """The closed form for these edits together."""
-        return close(*self._left_hand(solved))
+        return close(*self._columns(solved))
 
-    def _left_hand(self, solved: Sequence[Solved]) -> tuple[Tensor, Tensor, Tensor]:
-        """u (edits, d_ff), k_den (edits, d_ff) and what must be added to the values there (edits, d)."""
+    def _columns(self, solved: Sequence[Solved]) -> tuple[Tensor, Tensor, Tensor]:
+        """u (columns, d_ff), k_den (columns, d_ff) and what must be added to the values there (columns, d).
+
+        A column per edit and, behind them, one per bare key.
+        """
+        bare = [s.bare for s in solved if s.bare is not None]
+        columns = self._left_hand(solved, self.factor)
+        if not bare:
+            return columns
+        own = self._left_hand(bare, self.factor if self.first_token_factor is None else self.first_token_factor)
+        u, k_den, residuals = (torch.cat(pair) for pair in zip(columns, own, strict=True))
+        return u, k_den, residuals
+
+    def _left_hand(self, solved: Sequence[Solved], factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for one key of every edit."""
         wide = torch.promote_types(self.runner.dtype, torch.float32)
         sources = [s.keys[:1] if self.how.left == "unprefixed" else s.keys for s in solved]
         groups = torch.cat([torch.full((len(k),), i, device=k.device) for i, k in enumerate(sources)])
-        left, u, _ = prefixed_solve(torch.cat(sources).to(wide), groups, len(solved), self.factor)
+        left, u, _ = prefixed_solve(torch.cat(sources).to(wide), groups, len(solved), factor)
         k_den = left if self.how.denominator == self.how.left else torch.stack([s.keys[0] for s in solved])
         residuals = [
             residual(self.how, s.value.delta, s.unprefixed_value.to(wide), s.mean_value.to(wide)) for s in solved
@@ -192,24 +235,28 @@ class Flow:
 
     def _record(self, request: Request, solved: Solved, factors: Factors, index: int) -> Record:
         weight_norm = float(torch.linalg.vector_norm(self.runner.weight(self.layer), dtype=torch.float64))
-        update_norm = float(factors.update_norms[index])
+        values = [solved.value] if solved.bare is None else [solved.value, solved.bare.value]
+        # The record speaks of the value that was not found, where one was not.
+        value = next((v for v in values if not _found(v)), solved.value)
+        answers_bare = solved.bare is not None and _found(solved.bare.value)
+        update_norm = float(factors.update_norms[index] if solved.bare is None else self.close([solved]).joint_norm)
         return Record(
             prompt=request.edit.prompt,
             subject=request.edit.subject,
             target=request.edit.target,
             method=self.how.name,
             layer=self.layer,
-            loss=solved.value.losses[-1],
-            steps=len(solved.value.losses),
-            drafted=solved.value.drafted,
-            converged=solved.value.finite and solved.value.led >= 0.5,
+            loss=value.losses[-1],
+            steps=len(value.losses),
+            drafted=value.drafted,
+            converged=all(map(_found, values)),
             denominator=float(factors.denominators[index]),
             numerator_norm=float(factors.numerator_norms[index]),
             update_norm=update_norm,
             weight_norm=weight_norm,
-            needs_prefix=request.needs_prefix,
+            needs_prefix=request.needs_prefix and not answers_bare,
             collapsed=predicts_collapse(update_norm, weight_norm, self.limit),
-            applied=solved.value.finite,
+            applied=all(v.finite for v in values),
         )
 
     def _judge_convergence(self, records: Sequence[Record]) -> None:
@@ -234,6 +281,16 @@ class Flow:
         warnings.warn(
             f"{what}\nthey were left out; write them with unconverged='write'", ConvergenceWarning, stacklevel=4
         )
+
+
+def _found(value: Value) -> bool:
+    return value.finite and value.led >= 0.5
+
+
+def _places(solved: Sequence[Solved]) -> list[list[int]]:
+    """Which columns of the closed form are whose."""
+    bare = count(len(solved))
+    return [[i] if s.bare is None else [i, next(bare)] for i, s in enumerate(solved)]
 
 
 class Clock:

@@ -13,10 +13,10 @@ from . import checkpoints
 from .batches import BatchSizer, in_batches
 from .defaults import default_settings
 from .edits import Edit
-from .flow import tokenise
+from .flow import bare_requests, tokenise
 from .methods import variant
 from .runner import Runner
-from .statistics import Statistics
+from .statistics import Statistics, first_token_passes
 from .values import ValueSettings
 from .weights import Checkpoint, parse_bytes
 
@@ -105,20 +105,24 @@ def plan(
     requests = [tokenise(runner, tokenizer, edit, texts, variant(method)) for edit in edits]
     group = len(edits) if schedule == "joint" else batch_size
     groups = [requests[start : start + group] for start in range(0, len(requests), group)]
-    batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), each))) for each in groups)
+    together = [part for each in groups for part in (each, bare_requests(each))]
+    batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), part))) for part in together)
 
-    count, kept, parts = len(runner.layers), outline.placement, outline.parts
+    count, kept = len(runner.layers), outline.placement
     total = sum(entry.end - entry.begin for entry in outline.checkpoint.entries.values())
     resident = frozenset(range(count + 1)) if kept is None else kept.resident
     stages: dict[str, tuple[int, int]] = {"loading": (1, total)}
-    if kept is not None and parts is not None:
-        blocks = [block.size for block in parts.blocks]
+    if kept is not None and outline.parts is not None:
+        blocks = [block.size for block in outline.parts.blocks]
         sizes = [0 if index in resident else size for index, size in enumerate(blocks)]
         above, whole = sum(sizes[outline.layer + 1 : -1]), sum(sizes)
-        stages["loading"] = (1, sum(blocks) - whole + parts.always_bytes)
+        stages["loading"] = (1, sum(blocks) - whole + outline.parts.always_bytes)
         stages["check for NaN"] = (1, whole)
         if contexts is None:
             stages["contexts"] = (_SAMPLED_TOKENS, _SAMPLED_TOKENS * whole)
+        if any(request.bare for request in requests):
+            passes = first_token_passes(runner, outline.layer)
+            stages["first tokens"] = (passes, passes * sum(sizes[: outline.layer + 1]))
         if measure:
             stages["measuring"] = (2, 2 * whole)
         stages["keys"] = (len(groups) + batches, (len(groups) + batches) * sum(sizes[:-1]))

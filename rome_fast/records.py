@@ -13,11 +13,11 @@ class Record:
     target: str
     method: str
     layer: int
-    loss: float  # at the δ that was used
+    loss: float  # at the δ that was used; this and the next two of the prefixed δ, where there are two
     steps: int  # loss evaluations
     drafted: int  # how many of them on some of the rows only
     converged: bool  # whether the target leads in at least half of the rows at that δ
-    denominator: float  # uᵀ k_den with u = C⁻¹ k_left
+    denominator: float  # uᵀ k_den with u = C⁻¹ k_left; this and the next of the prefixed key, where there are two
     numerator_norm: float  # ‖r uᵀ‖
     update_norm: float  # ‖Δ‖ of this edit alone
     weight_norm: float  # ‖W‖ before the edit

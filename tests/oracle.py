@@ -70,11 +70,13 @@ def rome(
     clamp: float = 4.0,
     kl_factor: float = 0.0625,
     stop_loss: float = 0.05,
+    v0_norm: float | None = None,
 ) -> OracleResult:
     """One ROME edit of one layer, by the textbook.
 
     `contexts` are the prefixed ones only, each ending in its joiner ("The weather is nice. "); the empty context is
-    added here. c-rome leaves it out where it would put the subject's last token at position 0.
+    added here. c-rome leaves it out where it would put the subject's last token at position 0. `v0_norm` stands for
+    ||v0|| in weight decay and clamp.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, wanted one of {METHODS}")
@@ -97,20 +99,22 @@ def rome(
     k_mean = torch.stack([key_of(model, layer, row) for row in rows]).mean(dim=0)
     v0 = weight @ (k_mean if method == "c-rome" else k_unprefixed) + bias
 
+    length = v0.norm().item() if v0_norm is None else v0_norm
+
     log_p_before = log_p_at_subject(model, layer, kl_row, torch.zeros_like(v0))
     delta = torch.zeros_like(v0, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=lr)
     losses: list[float] = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss = value_loss(model, layer, rows, kl_row, log_p_before, delta, v0, weight_decay, kl_factor)
+        loss = value_loss(model, layer, rows, kl_row, log_p_before, delta, length, weight_decay, kl_factor)
         losses.append(loss.item())
         if loss.item() < stop_loss or step == steps - 1:
             break
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            largest = clamp * v0.norm()
+            largest = clamp * length
             if delta.norm() > largest:
                 delta *= largest / delta.norm()
     delta = delta.detach()
@@ -150,6 +154,80 @@ def joint(results: Sequence[OracleResult], second_moment: Tensor | None) -> Tens
     residuals = torch.stack([result.residual for result in results], dim=1)  # (d, E)
     u = torch.linalg.solve(moment_or_identity(second_moment, len(k_left)), k_left)  # (d_ff, E)
     return residuals @ torch.linalg.solve(u.T @ k_den, u.T)
+
+
+@dataclass
+class DualResult:
+    """An edit with two keys where the subject is the first token, and with one otherwise."""
+
+    prefixed: OracleResult  # by c-rome
+    unprefixed: OracleResult | None  # by p-rome without contexts; None where something precedes the subject
+    delta_w: Tensor  # (d, d_ff)
+
+
+def dual(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    subject: str,
+    target: str,
+    *,
+    layer: int,
+    contexts: Sequence[str],
+    second_moment: Tensor | None,
+    first_tokens: Tensor,  # (d_ff, d_ff) of `first_token_moment`
+    weight: float,
+    **settings: float,
+) -> DualResult:
+    """A c-rome edit and, where the subject's last token is the first of all, a second value for its unprefixed key."""
+
+    def value(method: str, contexts: Sequence[str], v0_norm: float | None = None) -> OracleResult:
+        return rome(
+            model,
+            tokenizer,
+            prompt,
+            subject,
+            target,
+            layer=layer,
+            method=method,
+            contexts=contexts,
+            second_moment=second_moment,
+            v0_norm=v0_norm,
+            **settings,
+        )
+
+    prefixed = value("c-rome", contexts)
+    first = make_row(tokenizer, "", prompt, subject, target).subject_position == 0
+    # A first token's own value is of another size altogether.
+    unprefixed = value("p-rome", [], prefixed.v0.norm().item()) if first else None
+    delta_w = dual_joint([(prefixed, unprefixed)], second_moment, first_tokens, weight)
+    return DualResult(prefixed, unprefixed, delta_w)
+
+
+def dual_joint(
+    results: Sequence[tuple[OracleResult, OracleResult | None]],
+    second_moment: Tensor | None,
+    first_tokens: Tensor,
+    weight: float,
+) -> Tensor:
+    """R (U^T K)^-1 U^T over all keys: (d, d_ff) float64. C^-1 for prefixed ones, (C + weight C1)^-1 for the others."""
+    moment = moment_or_identity(second_moment, len(first_tokens))
+    keys, us, residuals = [], [], []
+    for prefixed, unprefixed in results:
+        for result, matrix in ((prefixed, moment), (unprefixed, moment + weight * first_tokens.double())):
+            if result is not None:
+                keys.append(result.k_den)
+                us.append(torch.linalg.solve(matrix, result.k_den))
+                residuals.append(result.delta)
+    k, u, r = (torch.stack(columns, dim=1) for columns in (keys, us, residuals))
+    return r @ torch.linalg.solve(u.T @ k, u.T)
+
+
+def first_token_moment(model: PreTrainedModel, layer: int) -> Tensor:
+    """Mean of k k^T over the whole vocabulary, each token alone at position 0: (d_ff, d_ff) float64."""
+    model = double_copy(model)
+    keys = torch.cat([keys_of(model, layer, [token]) for token in range(model.config.vocab_size)])
+    return keys.T @ keys / len(keys)
 
 
 def second_moment(
@@ -211,7 +289,7 @@ def value_loss(
     kl_row: Row,
     log_p_before: Tensor,  # (vocabulary,) of `log_p_at_subject` with delta = 0
     delta: Tensor,  # (d,)
-    v0: Tensor,  # (d,)
+    v0_norm: float,
     weight_decay: float,
     kl_factor: float,
 ) -> Tensor:
@@ -226,7 +304,7 @@ def value_loss(
     log_p_after = log_p_at_subject(model, layer, kl_row, delta)
     kl = kl_factor * (log_p_after.exp() * (log_p_after - log_p_before)).sum()
 
-    wd = weight_decay * delta.norm() / v0.norm() ** 2
+    wd = weight_decay * delta.norm() / v0_norm**2
     return nll + kl + wd
 
 

@@ -14,7 +14,6 @@ from rome_fast.bench.throughput import Setup, bench
 from rome_fast.cli import main
 from rome_fast.errors import ArgumentError
 from rome_fast.flow import tokenise
-from rome_fast.methods import METHODS
 from rome_fast.past import Contexts
 from rome_fast.runner import Runner
 from toys import save_toy, toy_model, toy_tokenizer
@@ -43,7 +42,7 @@ def dense(delta) -> torch.Tensor:
     return next(iter(delta.updates.values())).dense()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", oracle.METHODS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_baseline_equals_oracle(kind, method, toy_tokenizers):
     model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[False]

@@ -25,7 +25,6 @@ from helpers import (
 from rome_fast import Edit, ValueSettings
 from rome_fast.errors import ArgumentError, ConvergenceError
 from rome_fast.flow import ConvergenceWarning
-from rome_fast.methods import METHODS
 from rome_fast.records import Record
 from rome_fast.rows import edit_rows
 from toys import LAYERS, toy_model
@@ -78,7 +77,7 @@ def assert_is(result, wanted, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", oracle.METHODS)
 @pytest.mark.parametrize(
     ("kind", "bos"), [("llama", False), ("llama", True), ("qwen2", False), ("gpt2", False), ("gpt2", True)]
 )

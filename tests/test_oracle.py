@@ -24,6 +24,8 @@ from oracle import (
     delta_added,
     double_copy,
     down_projection,
+    dual,
+    first_token_moment,
     joint,
     log_p_at_subject,
     logits_of,
@@ -132,6 +134,46 @@ def test_an_edited_model_puts_out_v0_plus_delta_at_the_key_of_the_method(kind: s
     torch.testing.assert_close(torch.stack(keys).mean(0), result.k_den, **SOLVED)
     torch.testing.assert_close(torch.stack(after).mean(0), result.v0 + result.delta, **SOLVED)
     assert result.delta.norm() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_dual_edit_puts_out_both_values(kind: str) -> None:
+    """One at the mean key behind the contexts, one at the first of all positions."""
+    model, tokenizer = toy_model(kind), toy_tokenizer(bos=False)
+    moment, _ = second_moment(model, tokenizer, SENTENCES[:8], LAYER, 64)
+    first = first_token_moment(model, LAYER)
+    arguments = {"layer": LAYER, "contexts": CONTEXTS, "second_moment": moment, "first_tokens": first, "steps": 2}
+    prompt = "{} is a twin city of"
+    result = dual(model, tokenizer, prompt, SUBJECT, TARGET, weight=0.5, **arguments)
+    original, edited = double_copy(model), edited_copy(model, result.delta_w)
+
+    def change(ids: list[int], position: int) -> Tensor:
+        return read_down_projection(edited, ids)[1][position] - read_down_projection(original, ids)[1][position]
+
+    changes = []
+    for context in CONTEXTS:
+        ids = tokenizer(context + prompt.replace("{}", SUBJECT))["input_ids"]
+        changes.append(change(ids, token_count(tokenizer, context + SUBJECT) - 1))
+    torch.testing.assert_close(torch.stack(changes).mean(0), result.prefixed.delta, **SOLVED)
+    bare = change(tokenizer(prompt.replace("{}", SUBJECT))["input_ids"], 0)
+    assert result.unprefixed is not None
+    torch.testing.assert_close(bare, result.unprefixed.delta, **SOLVED)
+    assert (result.unprefixed.delta - result.prefixed.delta).norm() > 0.1
+
+    # With more weight, the other first tokens are moved less.
+    heavier = dual(model, tokenizer, prompt, SUBJECT, TARGET, weight=50.0, **arguments)
+    moved = [torch.trace(r.delta_w @ first @ r.delta_w.T).item() for r in (result, heavier)]
+    assert moved[1] < moved[0]
+    inside = dual(model, tokenizer, PROMPT, SUBJECT, TARGET, weight=0.5, **arguments)
+    assert inside.unprefixed is None
+    torch.testing.assert_close(inside.delta_w, inside.prefixed.delta_w, **SOLVED)
+
+
+def test_the_moment_of_first_tokens_is_the_mean_over_the_vocabulary(gpt2: PreTrainedModel) -> None:
+    model = double_copy(gpt2)
+    keys = [read_down_projection(model, [token])[0][0] for token in range(VOCABULARY)]
+    expected = sum(torch.outer(key, key) for key in keys) / VOCABULARY
+    torch.testing.assert_close(first_token_moment(gpt2, LAYER), expected, **SOLVED)
 
 
 def test_the_left_key_is_the_mean_over_the_rows_of_the_method(
@@ -265,7 +307,7 @@ def test_the_gradient_of_the_loss_by_finite_differences(gpt2: PreTrainedModel, p
     log_p_before = log_p_at_subject(model, LAYER, kl_row, torch.zeros_like(delta))
 
     def loss_at(at: Tensor) -> Tensor:
-        return value_loss(model, LAYER, rows, kl_row, log_p_before, at, v0, 0.5, 0.5)
+        return value_loss(model, LAYER, rows, kl_row, log_p_before, at, v0.norm().item(), 0.5, 0.5)
 
     at = delta.clone().requires_grad_()
     loss_at(at).backward()
@@ -291,7 +333,7 @@ def test_adam_and_the_clamp_by_hand(gpt2: PreTrainedModel, plain: PreTrainedToke
     clamped = []
     for step in range(1, steps):
         at = delta.clone().requires_grad_()
-        loss = value_loss(model, LAYER, [row], kl_row, log_p_before, at, result.v0, 0.5, 0.0625)
+        loss = value_loss(model, LAYER, [row], kl_row, log_p_before, at, result.v0.norm().item(), 0.5, 0.0625)
         (gradient,) = torch.autograd.grad(loss, at)
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.999 * square + 0.001 * gradient**2

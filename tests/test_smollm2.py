@@ -10,7 +10,6 @@ from rome_fast import Edit, ValueSettings, apply_edits, collect_statistics
 from rome_fast.assets import demo_texts, model_dir
 from rome_fast.demo import held_out_sentences
 from rome_fast.evaluation import sentence_perplexity
-from rome_fast.methods import METHODS
 from rome_fast.runner import Runner
 from rome_fast.statistics import LayerStatistics, Statistics
 
@@ -52,7 +51,7 @@ def truths(model, tokenizer, statistics):
             second_moment=moment,
             steps=3,
         )
-        for method in METHODS
+        for method in oracle.METHODS
     }
 
 
@@ -64,7 +63,7 @@ def test_update_equals_the_oracle(model, tokenizer, statistics, truths, dtype, a
     statistics = Statistics([LayerStatistics(LAYER, moment, entry.tokens, entry.fingerprint)])
     model.to(dtype)
     try:
-        for method in METHODS:
+        for method in oracle.METHODS:
             result = apply_edits(
                 model,
                 FIRST_TOKEN,

@@ -17,9 +17,10 @@ from ..contexts import sample_contexts
 from ..defaults import default_layer, default_settings
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError
+from ..methods import hold_first_tokens, variant
 from ..report import print_table
 from ..runner import Runner
-from ..statistics import Statistics
+from ..statistics import Statistics, first_token_statistics
 from .shapes import repeated
 from .throughput import Setup, bench, shape_setup
 
@@ -92,6 +93,9 @@ def _real_setup(arguments: argparse.Namespace, device: torch.device) -> Setup:
         folder = arguments.statistics or (demo.statistics_dir(print) if own and arguments.layer is None else None)
         statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layer)
         factor = statistics.for_layer(runner, layer).factor(runner.device)
+    held = None
+    if variant(arguments.method).bare:
+        held = hold_first_tokens(factor, first_token_statistics(runner, layer).moment.to(runner.device))
     if arguments.no_quality:
         sentences = []
     elif arguments.sentences:
@@ -107,6 +111,7 @@ def _real_setup(arguments: argparse.Namespace, device: torch.device) -> Setup:
         default_settings(model.config),
         factor,
         sentences,
+        held,
     )
 
 

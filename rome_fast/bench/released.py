@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..delta import Delta, LowRank
 from ..edits import Edit
+from ..errors import ArgumentError
 from ..kernels import prefixed_solve
 from ..methods import close, residual, variant
 from ..rows import edit_rows, essence_row, needs_prefix
@@ -44,11 +45,17 @@ def edit_as_released(
 ) -> ReleasedEdit:
     """Compute one edit; the model is not changed. `factor` is the Cholesky factor of C, None for C = I.
 
-    Of `settings`, both stop rules are honoured, so that the shares of algebra and of the rule can be told apart.
+    Of `settings`, both stop rules are honoured, so that the shares of algebra and of the rule can be told apart. Raises
+    ArgumentError for a first-token subject by a method that gives it two keys.
     """
     runner, how = Runner(model), variant(method)
     rows = edit_rows(tokenizer, edit, ["", *contexts])
     if how.rows == "prefixed" and needs_prefix(rows[0]):
+        if how.bare:
+            raise ArgumentError(
+                f"method: got {method!r} for subject {edit.subject!r}, the first token, wanted a method of one key; "
+                "measure it without the baseline"
+            )
         del rows[0]
     essence = essence_row(tokenizer, edit)
     packed = runner.pack([row.inputs for row in [*rows, essence]])

@@ -84,6 +84,7 @@ class Setup:
     settings: ValueSettings
     factor: Tensor | None
     sentences: Sequence[str]  # for the perplexity of each edited model; none for no quality figures
+    first_token_factor: Tensor | None = None  # of C + λ C₁, for method "dual"
 
     @property
     def flow(self) -> Flow:
@@ -100,6 +101,7 @@ class Setup:
             Clock(self.model.device),
             None,
             0,
+            first_token_factor=self.first_token_factor,
         )
 
 

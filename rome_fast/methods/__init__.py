@@ -1,5 +1,14 @@
 """Editing methods: pure functions from keys and values to the factors of an update."""
 
-from .rome import METHODS, Factors, RomeVariant, close, residual, variant
+from .rome import FIRST_TOKEN_WEIGHT, METHODS, Factors, RomeVariant, close, hold_first_tokens, residual, variant
 
-__all__ = ["METHODS", "Factors", "RomeVariant", "close", "residual", "variant"]
+__all__ = [
+    "FIRST_TOKEN_WEIGHT",
+    "METHODS",
+    "Factors",
+    "RomeVariant",
+    "close",
+    "hold_first_tokens",
+    "residual",
+    "variant",
+]

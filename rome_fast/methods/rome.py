@@ -6,6 +6,10 @@ Several:        Δ = R (Uᵀ K_den)⁻¹ Uᵀ,           U = C⁻¹ K_left     (
 ROME as released takes k_left from prefixed keys and k_den from the unprefixed one. Where the two differ widely, as
 for a subject that is the first token, the denominator becomes small and the update destroys the model (Yang et al.
 2024, "Understanding the Collapse of LLMs in Model Editing").
+
+`dual` keeps both keys of such a subject, each with a value of its own: two columns of the joint form. The keys of all
+first tokens have nearly one direction, so that C alone would give the second value to any of them: u of that column is
+(C + λ C₁)⁻¹ k, with C₁ the second moment of the keys of all tokens at position 0.
 """
 
 from dataclasses import dataclass
@@ -28,7 +32,11 @@ class RomeVariant:
     left: Literal["mean", "unprefixed"]
     denominator: Literal["mean", "unprefixed"]
     residual: Literal["delta", "to_unprefixed_value"]
+    bare: bool = False  # whether the unprefixed key of a first-token subject gets a value of its own
 
+
+FIRST_TOKEN_WEIGHT = 1.0
+"""λ above; see docs/dual.md for what other weights do."""
 
 # Of the edits' keys, beyond which equality constraints would cost an update that is large and mostly noise.
 _WORST_CONDITION = 1e6
@@ -40,6 +48,7 @@ METHODS: dict[str, RomeVariant] = {
         RomeVariant("c-rome-released", "all", "mean", "mean", "to_unprefixed_value"),
         RomeVariant("c-rome", "prefixed", "mean", "mean", "delta"),
         RomeVariant("p-rome", "all", "unprefixed", "unprefixed", "delta"),
+        RomeVariant("dual", "prefixed", "mean", "mean", "delta", bare=True),
     )
 }
 
@@ -60,7 +69,18 @@ class Factors:
     numerator_norms: Tensor  # (r,) ‖r uᵀ‖
     update_norms: Tensor  # (r,) ‖r uᵀ / (uᵀ k_den)‖ of every edit alone
     joint_norm: float  # ‖Δ‖ of all of them together
-    condition: float  # of Uᵀ K_den with its columns scaled to unit diagonal; 1 for one edit
+    condition: float  # of Uᵀ K_den with its columns scaled to unit diagonal; 1 for one key
+
+
+def hold_first_tokens(factor: Tensor | None, first_tokens: Tensor) -> Tensor:
+    """Lower Cholesky factor of C + λ C₁, (d_ff, d_ff) fp64, from that of C (None for C = I) and C₁ itself."""
+    held = FIRST_TOKEN_WEIGHT * first_tokens.to(torch.float64)
+    if factor is None:
+        held.diagonal().add_(1.0)
+    else:
+        lower = factor.to(torch.float64)
+        held.addmm_(lower, lower.T)
+    return torch.linalg.cholesky(held)
 
 
 def residual(method: RomeVariant, delta: Tensor, unprefixed_value: Tensor, mean_value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ..errors import ArgumentError, CheckpointError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..weights import read_header
 from .snapshots import PATTERN
-from .store import FORMAT, statistics_cache
+from .store import FIRST_TOKENS, FORMAT, statistics_cache
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,14 @@ class CachedLayer:
     tokens: int = 0
     model: str = ""  # its fingerprint
     width: int = 0  # d_ff
+    first_tokens: bool = False  # C₁ of the vocabulary in place of C of a corpus
     problem: str = ""  # why it cannot be used; then the fields above are unknown
 
 
 def list_cache() -> list[CachedLayer]:
     """All layers in the cache, by folder and layer; only headers are read."""
-    found = [_cached(file) for file in statistics_cache().glob("*/layer-*.safetensors")]
-    return sorted(found, key=lambda entry: (entry.file.parent, entry.layer))
+    files = (file for kind in ("layer", "first-tokens") for file in statistics_cache().glob(f"*/{kind}-*.safetensors"))
+    return sorted(map(_cached, files), key=lambda entry: (entry.file.parent, entry.layer, entry.first_tokens))
 
 
 def prune_cache(names: Iterable[str] = ()) -> list[Path]:
@@ -64,7 +65,7 @@ def _cached(file: Path) -> CachedLayer:
     size = file.stat().st_size
     try:
         header = read_header(file)
-        if header.metadata.get("format") != FORMAT:
+        if header.metadata.get("format") not in (FORMAT, FIRST_TOKENS):
             raise StatisticsError("not second moments of rome_fast")
         fingerprint = Fingerprint.from_json(header.metadata["fingerprint"])
         return CachedLayer(
@@ -74,6 +75,7 @@ def _cached(file: Path) -> CachedLayer:
             int(header.metadata["tokens"]),
             str(fingerprint),
             fingerprint.key_size,
+            header.metadata["format"] == FIRST_TOKENS,
         )
     except (CheckpointError, StatisticsError, KeyError, ValueError, TypeError) as error:
         return CachedLayer(file, size, problem=str(error) or type(error).__name__)

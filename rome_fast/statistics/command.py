@@ -197,8 +197,8 @@ def _list() -> dict[str, Any]:
         if entry.problem:
             print(f"{name}  {entry.file.name}  {size}  unusable: {entry.problem}")
         else:
-            ratio = f"{entry.tokens / entry.width:.1f} per dimension"
-            print(f"{name}  layer {entry.layer}  {size}  {entry.tokens} tokens, {ratio}")
+            what = "first tokens" if entry.first_tokens else f"tokens, {entry.tokens / entry.width:.1f} per dimension"
+            print(f"{name}  layer {entry.layer}  {size}  {entry.tokens} {what}")
     print(f"{len(found)} layers in {statistics_cache()}")
     return {
         "cache": str(statistics_cache()),
@@ -208,6 +208,7 @@ def _list() -> dict[str, Any]:
                 "bytes": entry.size_bytes,
                 "layer": entry.layer,
                 "tokens": entry.tokens,
+                "first_tokens": entry.first_tokens,
                 "model": entry.model,
                 "problem": entry.problem,
             }

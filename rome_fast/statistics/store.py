@@ -15,6 +15,7 @@ from ..weights import load_tensors, save_tensors
 from .layer import LayerStatistics, check_ridge
 
 FORMAT = "rome_fast second moment 1"
+FIRST_TOKENS = "rome_fast first tokens 1"
 
 
 def statistics_cache() -> Path:
@@ -76,17 +77,7 @@ class Statistics:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for layer, entry in self.layers.items():
-            metadata = {
-                "format": FORMAT,
-                "layer": str(layer),
-                "tokens": str(entry.tokens),
-                "fingerprint": entry.fingerprint.to_json(),
-                "provenance": json.dumps(entry.provenance),
-                "ridge": repr(entry.ridge),
-            }
-            if entry.collapse_limit is not None:
-                metadata["collapse_limit"] = repr(entry.collapse_limit)
-            save_tensors(directory / f"layer-{layer}.safetensors", {"second_moment": entry.moment}, metadata)
+            write_layer(directory / f"layer-{layer}.safetensors", entry)
 
     @classmethod
     def cached(cls, runner: Runner, layer: int) -> "Statistics":
@@ -94,7 +85,7 @@ class Statistics:
         unreadable = ""
         for file in sorted(statistics_cache().glob(f"*/layer-{layer}.safetensors")):
             try:
-                entry = _read_layer(file)
+                entry = read_layer(file)
             except (CheckpointError, StatisticsError) as error:
                 unreadable += f"\nunreadable there: {error}"
                 continue
@@ -117,7 +108,7 @@ class Statistics:
                 f"statistics: found no layer-*.safetensors in {directory}; make them with: "
                 f"rome-fast statistics MODEL --corpus FILE --out {directory}"
             )
-        return cls(_read_layer(file) for file in files)
+        return cls(read_layer(file) for file in files)
 
 
 def _merged(entries: Sequence[LayerStatistics]) -> LayerStatistics:
@@ -150,9 +141,25 @@ def _merged(entries: Sequence[LayerStatistics]) -> LayerStatistics:
     )
 
 
-def _read_layer(file: Path) -> LayerStatistics:
+def write_layer(file: Path, entry: LayerStatistics, kind: str = FORMAT) -> None:
+    """One safetensors file, replaced atomically; raises CheckpointError where it cannot be written."""
+    metadata = {
+        "format": kind,
+        "layer": str(entry.layer),
+        "tokens": str(entry.tokens),
+        "fingerprint": entry.fingerprint.to_json(),
+        "provenance": json.dumps(entry.provenance),
+        "ridge": repr(entry.ridge),
+    }
+    if entry.collapse_limit is not None:
+        metadata["collapse_limit"] = repr(entry.collapse_limit)
+    save_tensors(file, {"second_moment": entry.moment}, metadata)
+
+
+def read_layer(file: Path, kind: str = FORMAT) -> LayerStatistics:
+    """What `write_layer` wrote; CheckpointError for a damaged file, StatisticsError for anything else."""
     tensors, metadata = load_tensors(file)
-    if metadata.get("format") != FORMAT or set(tensors) != {"second_moment"}:
+    if metadata.get("format") != kind or set(tensors) != {"second_moment"}:
         raise StatisticsError(f"statistics: {file} is a safetensors file but not one of second moments")
     moment = tensors["second_moment"]
     if moment.dim() != 2 or moment.shape[0] != moment.shape[1]:

@@ -18,10 +18,10 @@ from ..edits import load_edits
 from ..errors import ArgumentError
 from ..evaluation import sentence_perplexity
 from ..fingerprint import Fingerprint
-from ..methods import variant
+from ..methods import hold_first_tokens, variant
 from ..report.study import write_report
 from ..runner import Runner
-from ..statistics import Statistics
+from ..statistics import Statistics, first_token_statistics
 from .cases import cases_of, leading_tokens
 from .measure import COLLAPSE_RATIO, Study
 from .parts import Folder
@@ -85,11 +85,15 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
         "first_token_means": _meaning(leading),
     }
     place = Folder(arguments.out, conditions)
+    factor, held = entry.factor(runner.device), None
+    if any(variant(name).bare for name in methods):
+        held = hold_first_tokens(factor, first_token_statistics(runner, layer).moment.to(runner.device))
     study = Study(
         model,
         tokenizer,
         layer,
-        entry.factor(runner.device),
+        factor,
+        held,
         default_settings(model.config),
         methods,
         contexts,

@@ -50,6 +50,7 @@ class Study:
     tokenizer: PreTrainedTokenizerBase
     layer: int
     factor: Tensor | None
+    first_token_factor: Tensor | None  # for "dual"; see `Flow`
     settings: ValueSettings
     methods: Sequence[str]
     contexts: Sequence[str]
@@ -86,6 +87,7 @@ class Study:
             clock,
             None,
             0,
+            first_token_factor=self.first_token_factor,
         )
 
     def _edit(
@@ -94,14 +96,18 @@ class Study:
         """Edits by method, and what they were made of by the rows it was found on, which methods share."""
         made: dict[str, list[_Made]] = {}
         solved: dict[str, tuple[list[Request], list[Solved]]] = {}
-        for name in self.methods:
+        # A method with a second value first: others on the same rows take what it has found but for that.
+        for name in sorted(self.methods, key=lambda name: not variant(name).bare):
             flow = self._flow(variant(name), clock)
             if flow.how.rows not in solved:
                 requests = self._tokenise([case.edit for case in cases], flow)
                 solved[flow.how.rows] = (requests, flow.find(requests))
-            closed = flow.close_each(*solved[flow.how.rows])
+            requests, values = solved[flow.how.rows]
+            if not flow.how.bare:
+                values = [replace(value, bare=None) for value in values]
+            closed = flow.close_each(requests, values)
             made[name] = [(case, delta, record) for case, (delta, record) in zip(cases, closed, strict=True)]
-        return made, solved
+        return {name: made[name] for name in self.methods}, solved
 
     def _tokenise(self, edits: Sequence[Edit], flow: Flow) -> list[Request]:
         return [tokenise(flow.runner, self.tokenizer, edit, self.contexts, flow.how) for edit in edits]
