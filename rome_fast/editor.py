@@ -241,10 +241,9 @@ def apply_edits(
                     clock,
                     progress,
                     len(edits),
+                    limit=None if entry is None else entry.collapse_limit,
                     first_token_factor=held,
                 )
-                if entry is not None and entry.collapse_limit is not None:
-                    flow.limit = entry.collapse_limit
                 records: list[Record] = []
                 size = len(requests) if schedule == "joint" else batch_size
                 for start in range(0, len(requests), size):

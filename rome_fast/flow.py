@@ -16,7 +16,7 @@ from .batches import BatchSizer, in_batches
 from .delta import Delta, LowRank
 from .edits import Edit
 from .errors import ConvergenceError
-from .guard import UPDATE_RATIO_LIMIT, Guard, judge, judge_together, predicts_collapse
+from .guard import Guard, judge, judge_together, predicts_collapse
 from .kernels import prefixed_solve
 from .keys import ContextRow, run_to_layer
 from .methods import Factors, RomeVariant, close, residual
@@ -106,7 +106,7 @@ class Flow:
     clock: "Clock"
     progress: Progress | None
     total: int
-    limit: float = UPDATE_RATIO_LIMIT  # ‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted
+    limit: float | None = None  # ‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted; None for the usual one
     done: int = 0
     first_token_factor: Tensor | None = None  # of C + λ C₁, for bare requests; None for `factor`
     condition: float = 1.0  # worst of the closed forms so far

@@ -30,7 +30,8 @@ def check_guard(guard: str) -> None:
         raise ArgumentError(f"guard: got {guard!r}, wanted one of {', '.join(get_args(Guard))}")
 
 
-def predicts_collapse(update_norm: float, weight_norm: float, limit: float = UPDATE_RATIO_LIMIT) -> bool:
+def predicts_collapse(update_norm: float, weight_norm: float, limit: float | None = None) -> bool:
+    limit = UPDATE_RATIO_LIMIT if limit is None else limit
     return not update_norm <= limit * weight_norm  # also true for NaN
 
 

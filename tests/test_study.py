@@ -119,6 +119,22 @@ def test_records_equal_editing_one_at_a_time(method, finished, place):
         assert got["collapsed"] == (perplexity > 1.5 * got["perplexity_before"])
 
 
+def test_dual_shares_values_with_c_rome(finished, place, tmp_path):
+    """Where nothing needs a second value, its records are c-rome's; a first token's fact then answers bare."""
+    _, arguments = place
+    out = tmp_path / "out"
+    assert main([*arguments, "--methods", "c-rome", "dual", "--sample", "1", "--out", str(out)]) == 0
+    c_rome, dual = ([r for r in lines(out / "records.jsonl") if r["method"] == m] for m in ("c-rome", "dual"))
+    alone = {r["subject"]: r for r in lines(finished / "records.jsonl") if r["method"] == "c-rome"}
+    for one, two in zip(c_rome, dual, strict=True):
+        assert one["update_norm"] == pytest.approx(alone[one["subject"]]["update_norm"], rel=2e-3)
+        if one["first_token"]:
+            assert two["probability"] > 2 * one["probability"]
+            assert two["update_norm"] > one["update_norm"]
+        else:
+            assert two == one | {"method": "dual"}
+
+
 def test_missing_metrics_are_missing(finished):
     for record in lines(finished / "records.jsonl"):
         has = record["subject"] == "Chicago"
@@ -278,7 +294,8 @@ def test_limit_is_fitted_on_one_half_and_judged_on_the_other():
             )
     guard = guard_of(records)
     assert guard["threshold"] == pytest.approx(math.sqrt(0.2 * 4))
-    assert "8 edits" in guard["fitted_on"] and "8 of the rest" in guard["tested_on"]
+    assert "8 edits" in guard["fitted_on"]
+    assert "8 of the rest" in guard["tested_on"]
     assert (guard["edits"], guard["collapsed"]) == (8, 2)
     assert (guard["precision"], guard["recall"], guard["false_alarms"]) == (1, 1, 0)
     assert guard["alternatives"]["denominator"]["threshold"] == pytest.approx(math.sqrt(10 * 900))
