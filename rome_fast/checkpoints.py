@@ -134,13 +134,15 @@ def outline(
     layer: int | None = None,
     device: str = "cpu",
     identity: bool = False,
+    collecting: int = 0,
     trust_remote_code: bool = False,
 ) -> Outline:
     """Find out what of a checkpoint stays in memory; no weight is read yet.
 
     `memory` bounds what weights, buffers and hidden states take; by default what is free on the device. Without
-    `identity`, room is left for the statistics of the edit layer. Raises CheckpointError, ModelError, and
-    ArgumentError for a layer that is not there and a budget that is too small.
+    `identity`, room is left for the statistics of the edit layer. With `collecting`, second moments of so many layers,
+    `layer` the last of them, are summed up in place of an edit: nothing above it is run. Raises CheckpointError,
+    ModelError, and ArgumentError for a layer that is not there and a budget that is too small.
     """
     directory = resolve(source, code=trust_remote_code)
     checkpoint = Checkpoint.open(directory)
@@ -157,7 +159,11 @@ def outline(
     edited = family.weight_name(layer)
     weight = skeleton.get_parameter(edited)
     # An edit holds its weight three times for a moment, and the factor of C with what it is made of.
-    occupied = 2 * weight.nbytes + (0 if identity else 20 * family.oriented(weight).shape[1] ** 2)
+    width = family.oriented(weight).shape[1]
+    occupied = 2 * weight.nbytes + (0 if identity else 20 * width**2)
+    if collecting:
+        # A sum in fp64 and a mean in fp32 each, and one sum twice.
+        occupied = (12 * collecting + 8) * width**2
     if memory is not None and target.type == "cpu":
         occupied += _anonymous_bytes()
     budget = int(_FREE_SHARE * free_memory(target)) if memory is None else parse_bytes(memory)
@@ -166,7 +172,7 @@ def outline(
         return Outline(directory, checkpoint, skeleton, layer, target, None, None)
     names = {name: stored_name(checkpoint, name, skeleton) for name, _ in skeleton.named_parameters()}
     parts = Parts(skeleton, family.layers(skeleton), checkpoint, names, edited)
-    placement = place(parts.blocks, layer, budget, parts.always_bytes, occupied)
+    placement = place(parts.blocks, layer, budget, parts.always_bytes, occupied, above=not collecting)
     return Outline(directory, checkpoint, skeleton, layer, target, parts, placement)
 
 

@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--max-length", type=int, default=128, help="tokens of a row at most (default: 128)")
     stats.add_argument("--ridge", type=float, default=0.0, help="solve with C + RIDGE · mean(diag C) · I (default: 0)")
     stats.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    stats.add_argument("--memory", metavar="BYTES", help="keep within e.g. 8GiB: layers are read while they are needed")
     stats.add_argument("--out", type=Path, help="folder for the files (default: the cache)")
     stats.add_argument("--list", action="store_true", help="list the cache")
     stats.add_argument("--prune", action="store_true", help="clear the cache of damaged files and interrupted runs, or "

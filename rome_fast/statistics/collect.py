@@ -1,7 +1,7 @@
 """Second moments of the keys of several layers in one pass over a corpus."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import checkpoints
 from ..errors import ArgumentError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
 from ..runner import Runner, evaluating, watching
+from ..weights import align_
 from .layer import LayerStatistics
 from .processes import Processes
 from .reading import Reading, Rows, made_ahead, other_texts
@@ -29,8 +31,8 @@ _BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
 
 
 def collect_statistics(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
     texts: Iterable[Any],
     layers: Sequence[int],
     tokens: int | None = None,
@@ -40,8 +42,15 @@ def collect_statistics(
     field: str = "text",
     out: str | Path | None = None,
     distributed: bool = False,
+    memory: int | str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Statistics:
     """Second moments of the down-projection's inputs over the first `tokens` tokens of `texts`, in one pass.
+
+    `model` may be the directory or hub id of a checkpoint, whose tokenizer is taken where None is given. It runs on
+    `device`, under a budget of `memory` (bytes or "8GiB"; by default what is free): what does not fit is read layer by
+    layer, each layer once for as many tokens as the budget has room for, with the same result to the bit.
 
     `texts` are strings, or mappings with a string in `field` (a data set); 10 tokens per dimension of the keys are
     read unless told otherwise. Each text is tokenised whole (by the megabyte) and cut into rows of at most `max_length`
@@ -57,7 +66,70 @@ def collect_statistics(
     StatisticsError for texts without a token, keys that are not finite, other texts than the interrupted call's or
     another process that died, CheckpointError where nothing can be written.
     """
-    runner = Runner(model)
+    if isinstance(model, PreTrainedModel):
+        if memory is not None:
+            raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
+        align_(model)
+        opened: Any = nullcontext((Runner(model), tokenizer))
+    else:
+        opened = opened_for(model, layers, memory=memory, device=device, trust_remote_code=trust_remote_code)
+    with opened as (runner, own):
+        return collect(
+            runner,
+            own if tokenizer is None else tokenizer,
+            texts,
+            layers,
+            tokens,
+            max_length,
+            progress,
+            field=field,
+            out=out,
+            distributed=distributed,
+        )
+
+
+@contextmanager
+def opened_for(
+    source: str | Path,
+    layers: Sequence[int] | None = None,
+    *,
+    memory: int | str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Iterator[tuple[Runner, PreTrainedTokenizerBase]]:
+    """A checkpoint ready to collect statistics of these layers (None: of the edit layer); see `collect_statistics`."""
+    outline = checkpoints.outline(
+        source,
+        memory=memory,
+        layer=max(layers) if layers else None,
+        device=device,
+        collecting=len(set(layers)) if layers else 1,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
+    if outline.placement is None:
+        model = checkpoints.load_model(outline.directory, device=device, trust_remote_code=trust_remote_code)
+        align_(model)
+        yield Runner(model), tokenizer
+        return
+    with closing(outline.stream()) as stream:
+        yield Runner(stream.model, stream), tokenizer
+
+
+def collect(
+    runner: Runner,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[Any],
+    layers: Sequence[int],
+    tokens: int | None = None,
+    max_length: int = 128,
+    progress: Progress | None = None,
+    *,
+    field: str = "text",
+    out: str | Path | None = None,
+    distributed: bool = False,
+) -> Statistics:
+    """`collect_statistics` of a model wherever its weights are."""
     wanted = sorted(set(layers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= len(runner.layers):
         raise ArgumentError(f"layers: got {list(layers)}, wanted some of 0 .. {len(runner.layers) - 1}")
@@ -92,7 +164,7 @@ def collect_statistics(
         totals[layer] = torch.zeros(width, width, dtype=torch.float64, device=runner.device)
     sums = (snapshots.latest(totals) if snapshots else None) or Sums(totals)
     try:
-        with evaluating(model):
+        with evaluating(runner.model):
             _sum_up(runner, reading, sums, processes, snapshots, progress)
         counted = torch.tensor(sums.tokens, device=runner.device)
         processes.add_up_([*sums.totals.values(), counted])
@@ -127,20 +199,23 @@ def _sum_up(
 ) -> None:
     """Add this process's batches to the sums, from where they stand to the end."""
     passed = sums.start.tokens
+    together = _batches_together(runner, reading.batch_tokens)
     with made_ahead(reading.windows(sums.start)) as windows:
         for window in windows:
             if sums.batches > window.start.batches and sums.rows != window.digest:
                 raise other_texts()
             sums.start, sums.rows = window.start, window.digest
-            for number, batch in enumerate(window.batches(reading.batch_tokens), window.start.batches):
-                passed += sum(map(len, batch))
-                if number < sums.batches:
-                    continue
-                if processes.takes(number):
-                    _add_batch(runner, batch, sums.totals)
-                    sums.tokens += sum(map(len, batch))
-                sums.batches = number + 1
-                if progress is not None and processes.takes(number):
+            numbered = list(enumerate(window.batches(reading.batch_tokens), window.start.batches))
+            passed += sum(len(row) for number, batch in numbered if number < sums.batches for row in batch)
+            numbered = [(number, batch) for number, batch in numbered if number >= sums.batches]
+            for start in range(0, len(numbered), together):
+                group = numbered[start : start + together]
+                mine = [batch for number, batch in group if processes.takes(number)]
+                _add_batches(runner, mine, sums.totals)
+                sums.tokens += sum(len(row) for batch in mine for row in batch)
+                passed += sum(len(row) for _, batch in group for row in batch)
+                sums.batches = group[-1][0] + 1
+                if progress is not None and mine:
                     progress(passed, reading.tokens)
                 if snapshots and snapshots.due():
                     _save(snapshots, sums)
@@ -149,18 +224,44 @@ def _sum_up(
         _save(snapshots, sums)
 
 
-def _add_batch(runner: Runner, batch: Rows, totals: Mapping[int, Tensor]) -> None:
-    rows = runner.pack(batch)
+def _batches_together(runner: Runner, batch_tokens: int) -> int:
+    """How many batches go through a layer before the next one is read; one where all layers are in memory."""
+    if runner.stream is None or runner.spare_bytes is None:
+        return 1
+    # The rest is for what one layer computes.
+    kept = batch_tokens * runner.weight(0).shape[0] * runner.dtype.itemsize
+    return max(1, runner.spare_bytes // 2 // kept)
+
+
+def _add_batches(runner: Runner, batches: Sequence[Rows], totals: Mapping[int, Tensor]) -> None:
+    """Add the keys of some batches to the sums, layer by layer; the order in which each sum grows is theirs."""
+    packed = [runner.pack(batch) for batch in batches]
     # A mask costs a copy of the keys; rows of one length need none.
-    kept = None if len(batch[0]) == len(batch[-1]) else rows.mask.reshape(-1)
-    with ExitStack() as stack:
-        for layer, total in totals.items():
+    kept = [
+        None if len(batch[0]) == len(batch[-1]) else rows.mask.reshape(-1)
+        for batch, rows in zip(batches, packed, strict=True)
+    ]
+    hidden = [runner.embed(rows.ids) for rows in packed]
+    top = max(totals) + 1
+    if runner.stream is not None:
+        runner.stream.expect_passes(top)
+    # With one batch at a time all layers are in memory, and one call does.
+    steps = [(0, top)] if runner.stream is None else [(layer, layer + 1) for layer in range(top)]
+    for start, stop in steps:
+        for i in range(len(batches)):
+            with ExitStack() as stack:
+                for layer in range(start, stop):
+                    if layer in totals:
+                        see = _adding_to(totals[layer], kept[i])
+                        stack.enter_context(watching(runner.projection(layer), see))
+                hidden[i] = runner.run(hidden[i], start, stop)
 
-            def see(keys: Tensor, _output: Tensor, total: Tensor = total) -> None:
-                second_moment_(total, keys.reshape(-1, keys.shape[-1]), kept)
 
-            stack.enter_context(watching(runner.projection(layer), see))
-        runner.run(runner.embed(rows.ids), 0, max(totals) + 1)
+def _adding_to(total: Tensor, kept: Tensor | None) -> Callable[[Tensor, Tensor], None]:
+    def see(keys: Tensor, _output: Tensor) -> None:
+        second_moment_(total, keys.reshape(-1, keys.shape[-1]), kept)
+
+    return see
 
 
 def _save(snapshots: Snapshots, sums: Sums) -> None:

@@ -19,7 +19,7 @@ from ..errors import ArgumentError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..runner import Runner
 from .cache import list_cache, prune_cache
-from .collect import Progress, collect_statistics
+from .collect import Progress, collect, opened_for
 from .corpus import Corpus, hub_dataset
 from .layer import check_ridge
 from .processes import joined, launched_together
@@ -57,15 +57,14 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
             if device == "cuda":
                 device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             first = stack.enter_context(joined(device)).rank == 0
-        model, tokenizer, directory = checkpoints.load(arguments.model)
-        runner = Runner(model)
-        # Not model.to(), whose wrapper in transformers hides its types.
-        torch.nn.Module.to(model, torch.device(device))
-        layers = arguments.layers or [default_layer(model.config)]
-        out = arguments.out or _cache_folder(runner, directory, layers)
+        runner, tokenizer = stack.enter_context(
+            opened_for(arguments.model, arguments.layers, memory=arguments.memory, device=device)
+        )
+        layers = arguments.layers or [default_layer(runner.model.config)]
+        out = arguments.out or _cache_folder(runner, checkpoints.resolve(arguments.model), layers)
         progress = stack.enter_context(_shown(shown)) if first else None
-        statistics = collect_statistics(
-            model,
+        statistics = collect(
+            runner,
             tokenizer,
             texts,
             layers,

@@ -75,8 +75,12 @@ class Placement:
     budget_bytes: int
 
 
-def place(blocks: Sequence[Block], layer: int, budget: int, always: int, occupied: int) -> Placement:
+def place(
+    blocks: Sequence[Block], layer: int, budget: int, always: int, occupied: int, *, above: bool = True
+) -> Placement:
     """Share `budget` bytes out; `blocks` are the layers and, last, the head; `layer` is the edit layer.
+
+    Without `above`, nothing above that layer is ever run, and none of it is kept.
 
     `always` bytes of weights stay in memory, and the largest block must fit beside them. What else there is (the
     process itself, statistics, hidden states) is taken off the budget as far as that only costs resident layers:
@@ -84,7 +88,8 @@ def place(blocks: Sequence[Block], layer: int, budget: int, always: int, occupie
     Raises ArgumentError, naming the least that is enough, where one block does not fit.
     """
     activations = budget // _ACTIVATIONS
-    largest = max(blocks, key=lambda block: block.size)
+    used = blocks if above else blocks[: layer + 1]
+    largest = max(used, key=lambda block: block.size)
     if always + largest.size > budget:
         raise ArgumentError(
             f"memory: got {budget:,} bytes, wanted at least {always + largest.size:,}: {largest.name}, the "
@@ -93,15 +98,15 @@ def place(blocks: Sequence[Block], layer: int, budget: int, always: int, occupie
     room = budget - always
     head = len(blocks) - 1
     options = []
-    for kept in ([], [head]):
-        streamed = [block.size for index, block in enumerate(blocks) if index not in kept]
-        buffer = min(max(max(streamed), 2 * max(b.size for b in blocks[:head])), room)
+    for kept in ([], [head]) if above else ([],):
+        streamed = [block.size for index, block in enumerate(used) if index not in kept]
+        buffer = min(max(max(streamed), 2 * max(b.size for b in used[:head])), room)
         left = room - buffer - sum(blocks[index].size for index in kept)
         if left < 0:
             continue
         left = max(0, left - activations - occupied)
         resident = set(kept)
-        for group in (range(layer + 1, head), range(layer + 1)):
+        for group in (range(layer + 1, head if above else layer + 1), range(layer + 1)):
             fitting = 0
             sizes = [blocks[index].size for index in group]
             while fitting < len(sizes) and sum(sizes[: fitting + 1]) <= left:

@@ -90,6 +90,12 @@ class Stream:
         if self._reader is not None and order:
             self._reader.expect(_again_and_again(order))
 
+    def expect_passes(self, stop: int) -> None:
+        """Announce passes forward through layers 0 .. stop - 1, again and again."""
+        order = [block for block in self._parts.blocks[:stop] if block in self._streamed]
+        if self._reader is not None and order:
+            self._reader.expect(_again_and_again(order))
+
     def elements(self, name: str, index: Tensor) -> Tensor:
         """Some elements, by flat index, of a parameter wherever it is; on the CPU in its dtype."""
         parameter = self.model.get_parameter(name)
