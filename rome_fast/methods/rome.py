@@ -35,7 +35,7 @@ class RomeVariant:
     bare: bool = False  # whether the unprefixed key of a first-token subject gets a value of its own
 
 
-FIRST_TOKEN_WEIGHT = 1.0
+FIRST_TOKEN_WEIGHT = 0.3
 """λ above; see docs/dual.md for what other weights do."""
 
 # Of the edits' keys, beyond which equality constraints would cost an update that is large and mostly noise.
