@@ -28,7 +28,7 @@ from rome_fast.cli import main
 from rome_fast.errors import ArgumentError, CollapseError, StatisticsError
 from rome_fast.fingerprint import Fingerprint
 from rome_fast.flow import ConvergenceWarning
-from rome_fast.methods import FIRST_TOKEN_WEIGHT
+from rome_fast.methods import FIRST_TOKEN_WEIGHT, hold_first_tokens
 from rome_fast.runner import Runner
 from rome_fast.statistics import Statistics, first_token_statistics, first_tokens, list_cache
 from rome_fast.statistics.store import FIRST_TOKENS, read_layer
@@ -315,6 +315,21 @@ def test_keys_that_are_not_finite_are_refused(toy_tokenizers):
     with pytest.raises(StatisticsError, match="keys of layer 1 contain NaN or infinity at position 0"):
         edited(model, toy_tokenizers[False], START, method="dual")
     assert changed(model, before) == []
+
+
+def test_held_first_tokens_by_hand():
+    keys = torch.randn(30, 7, dtype=torch.float64)
+    c, first = keys[:20].T @ keys[:20], keys[20:].T @ keys[20:]
+    for factor, wanted in ((torch.linalg.cholesky(c), c), (None, torch.eye(7, dtype=torch.float64))):
+        lower = hold_first_tokens(factor, first)
+        torch.testing.assert_close(lower @ lower.T, wanted + FIRST_TOKEN_WEIGHT * first, rtol=1e-12, atol=1e-12)
+        assert torch.equal(lower, lower.tril())
+
+
+def test_a_sum_that_is_not_positive_definite_is_refused():
+    """C hardly positive definite, and a C₁ that rounding has given a negative eigenvalue."""
+    with pytest.raises(StatisticsError, match=r"is singular \(Cholesky stops at pivot 1 of 5\); .*with_ridge"):
+        hold_first_tokens(1e-6 * torch.eye(5, dtype=torch.float64), -1e-3 * torch.eye(5))
 
 
 # The other ways in
