@@ -258,6 +258,9 @@ def apply_edits(
                 if before is not None:
                     with clock("measure"):
                         _fill_probabilities(runner, tokenizer, edits, chosen, records, before)
+                        for request, record in zip(requests, records, strict=True):
+                            if request.bare is not None:
+                                record.needs_prefix = not record.argmax_after
                 delta.metadata.update(
                     method=method,
                     layer=str(layer),

@@ -17,7 +17,7 @@ Notation: `W` (d, d_ff) and `b` (d,) are weight and bias of the down-projection 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -177,9 +177,13 @@ def dual(
     second_moment: Tensor | None,
     first_tokens: Tensor,  # (d_ff, d_ff) of `first_token_moment`
     weight: float,
+    scale: float = 1.0,
     **settings: float,
 ) -> DualResult:
-    """A c-rome edit and, where the subject's last token is the first of all, a second value for its unprefixed key."""
+    """A c-rome edit and, where the subject's last token is the first of all, a second value for its unprefixed key.
+
+    `scale` shortens the delta of that value.
+    """
 
     def value(method: str, contexts: Sequence[str], v0_norm: float | None = None) -> OracleResult:
         return rome(
@@ -200,6 +204,8 @@ def dual(
     first = make_row(tokenizer, "", prompt, subject, target).subject_position == 0
     # A first token's own value is of another size altogether.
     unprefixed = value("p-rome", [], prefixed.v0.norm().item()) if first else None
+    if unprefixed is not None:
+        unprefixed = replace(unprefixed, residual=scale * unprefixed.delta)
     delta_w = dual_joint([(prefixed, unprefixed)], second_moment, first_tokens, weight)
     return DualResult(prefixed, unprefixed, delta_w)
 
@@ -218,7 +224,7 @@ def dual_joint(
             if result is not None:
                 keys.append(result.k_den)
                 us.append(torch.linalg.solve(matrix, result.k_den))
-                residuals.append(result.delta)
+                residuals.append(result.residual)
     k, u, r = (torch.stack(columns, dim=1) for columns in (keys, us, residuals))
     return r @ torch.linalg.solve(u.T @ k, u.T)
 

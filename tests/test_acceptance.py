@@ -1,9 +1,10 @@
-"""What the project promises, on SmolLM2 and requests of CounterFact. Slow: `make acceptance`, about 15 minutes.
+"""What the project promises, on SmolLM2 and requests of CounterFact. Slow: `make acceptance`, about 20 minutes.
 
 Needs development data in `../shared/data` beside the repository, and says so where it is not there.
 """
 
 import json
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,15 @@ from rome_fast.bench.throughput import Setup
 from rome_fast.contexts import sample_contexts
 from rome_fast.defaults import default_layer, default_settings
 from rome_fast.demo import statistics_dir
-from rome_fast.evaluation import sentence_perplexity
+from rome_fast.evaluation import score, sentence_perplexity
 from rome_fast.flow import tokenise
 from rome_fast.rows import edit_rows, needs_prefix
 from rome_fast.runner import Runner
 
+OTHERS = (
+    "Boston France London China India Google Apple Microsoft Canada Texas Germany Russia Iran Africa Science Music "
+    "Water Paris Mexico America Spain Italy"
+)
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 pytestmark = [
@@ -56,8 +61,10 @@ def requests(parts) -> tuple[list[Edit], list[Edit]]:
     return first, inside
 
 
-def edit_and_measure(parts, edit, method):
-    model, tokenizer, statistics, contexts, sentences, base = parts
+@contextmanager
+def edited(parts, edit, method):
+    """The record of an edit that is there for the length of the block."""
+    model, tokenizer, statistics, contexts, *_ = parts
     result = apply_edits(
         model,
         edit,
@@ -69,17 +76,27 @@ def edit_and_measure(parts, edit, method):
         unconverged="write",
     )
     try:
-        perplexity = sentence_perplexity(Runner(model), tokenizer, sentences)
+        yield result.records[0]
     finally:
         result.revert()
-    record, ratio = result.records[0], perplexity / base
+
+
+def edit_and_measure(parts, edit, method, pairs=()):
+    """The record, the ratio of perplexities and, where pairs are given, by how much P of the targets in them rises."""
+    model, tokenizer, _, _, sentences, base = parts
+    runner = Runner(model)
+    before = score(runner, tokenizer, pairs) if pairs else []
+    with edited(parts, edit, method) as record:
+        ratio = sentence_perplexity(runner, tokenizer, sentences) / base
+        after = score(runner, tokenizer, pairs) if pairs else []
+    rises = [a.probability - b.probability for a, b in zip(after, before, strict=True)]
     print(
         f"{method:8} {edit.text!r} → {edit.target}: perplexity x {ratio:.4f}, P {record.probability_after:.3f}, "
         f"with prefix {record.probability_after_prefixed:.3f}, argmax {record.argmax_after}, {record.steps} steps, "
         f"denominator {record.denominator:.1f}, norm ratio {record.update_norm / record.weight_norm:.3f}",
         flush=True,
     )
-    return record, ratio
+    return (record, ratio, sum(rises) / len(rises)) if pairs else (record, ratio)
 
 
 def test_normal_requests(parts, requests):
@@ -141,3 +158,20 @@ def test_batches_equal_the_baseline(parts, count):
     print(f"float32 against float64: ours {errors[0]:.1e}, the loop {errors[1]:.1e}", flush=True)
     assert algebra <= 1e-9
     assert errors[0] <= 2 * errors[1]
+
+
+def test_first_tokens_without_a_prefix(parts, requests):
+    """By dual they answer with and without one, at little cost, and other first tokens in their place do not."""
+    tokenizer, measured = parts[1], []
+    for edit in requests[0]:
+        others = [Edit(edit.prompt, word, edit.target) for word in OTHERS.split() if word != edit.subject]
+        others = [other for other in others if needs_prefix(edit_rows(tokenizer, other, [""], target=False)[0])][:20]
+        assert len(others) == 20
+        measured.append(edit_and_measure(parts, edit, "dual", [(other.text, other.target) for other in others]))
+        print(f"  rise of P(target) for 20 other subjects: {measured[-1][2]:.3f}", flush=True)
+    records, ratios, rises = zip(*measured, strict=True)
+    assert sum(record.probability_after for record in records) / len(records) >= 0.9
+    assert sum(record.probability_after_prefixed for record in records) / len(records) >= 0.8
+    assert sum(not record.needs_prefix for record in records) >= 9
+    assert sum(ratios) / len(ratios) <= 1.02
+    assert sum(rises) / len(rises) < 0.1

@@ -28,7 +28,7 @@ from rome_fast.cli import main
 from rome_fast.errors import ArgumentError, CollapseError, StatisticsError
 from rome_fast.fingerprint import Fingerprint
 from rome_fast.flow import ConvergenceWarning
-from rome_fast.methods import FIRST_TOKEN_WEIGHT
+from rome_fast.methods import FIRST_TOKEN_WEIGHT, hold_first_tokens
 from rome_fast.runner import Runner
 from rome_fast.statistics import Statistics, first_token_statistics, first_tokens, list_cache
 from rome_fast.statistics.store import FIRST_TOKENS, read_layer
@@ -66,6 +66,7 @@ def textbook(toy_tokenizers, toy_moment, vocabulary_moment):
             second_moment=toy_moment(kind, False)[0] if statistics else None,
             first_tokens=vocabulary_moment(kind),
             weight=FIRST_TOKEN_WEIGHT,
+            scale=flow.BARE_SCALE,
             steps=SETTINGS.steps,
             stop_loss=SETTINGS.stop_loss,
         )
@@ -108,12 +109,12 @@ def test_both_keys_get_their_values(toy_tokenizers, toy_statistics, textbook):
     edited(model, tokenizer, START, method="dual", statistics=toy_statistics(model, False))
     change = oracle.weight_and_bias(model, LAYER)[0] - before
     bare = key_of(model, tokenizer, START.text)
-    assert relative_error(change @ bare, wanted.unprefixed.delta) < 1e-8
+    assert relative_error(change @ bare, wanted.unprefixed.residual) < 1e-8
     assert relative_error(change @ wanted.prefixed.k_mean, wanted.prefixed.delta) < 1e-8
     # Not so by c-rome: what it does there is another thing.
     model = toy_model("llama", dtype=torch.float64)
     edited(model, tokenizer, START, statistics=toy_statistics(model, False))
-    assert relative_error((oracle.weight_and_bias(model, LAYER)[0] - before) @ bare, wanted.unprefixed.delta) > 0.5
+    assert relative_error((oracle.weight_and_bias(model, LAYER)[0] - before) @ bare, wanted.unprefixed.residual) > 0.5
 
 
 def test_other_first_tokens_are_held_where_they_are(toy_tokenizers, toy_statistics, vocabulary_moment, monkeypatch):
@@ -314,6 +315,21 @@ def test_keys_that_are_not_finite_are_refused(toy_tokenizers):
     with pytest.raises(StatisticsError, match="keys of layer 1 contain NaN or infinity at position 0"):
         edited(model, toy_tokenizers[False], START, method="dual")
     assert changed(model, before) == []
+
+
+def test_held_first_tokens_by_hand():
+    keys = torch.randn(30, 7, dtype=torch.float64)
+    c, first = keys[:20].T @ keys[:20], keys[20:].T @ keys[20:]
+    for factor, wanted in ((torch.linalg.cholesky(c), c), (None, torch.eye(7, dtype=torch.float64))):
+        lower = hold_first_tokens(factor, first)
+        torch.testing.assert_close(lower @ lower.T, wanted + FIRST_TOKEN_WEIGHT * first, rtol=1e-12, atol=1e-12)
+        assert torch.equal(lower, lower.tril())
+
+
+def test_a_sum_that_is_not_positive_definite_is_refused():
+    """C hardly positive definite, and a C₁ that rounding has given a negative eigenvalue."""
+    with pytest.raises(StatisticsError, match=r"is singular \(Cholesky stops at pivot 1 of 5\); .*with_ridge"):
+        hold_first_tokens(1e-6 * torch.eye(5, dtype=torch.float64), -1e-3 * torch.eye(5))
 
 
 # The other ways in

@@ -43,7 +43,7 @@ def together(toy_tokenizers, tmp_path):
 
     def work(rank, count, out, died_at, store):
         calls = 0
-        add_batch = collect._add_batch
+        add_batch = collect._add_batches
 
         def counted(*arguments):
             nonlocal calls
@@ -52,7 +52,7 @@ def together(toy_tokenizers, tmp_path):
                 os._exit(9)
             add_batch(*arguments)
 
-        collect._add_batch = counted
+        collect._add_batches = counted
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
         statistics = collect_statistics(
             model, tokenizer, SENTENCES, [0, LAYER], TOKENS, max_length=16, out=out, distributed=True

@@ -107,9 +107,11 @@ def killed_child(task, moment, name):
     if child == 0:
         try:
             calls = 0
-            module, attribute = {"rename": (os, "replace"), "sync": (files, "sync"), "batch": (collect, "_add_batch")}[
-                name
-            ]
+            module, attribute = {
+                "rename": (os, "replace"),
+                "sync": (files, "sync"),
+                "batch": (collect, "_add_batches"),
+            }[name]
             original = getattr(module, attribute)
 
             def counted(*arguments):

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, EditError
+from ..errors import ArgumentError, EditError, StatisticsError
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RomeVariant:
     bare: bool = False  # whether the unprefixed key of a first-token subject gets a value of its own
 
 
-FIRST_TOKEN_WEIGHT = 1.0
+FIRST_TOKEN_WEIGHT = 0.3
 """λ above; see docs/dual.md for what other weights do."""
 
 # Of the edits' keys, beyond which equality constraints would cost an update that is large and mostly noise.
@@ -73,14 +73,25 @@ class Factors:
 
 
 def hold_first_tokens(factor: Tensor | None, first_tokens: Tensor) -> Tensor:
-    """Lower Cholesky factor of C + λ C₁, (d_ff, d_ff) fp64, from that of C (None for C = I) and C₁ itself."""
+    """Lower Cholesky factor of C + λ C₁, (d_ff, d_ff) fp64, from that of C (None for C = I) and C₁ itself.
+
+    Raises StatisticsError where the sum is not positive definite: the rounding of C₁ can do that to a C that is nearly
+    singular.
+    """
     held = FIRST_TOKEN_WEIGHT * first_tokens.to(torch.float64)
     if factor is None:
         held.diagonal().add_(1.0)
     else:
         lower = factor.to(torch.float64)
         held.addmm_(lower, lower.T)
-    return torch.linalg.cholesky(held)
+    both, info = torch.linalg.cholesky_ex(held)
+    if int(info):
+        raise StatisticsError(
+            f"statistics: C with the moment of first tokens added is singular (Cholesky stops at pivot {int(info)} of "
+            f"{len(held)}); collect more tokens, take a ridge (Statistics.with_ridge(1e-6)), or edit first tokens by "
+            "method='c-rome'"
+        )
+    return both
 
 
 def residual(method: RomeVariant, delta: Tensor, unprefixed_value: Tensor, mean_value: Tensor) -> Tensor:

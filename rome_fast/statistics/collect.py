@@ -211,7 +211,8 @@ def _sum_up(
             for start in range(0, len(numbered), together):
                 group = numbered[start : start + together]
                 mine = [batch for number, batch in group if processes.takes(number)]
-                _add_batches(runner, mine, sums.totals)
+                if mine:
+                    _add_batches(runner, mine, sums.totals)
                 sums.tokens += sum(len(row) for batch in mine for row in batch)
                 passed += sum(len(row) for _, batch in group for row in batch)
                 sums.batches = group[-1][0] + 1
