@@ -1,17 +1,19 @@
 """Does editing a checkpoint larger than the budget keep to the budget, and does it read as fast as the disk gives?
 
 Makes a Llama-shaped bfloat16 checkpoint of random weights in several shards (4.1 GB by default, deleted afterwards),
-edits it in a child process under a budget, and measures from outside the anonymous memory of that process. Then it
 reads the checkpoint through the streamer and plainly, in turn, with the file's pages dropped from the cache before
-each reading (cold) and left there (warm). The edit uses C = I: what is measured is the streaming, and random weights
-have no facts.
+each reading (cold) and left there (warm). Then a child process collects statistics and edits under the budget, while
+its anonymous memory is measured from outside; all other shards must stay as they are, and transformers must load the
+result. The words of the corpus are as random as the weights: what is measured is the streaming.
 
     python benchmarks/streaming.py --memory 1.5GiB --edits 4
 """
 
 import argparse
+import filecmp
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -20,12 +22,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rome_fast as rf
 from rome_fast import checkpoints
@@ -68,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--edits", type=int, default=4, choices=range(1, len(_SUBJECTS) + 1))
     parser.add_argument("--contexts", type=int, default=2, choices=range(1, len(_CONTEXTS) + 1))
     parser.add_argument("--steps", type=int, default=2, help="loss evaluations per value")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the statistics; 0 for C = I (default: 4096)")
     parser.add_argument("--layers", type=int, default=44)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layer", type=int, default=7, help="edit layer")
@@ -198,7 +201,15 @@ def _measure_edit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]
         raise SystemExit(f"the edit ended with status {child.returncode}")
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     checkpoints.verify(folder / "edited")
+    changed = _changed_shards(folder / "model", folder / "edited")
+    if len(changed) != 1:
+        raise SystemExit(f"changed {changed}, wanted the one shard of the edited weight")
+    model = AutoModelForCausalLM.from_pretrained(folder / "edited", dtype="auto")
+    if not bool(torch.isfinite(model(torch.arange(8).unsqueeze(0)).logits).all()):
+        raise SystemExit("the edited model's logits are not finite")
     budget = parse_bytes(arguments.memory)
+    if arguments.tokens:
+        print(f"statistics of {arguments.tokens} tokens in {report['statistics_seconds']:.0f} s", flush=True)
     print(
         f"{arguments.edits} edits in {report['seconds']:.0f} s, {report['bytes_read'] / 1e9:.1f} GB read; anonymous "
         f"memory at most {peak / 2**30:.2f} GiB of a budget of {budget / 2**30:.2f} GiB "
@@ -208,8 +219,31 @@ def _measure_edit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]
     return report | {"peak_anonymous_bytes": peak, "budget_bytes": budget}
 
 
+def _changed_shards(before: Path, after: Path) -> list[str]:
+    return [
+        file.name
+        for file in sorted(before.glob("*.safetensors"))
+        if not file.samefile(after / file.name) and not filecmp.cmp(file, after / file.name, shallow=False)
+    ]
+
+
+def _statistics(arguments: argparse.Namespace) -> rf.Statistics | Literal["identity"]:
+    if not arguments.tokens:
+        return "identity"
+    rng = random.Random(0)
+    words = [word for text in (*_CONTEXTS, *_SUBJECTS, _TARGET) for word in text.split()]
+    texts = (" ".join(rng.choices(words, k=100)) for _ in range(arguments.tokens // 100 + 1))
+    found = rf.collect_statistics(
+        arguments.child / "model", None, texts, [arguments.layer], arguments.tokens, memory=arguments.memory
+    )
+    # There are fewer tokens than dimensions.
+    return found.with_ridge(0.01)
+
+
 def _edit(arguments: argparse.Namespace) -> None:
-    read, before, start = [0], _anonymous_bytes(os.getpid()), time.perf_counter()
+    before, start = _anonymous_bytes(os.getpid()), time.perf_counter()
+    statistics = _statistics(arguments)
+    collected, read, start = time.perf_counter() - start, [0], time.perf_counter()
     lock = threading.Lock()
 
     def on_read(count: int, _rate: float) -> None:
@@ -219,7 +253,7 @@ def _edit(arguments: argparse.Namespace) -> None:
     result = rf.apply_edits(
         arguments.child / "model",
         [rf.Edit(_PROMPT, subject, _TARGET) for subject in _SUBJECTS[: arguments.edits]],
-        statistics="identity",
+        statistics=statistics,
         layer=arguments.layer,
         contexts=_CONTEXTS[: arguments.contexts],
         settings=rf.ValueSettings(steps=arguments.steps, stop="loss"),
@@ -232,6 +266,8 @@ def _edit(arguments: argparse.Namespace) -> None:
         on_read=on_read,
     )
     report = {
+        "statistics_tokens": arguments.tokens,
+        "statistics_seconds": collected,
         "seconds": time.perf_counter() - start,
         "stages": result.seconds,
         "bytes_read": read[0],
