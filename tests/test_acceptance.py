@@ -17,11 +17,13 @@ from helpers import delta_w, relative_error
 from rome_fast import Edit, Statistics, apply_edits, load_edits
 from rome_fast.assets import model_dir
 from rome_fast.bench import edit_as_released
+from rome_fast.bench.flops import FlopCounter
 from rome_fast.bench.throughput import Setup
 from rome_fast.contexts import sample_contexts
 from rome_fast.defaults import default_layer, default_settings
+from rome_fast.delta import Delta, LowRank
 from rome_fast.demo import statistics_dir
-from rome_fast.evaluation import score, sentence_perplexity
+from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
 from rome_fast.flow import tokenise
 from rome_fast.rows import edit_rows, needs_prefix
 from rome_fast.runner import Runner
@@ -175,3 +177,50 @@ def test_first_tokens_without_a_prefix(parts, requests):
     assert sum(not record.needs_prefix for record in records) >= 9
     assert sum(ratios) / len(ratios) <= 1.02
     assert sum(rises) / len(rises) < 0.1
+
+
+def test_isolated_evaluation(parts, requests):
+    """64 edits of different subjects in one forward; four edits of each of two requests for fewer FLOPs than a loop."""
+    model, tokenizer, _, contexts, sentences, _ = parts
+    runner = Runner(model)
+    name, weight = runner.family.weight_name(default_layer(model.config)), runner.weight(default_layer(model.config))
+    generator, deltas, edits = torch.Generator().manual_seed(0), [], {}
+    for edit in load_edits(DATA / "counterfact_dev.jsonl"):
+        edits.setdefault(edit.subject, edit)
+    chosen = list(edits.values())[:64]
+    for _ in chosen:
+        left, right = (
+            torch.randn(len(weight), 1, generator=generator),
+            torch.randn(weight.shape[1], generator=generator),
+        )
+        left *= 0.2 * weight.norm() / (left.norm() * right.norm())
+        deltas.append(Delta({name: LowRank(left, right.unsqueeze(0))}))
+
+    passes = []
+    handle = runner.layers[-1].register_forward_hook(lambda _module, _arguments, out: passes.append(len(out)))
+    together = score(
+        runner, tokenizer, [(e.text, e.target) for e in chosen], RowUpdates.of(runner, deltas), list(range(64))
+    )
+    handle.remove()
+    assert passes == [64]
+
+    few, short, asked = deltas[:8], sentences[:20], chosen[:2] * 4
+    with FlopCounter() as isolated:
+        metrics = evaluate(model, tokenizer, asked, contexts[:3], deltas=few)
+        perplexities = edited_perplexities(runner, tokenizer, short, RowUpdates.of(runner, few))
+    with FlopCounter() as loop:
+        for i, delta in enumerate(few):
+            delta.apply(model)
+            try:
+                (one,) = evaluate(model, tokenizer, [asked[i]], contexts[:3])
+                perplexity = sentence_perplexity(runner, tokenizer, short)
+            finally:
+                delta.revert(model)
+            assert metrics[i].probability == pytest.approx(one.probability, rel=1e-4)
+            assert metrics[i].probability_prefixed == pytest.approx(one.probability_prefixed, rel=1e-4)
+            if i < 2:
+                assert together[i].probability == pytest.approx(one.probability, rel=1e-4)
+            assert (metrics[i].decoded, metrics[i].paraphrase) == (one.decoded, one.paraphrase)
+            assert perplexities[i] == pytest.approx(perplexity, rel=1e-5)
+    print(f"one at a time takes {loop.total / isolated.total:.2f} x the FLOPs", flush=True)
+    assert loop.total / isolated.total >= 1.3
