@@ -231,7 +231,12 @@ class Flow:
         sources = [s.keys[:1] if self.how.left == "unprefixed" else s.keys for s in solved]
         groups = torch.cat([torch.full((len(k),), i, device=k.device) for i, k in enumerate(sources)])
         left, u, _ = prefixed_solve(torch.cat(sources).to(wide), groups, len(solved), factor)
-        k_den = left if self.how.denominator == self.how.left else torch.stack([s.keys[0] for s in solved])
+        if self.how.denominator == self.how.left:
+            k_den = left
+        elif self.how.denominator == "unprefixed":
+            k_den = torch.stack([s.keys[0] for s in solved])
+        else:
+            k_den = torch.stack([s.keys.to(wide).mean(0) for s in solved])
         residuals = [
             residual(self.how, s.value.delta, s.unprefixed_value.to(wide), s.mean_value.to(wide)) for s in solved
         ]

@@ -153,6 +153,13 @@ def test_combinations(finished):
         ("unprefixed", "unprefixed", "delta"): "p-rome",
     }
     rows = lines(finished / "factors.jsonl")
+    denominators = {(r["subject"], r["left"], r["denominator_key"]): r["denominator"] for r in rows}
+    for subject in {r["subject"] for r in rows}:
+        # C is symmetric: k̄ᵀ C⁻¹ kᵤ either way; the same key on both sides is something else.
+        mixed = denominators[subject, "mean", "unprefixed"]
+        assert denominators[subject, "unprefixed", "mean"] == pytest.approx(mixed, rel=1e-3)
+        for key in ("mean", "unprefixed"):
+            assert denominators[subject, key, key] != pytest.approx(mixed, rel=0.01)
     assert len({(r["subject"], r["left"], r["denominator_key"], r["residual"]) for r in rows}) == len(rows)
     shared = 0
     for row in rows:
