@@ -1,4 +1,4 @@
-"""What the project promises, on SmolLM2 and requests of CounterFact. Slow: `make acceptance`, about 20 minutes.
+"""What the project promises, on SmolLM2 and requests of CounterFact. Slow: `make acceptance`, well over half an hour.
 
 Needs development data in `../shared/data` beside the repository, and says so where it is not there.
 """
