@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -101,7 +100,6 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
         sentences,
         sentence_perplexity(runner, tokenizer, sentences),
     )
-    started = time.perf_counter()
     done = 0
     for index, start in enumerate(range(0, len(cases), arguments.batch)):
         group = cases[start : start + arguments.batch]
@@ -116,7 +114,6 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": checkpoints.versions(),
-        "last_run_seconds": round(time.perf_counter() - started, 1),
     }
     records = place.write(study.key_norms(), more)
     guard = place.guard()
