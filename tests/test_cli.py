@@ -206,7 +206,7 @@ def test_a_broken_line_of_the_edits_file(toy, capsys):
         (["statistics", "model", "--corpus", "none.txt"], r"none\.txt: cannot be read"),
         (
             ["statistics", "model", "--corpus", "corpus.txt", "--layers", "9"],
-            r"layers: got \[9\], wanted some of 0 .. 3",
+            r"layer: got 9, wanted one of 0 .. 3",
         ),
         (["statistics", "model", "--corpus", "corpus.txt", "--tokens", "0"], "tokens.*: got 0"),
         (["statistics", "model", "--corpus", "model/model.safetensors"], "is not UTF-8 text"),

@@ -177,7 +177,7 @@ def loss_of(model, tokenizer, edit, delta, settings):
     v0 = oracle_of(model, tokenizer, edit, 1).v0
     before = oracle.log_p_at_subject(double, LAYER, kl_row, torch.zeros_like(v0))
     factors = settings.weight_decay, settings.kl_factor
-    return float(oracle.value_loss(double, LAYER, rows, kl_row, before, delta, v0, *factors))
+    return float(oracle.value_loss(double, LAYER, rows, kl_row, before, delta, float(v0.norm()), *factors))
 
 
 @pytest.mark.parametrize(("kind", "bos", "steps"), [("gpt2", False, 5), ("llama", True, 30)])

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import checkpoints
-from ..errors import ArgumentError, StatisticsError
+from ..errors import ArgumentError, ModelError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
 from ..runner import Runner, evaluating, watching
@@ -71,6 +71,10 @@ def collect_statistics(
             raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
         align_(model)
         opened: Any = nullcontext((Runner(model), tokenizer))
+    elif not isinstance(model, str | Path):
+        raise ModelError(
+            f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel or the path of a checkpoint"
+        )
     else:
         opened = opened_for(model, layers, memory=memory, device=device, trust_remote_code=trust_remote_code)
     with opened as (runner, own):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ COLLAPSE_RATIO = 1.5
 _SCORED_CONTEXTS = 3  # of the editing and of the unseen ones: scoring behind all 20 costs more than it tells
 _WORDS = ("It", "is", "often", "said", "by", "people", "that")
 _PREFIXES = (1, 2, 4, 7)  # so many of the words before a first-token subject
+
+# ROME's own part first.
+_LEFT_KEYS: tuple[Literal["mean", "unprefixed"], ...] = ("mean", "unprefixed")
+_DENOMINATOR_KEYS: tuple[Literal["mean", "unprefixed"], ...] = ("unprefixed", "mean")
+_RESIDUALS: tuple[Literal["delta", "to_unprefixed_value"], ...] = ("delta", "to_unprefixed_value")
 
 _Made = tuple[Case, Delta, Record]
 
@@ -145,10 +150,8 @@ class Study:
         rows: list[dict[str, Any]] = []
         deltas: list[Delta] = []
         missing: list[dict[str, Any]] = []  # those among the rows whose perplexity no method's edit has told
-        for left, denominator, residual in product(
-            ("mean", "unprefixed"), ("unprefixed", "mean"), ("delta", "to_unprefixed_value")
-        ):
-            how = RomeVariant("combination", "all", left, denominator, residual)  # type: ignore[arg-type]
+        for left, denominator, residual in product(_LEFT_KEYS, _DENOMINATOR_KEYS, _RESIDUALS):
+            how = RomeVariant("combination", "all", left, denominator, residual)
             same = [m for m in self.methods if replace(how, name=m) == METHODS[m]]
             flow = self._flow(how, Clock())
             closed = flow.close_each([requests[i] for i in chosen], [solved[i] for i in chosen])
