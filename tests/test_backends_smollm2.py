@@ -84,7 +84,8 @@ def by_triton(folder):
     return load_file(folder / "found.safetensors")
 
 
-@pytest.mark.parametrize("edited", [by_native_kernels, pytest.param(by_triton, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("edited", [by_native_kernels, by_triton])
 def test_every_backend_makes_the_same_edit(edited, by_reference, tmp_path):
     found, wanted = edited(tmp_path), by_reference
     assert not torch.equal(found["C"], wanted["C"]), "the reference ran here too: other code rounds otherwise"

@@ -109,7 +109,8 @@ def test_a_wheel_with_kernels_fits_every_python_and_its_kernels_pass_their_test(
     assert "100% tests passed, 0 tests failed out of 1" in done.stdout
 
 
-@pytest.mark.parametrize("lacking", ["cmake", pytest.param("a compiler", marks=needs_cmake)])
+# Without a compiler is the same to a reader of the wheel: seldom asked, `make acceptance` does.
+@pytest.mark.parametrize("lacking", ["cmake", pytest.param("a compiler", marks=[needs_cmake, pytest.mark.slow])])
 def test_without_the_tools_the_wheel_has_no_kernels_and_says_what_is_slower(sources, tmp_path, lacking):
     tools = tmp_path / "tools"
     tools.mkdir()
