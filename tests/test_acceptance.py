@@ -129,7 +129,7 @@ def test_batches_equal_the_baseline(parts, count):
 
     Four steps of Adam carry the float32 rounding of this model, whose hidden states have outliers, to 1e-4 of ΔW
     (2e-6 after one step, either path). So the algebra is compared in float64. In float32, measured for batches of 1 and
-    7: ours 6.5e-5 and 1.2e-4 from float64, the loop 2.3e-5 and 4.8e-5; no cause but chance was found.
+    7: ours 6.5e-5 and 1.2e-4 from float64, the loop 2.3e-5 and 4.8e-5; the cause is not found, and the last assertion fails.
     """
     model, tokenizer, statistics, contexts, *_ = parts
     layer = default_layer(model.config)
@@ -160,7 +160,7 @@ def test_batches_equal_the_baseline(parts, count):
     print(f"batch of {count}: ours and the loop in float64 {algebra:.1e} apart, in float32 {between:.1e}; ", end="")
     print(f"float32 against float64: ours {errors[0]:.1e}, the loop {errors[1]:.1e}", flush=True)
     assert algebra <= 1e-9
-    assert errors[0] <= 4 * errors[1]
+    assert errors[0] <= 2 * errors[1]
 
 
 def test_first_tokens_without_a_prefix(parts, requests):

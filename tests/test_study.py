@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -45,10 +44,6 @@ def written(file, edits):
     return file
 
 
-def few_steps(config):
-    return replace(default_settings(config), steps=8)
-
-
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -64,9 +59,7 @@ def place(tmp_path_factory):
     written(folder / "edits.jsonl", [*OTHERS[:2], *FIRST, *OTHERS[2:]])
     arguments = ["study", str(folder / "toy"), "--edits", str(folder / "edits.jsonl"), "--layer", str(LAYER)]
     arguments += ["--statistics", str(folder / "statistics"), "--sentences", str(folder / "sentences.txt")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rome_fast.study.command.default_settings", few_steps)
-        yield folder, [*arguments, "--batch", "2"]
+    return folder, [*arguments, "--batch", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +104,7 @@ def test_records_equal_editing_one_at_a_time(method, finished, place):
             method=method,
             statistics=statistics,
             contexts=contexts,
-            settings=few_steps(model.config),
+            settings=default_settings(model.config),
             measure=True,
         )
         perplexity = sentence_perplexity(Runner(model), tokenizer, SENTENCES[:3])
@@ -136,7 +129,7 @@ def test_dual_shares_values_with_c_rome(finished, place, tmp_path):
     for one, two in zip(c_rome, dual, strict=True):
         assert one["update_norm"] == pytest.approx(alone[one["subject"]]["update_norm"], rel=2e-3)
         if one["first_token"]:
-            assert two["probability"] > 1.1 * one["probability"]
+            assert two["probability"] > 2 * one["probability"]
             assert two["update_norm"] > one["update_norm"]
         else:
             assert two == one | {"method": "dual"}
