@@ -129,7 +129,8 @@ def test_batches_equal_the_baseline(parts, count):
 
     Four steps of Adam carry the float32 rounding of this model, whose hidden states have outliers, to 1e-4 of ΔW
     (2e-6 after one step, either path). So the algebra is compared in float64. In float32, measured for batches of 1 and
-    7: ours 6.5e-5 and 1.2e-4 from float64, the loop 2.3e-5 and 4.8e-5; the cause is not found, and the last assertion fails.
+    7: ours 6.5e-5 and 1.2e-4 from float64, the loop 2.3e-5 and 4.8e-5. The cause is
+    not found, and the last assertion fails.
     """
     model, tokenizer, statistics, contexts, *_ = parts
     layer = default_layer(model.config)
