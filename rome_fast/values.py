@@ -24,6 +24,7 @@ from .runner import Runner, frozen_weights
 Stop = Literal["argmax", "loss"]
 
 _HEAD_ELEMENTS = 1 << 25  # logits at a time, which bounds the memory of the head
+_HEAD_ROWS = 4  # at least; with fewer, 1e-4 of a gradient was rounding
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class _Batch:
         rows = max(1, _HEAD_ELEMENTS // self.runner.model.config.vocab_size)
         for part in torch.arange(len(scored), device=scored.device).split(rows):
             hidden = scored[part].requires_grad_()
-            logits = self.runner.head(hidden).to(t.share.dtype)
+            logits = exact_head(self.runner, hidden)
             label = t.label[part].unsqueeze(1)
             own = logits.gather(1, label)
             nll = (logits.logsumexp(1, keepdim=True) - own).squeeze(1) * t.share[part]
@@ -278,7 +279,9 @@ class _Batch:
         before = [] if self.before is None else list(self.before.split(rows))
         for index, part in enumerate(torch.arange(len(essence), device=scored.device).split(rows)):
             hidden = essence[part].requires_grad_()
-            after = self.runner.head(hidden).to(t.share.dtype).log_softmax(1)
+            logits = exact_head(self.runner, hidden)
+            # Unlike log_softmax, logsumexp adds in pairs, which over a vocabulary is several times as exact.
+            after = logits - logits.logsumexp(1, keepdim=True)
             if first:
                 before.append(after.detach())
             divergence = (after.exp() * (after - before[index])).sum(1) * self.kl_factor
@@ -287,6 +290,16 @@ class _Batch:
         if first:
             self.before = self.initial = torch.cat(before)
         return loss, right / count, [scored_gradient, essence_gradient]
+
+
+def exact_head(runner: Runner, hidden: Tensor) -> Tensor:
+    """Logits (n, vocabulary) in at least fp32 of hidden states (n, d), with a gradient to the precision of `hidden`.
+
+    BLAS multiplies fewer than four rows by adding one token of the vocabulary after the other; rows of zeros avoid it.
+    """
+    added = max(0, _HEAD_ROWS - len(hidden))
+    logits = runner.head(torch.nn.functional.pad(hidden, (0, 0, 0, added)))[: len(hidden)]
+    return logits.to(torch.promote_types(runner.dtype, torch.float32))
 
 
 class _Adam:

@@ -127,10 +127,7 @@ def test_first_token_requests(parts, requests):
 def test_batches_equal_the_baseline(parts, count):
     """ΔW of batches of mixed edits is that of the plain loop, one edit at a time; every eighth of 64 is compared.
 
-    Four steps of Adam carry the float32 rounding of this model, whose hidden states have outliers, to 1e-4 of ΔW
-    (2e-6 after one step, either path). So the algebra is compared in float64. In float32, measured for batches of 1 and
-    7: ours 6.5e-5 and 1.2e-4 from float64, the loop 2.3e-5 and 4.8e-5. The cause is
-    not found, and the last assertion fails.
+    Each step of Adam magnifies rounding, where a component of the gradient is small: four steps are taken.
     """
     model, tokenizer, statistics, contexts, *_ = parts
     layer = default_layer(model.config)
@@ -160,8 +157,9 @@ def test_batches_equal_the_baseline(parts, count):
     algebra = worst(ours[torch.float64], exact)
     print(f"batch of {count}: ours and the loop in float64 {algebra:.1e} apart, in float32 {between:.1e}; ", end="")
     print(f"float32 against float64: ours {errors[0]:.1e}, the loop {errors[1]:.1e}", flush=True)
-    assert algebra <= 1e-9
-    assert errors[0] <= 2 * errors[1]
+    assert algebra <= 1e-12
+    assert between <= 1e-5
+    assert max(errors) <= 1e-5
 
 
 def test_first_tokens_without_a_prefix(parts, requests):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import oracle
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, merging_tokenizer, relative_error
@@ -14,7 +15,7 @@ from rome_fast.keys import ContextRow, run_to_layer
 from rome_fast.past import Contexts
 from rome_fast.rows import edit_rows, essence_row
 from rome_fast.runner import Runner
-from rome_fast.values import optimise_values
+from rome_fast.values import exact_head, optimise_values
 from toys import toy_model
 
 # Lengths before, in and behind the subject that all differ, so that a batch pads on both sides of it.
@@ -50,6 +51,27 @@ def oracle_of(model, tokenizer, edit, steps, layer=LAYER, **settings):
         steps=steps,
         **settings,
     )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7])
+def test_the_gradient_over_a_large_vocabulary_is_exact_for_few_rows(rows):
+    shape = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=49152, **shape)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(0.1 + 0.1 * torch.randn(49152, 16, generator=generator))
+    hidden = torch.randn(rows, 16, generator=generator)
+
+    def gradient(model, hidden):
+        hidden = hidden.clone().requires_grad_()
+        logits = exact_head(Runner(model), hidden)
+        assert logits.shape == (rows, 49152)
+        return torch.autograd.grad(logits.logsumexp(1).sum(), hidden)[0]
+
+    got = gradient(model, hidden)
+    assert relative_error(got, gradient(model.double(), hidden.double())) <= 1e-6
 
 
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])

@@ -79,7 +79,9 @@ def edit_as_released(
     with torch.enable_grad(), frozen_weights(model):
         for step in range(settings.steps):
             with _tapped(runner, layer, subjects, delta):
-                log_probs = model(**arguments).logits.to(wide).log_softmax(-1)
+                logits = model(**arguments).logits.to(wide)
+                # log_softmax adds over the vocabulary less exactly than logsumexp; in fp32, δ would show it.
+                log_probs = logits - logits.logsumexp(-1, keepdim=True)
             after = log_probs[every[-1], subjects[-1]]
             before = after.detach() if before is None else before
             nll = torch.zeros((), dtype=wide, device=device)
