@@ -28,7 +28,7 @@ from .records import Record
 from .rows import check_tokenizer
 from .runner import Runner, evaluating
 from .statistics import LayerStatistics, Statistics, first_token_statistics
-from .values import ValueSettings
+from .values import ValueSettings, compute_dtype
 from .weights import Link, OnRead, align_, check_link
 
 _CHECKED_AT_ONCE = 1 << 20  # elements; a sum in fp32 copies what it sums
@@ -75,6 +75,7 @@ class EditResult:
             "layer": self.records[0].layer,
             "schedule": self.schedule,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "compute_dtype": str(compute_dtype(Runner(self.model), self.settings)).removeprefix("torch."),
             "edits": [record.to_json() for record in self.records],
             "contexts": list(self.contexts),
             "settings": asdict(self.settings),

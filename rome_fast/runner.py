@@ -8,6 +8,7 @@ behind a row cannot reach it and no padding mask is needed: results do not depen
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import ModelError
 from .models import family_of
+from .products import in_dtype, usual_dtype
 from .weights import Stream
 
 
@@ -52,6 +54,18 @@ class Runner:
         self.layers = self.family.layers(model)
         self._embedding: Tensor = model.get_input_embeddings().get_parameter("weight")
         self._eager = getattr(model.config, "_attn_implementation", None) == "eager"
+        self._compute_dtype: torch.dtype | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which products with weights are taken, see `rome_fast.products`."""
+        return self._compute_dtype or usual_dtype(self.device, self.dtype)
+
+    def computing_in(self, dtype: torch.dtype) -> "Runner":
+        """The same model, its products with weights taken in another dtype."""
+        runner = copy(self)
+        runner._compute_dtype = dtype
+        return runner
 
     def projection(self, layer: int) -> nn.Module:
         """The down-projection module of a layer."""
@@ -138,7 +152,8 @@ class Runner:
             mask = causal_mask(hidden.shape[1], hidden.dtype, hidden.device)
 
         def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
-            out = layer(hidden, attention_mask=mask, past_key_values=past, use_cache=past is not None, **arguments)
+            with in_dtype(self.compute_dtype, self.dtype):
+                out = layer(hidden, attention_mask=mask, past_key_values=past, use_cache=past is not None, **arguments)
             return out[0] if isinstance(out, tuple) else out
 
         if self.stream is not None and torch.is_grad_enabled() and hidden.requires_grad:
@@ -150,7 +165,8 @@ class Runner:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocabulary) of the last layer's hidden states (…, d)."""
-        return self.family.head(self.model, hidden)
+        with in_dtype(self.compute_dtype, self.dtype):
+            return self.family.head(self.model, hidden)
 
     def _positions(self, time: int, positions: Tensor | None) -> Tensor:
         return torch.arange(time, device=self.device).unsqueeze(0) if positions is None else positions

@@ -10,7 +10,7 @@ where a target token or the KL term needs them. The edits of a batch are indepen
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from torch import Tensor
 from .errors import ArgumentError
 from .keys import RowStates
 from .past import attention_mask
+from .products import multiplies_fast
 from .rows import Row
 from .runner import Runner, frozen_weights
 
 Stop = Literal["argmax", "loss"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _HEAD_ELEMENTS = 1 << 25  # logits at a time, which bounds the memory of the head
 _HEAD_ROWS = 4  # at least; with fewer, 1e-4 of a gradient was rounding
@@ -40,6 +42,9 @@ class ValueSettings:
     stop_loss: float = 0.05  # of stop="loss"
     margin: int = 4  # further steps after the target first leads
     draft_rows: int = 5  # of stop="argmax": first steps on as many rows, the last ones on all; 0 for all from the start
+    # Of the products with weights while δ is optimised; δ, its optimiser and the loss are in fp32. "auto": bfloat16 for
+    # an fp32 model where the device multiplies it fast; else as everywhere (see `rome_fast.products`).
+    compute_dtype: ComputeDtype = "auto"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.margin < 0 or self.draft_rows < 0:
@@ -47,6 +52,9 @@ class ValueSettings:
             raise ArgumentError(f"settings: got {got}, wanted at least 1, 0 and 0")
         if self.stop not in ("argmax", "loss"):
             raise ArgumentError(f"settings: got stop {self.stop!r}, wanted 'argmax' or 'loss'")
+        if self.compute_dtype not in get_args(ComputeDtype):
+            wanted = ", ".join(map(repr, get_args(ComputeDtype)))
+            raise ArgumentError(f"settings: got compute_dtype {self.compute_dtype!r}, wanted one of {wanted}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ def optimise_values(
     `states` holds them one edit after the other. `base_values` (edits, d) are the v₀.
     """
     wide = torch.promote_types(runner.dtype, torch.float32)
+    runner = runner.computing_in(compute_dtype(runner, settings))
     search = _Search(base_values.to(wide), settings)
     edits, count = list(range(len(rows))), len(rows[0])
     drafted = draft_rows(count, settings)
@@ -99,6 +108,15 @@ def optimise_values(
     # A draft has had its margin of steps.
     search.run(batch, edits, settings.steps, 0 if drafted else settings.margin, settle=True)
     return search.values
+
+
+def compute_dtype(runner: Runner, settings: ValueSettings) -> torch.dtype:
+    """In which dtype products with weights are taken while a δ is optimised."""
+    if settings.compute_dtype != "auto":
+        return getattr(torch, settings.compute_dtype)
+    if runner.dtype == torch.float32 and multiplies_fast(runner.device, torch.bfloat16):
+        return torch.bfloat16
+    return runner.compute_dtype
 
 
 def draft_rows(count: int, settings: ValueSettings) -> list[int]:

@@ -20,6 +20,12 @@ def seed():
     return 0
 
 
+@pytest.fixture(autouse=True)
+def products_in_fp32(monkeypatch):
+    """Values of fp32 models are optimised in fp32 by default, also on machines that multiply bfloat16 faster."""
+    monkeypatch.setattr("rome_fast.values.multiplies_fast", lambda device, dtype: False)
+
+
 @pytest.fixture(scope="session")
 def toy_tokenizers():
     """The toy tokenizers by whether they add BOS. Shared: not to be changed."""

@@ -1,0 +1,90 @@
+"""Products with weights, in the dtype that the device multiplies fast.
+
+A CPU without bfloat16 instructions multiplies bfloat16 several times slower than fp32, and a GPU fp32 many times slower
+than bfloat16. So a product may be taken in another dtype than its weight has: weights are converted as they are
+needed, a part at a time, and again for the backward pass, so that no second copy of the model is ever there.
+Activations keep their dtype from layer to layer.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_HALF = (torch.bfloat16, torch.float16)
+# Elements of a weight converted at a time; on a CPU they should stay in its cache until they are multiplied.
+_PART, _PART_OF_CPU = 1 << 27, 1 << 22
+
+
+@cache
+def multiplies_fast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has instructions for products in a 16-bit dtype."""
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if dtype == torch.bfloat16 else ()
+    return any(getattr(torch.cpu, name, bool)() for name in (*names, "_is_amx_fp16_supported"))
+
+
+def usual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype for products with weights of `dtype`: their own, but fp32 where a CPU has no instructions for it."""
+    slow = dtype in _HALF and device.type == "cpu" and not multiplies_fast(device, dtype)
+    return torch.float32 if slow else dtype
+
+
+def in_dtype(dtype: torch.dtype, weights: torch.dtype) -> AbstractContextManager[Any]:
+    """In this block, linear layers with weights of dtype `weights`, unless they are trained, multiply in `dtype`."""
+    return nullcontext() if dtype == weights else _Converted(dtype, weights)
+
+
+class _Converted(TorchFunctionMode):
+    def __init__(self, dtype: torch.dtype, weights: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.weights = dtype, weights
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # nn.Linear calls the first, the Conv1D of GPT-2 the second.
+        if function is torch.nn.functional.linear and not kwargs:
+            x, weight, bias = (*args, None)[:3]
+            weight = weight.t()
+        elif function is torch.addmm and not kwargs:
+            bias, x, weight = args
+        else:
+            return function(*args, **(kwargs or {}))
+        trained = weight.requires_grad and torch.is_grad_enabled()
+        if weight.dtype != self.weights or x.dtype != self.weights or trained:
+            return function(*args)
+        out = _Product.apply(x, weight, self.dtype)
+        return out if bias is None else out + bias
+
+
+class _Product(torch.autograd.Function):
+    """x (…, n) times a frozen weight (n, m)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = dtype
+        return _multiply(x, weight, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _multiply(gradients[0], weight.t(), ctx.dtype), None, None
+
+
+def _multiply(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (…, n) times weight (n, m), multiplied and added in `dtype`; the result has the dtype of x."""
+    out = x.new_empty(*x.shape[:-1], weight.shape[1])
+    rows, into = x.reshape(-1, x.shape[-1]).to(dtype), out.view(-1, weight.shape[1])
+    step = max(1, (_PART_OF_CPU if x.device.type == "cpu" else _PART) // weight.shape[0])
+    for start in range(0, weight.shape[1], step):
+        into[:, start : start + step] = rows @ weight[:, start : start + step].to(dtype)
+    return out
