@@ -136,6 +136,7 @@ class Stream:
         self._hooks.clear()
         if self._reader is not None:
             self._reader.close()
+        self._loader.close()
         for block in self._parts.blocks:
             self._unbind(block)
         self._files.close()

@@ -304,9 +304,11 @@ def content(source, block):
     return memory
 
 
+@pytest.mark.parametrize("part", [1000, 1 << 24])
 @pytest.mark.parametrize("times", [1, 1.5, 2, 3.7, 10])
-def test_whatever_is_taken_in_whatever_order_is_right(times, source, blocks, reader):
+def test_whatever_is_taken_in_whatever_order_is_right(times, part, source, blocks, reader, monkeypatch):
     """Expected or not, again and again, with expectations that come true, come late or are wrong."""
+    monkeypatch.setattr("rome_fast.weights.reader._PART_BYTES", part)
     generator = torch.Generator().manual_seed(int(times * 10))
     ahead, contents = reader(times), [content(source, block) for block in blocks]
     order = torch.randint(len(blocks), (300,), generator=generator).tolist()
