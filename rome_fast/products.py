@@ -2,7 +2,7 @@
 
 A CPU without bfloat16 instructions multiplies bfloat16 several times slower than fp32, and a GPU fp32 many times slower
 than bfloat16. So a product may be taken in another dtype than its weight has: weights are converted as they are
-needed, a part at a time, and again for the backward pass, so that no second copy of the model is ever there.
+needed, a part at a time, and again for the backward pass, so that there is never a second copy of the model.
 Activations keep their dtype from layer to layer.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _HALF = (torch.bfloat16, torch.float16)
-# Elements of a weight converted at a time; on a CPU they should stay in its cache until they are multiplied.
+# Elements of a factor converted at a time; on a CPU they should stay in its cache until they are multiplied.
 _PART, _PART_OF_CPU = 1 << 27, 1 << 22
 
 
@@ -83,8 +83,9 @@ class _Product(torch.autograd.Function):
 def _multiply(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x (…, n) times weight (n, m), multiplied and added in `dtype`; the result has the dtype of x."""
     out = x.new_empty(*x.shape[:-1], weight.shape[1])
-    rows, into = x.reshape(-1, x.shape[-1]).to(dtype), out.view(-1, weight.shape[1])
     step = max(1, (_PART_OF_CPU if x.device.type == "cpu" else _PART) // weight.shape[0])
-    for start in range(0, weight.shape[1], step):
-        into[:, start : start + step] = rows @ weight[:, start : start + step].to(dtype)
+    for rows, into in zip(x.reshape(-1, x.shape[-1]).split(step), out.view(-1, out.shape[-1]).split(step), strict=True):
+        converted = rows.to(dtype)
+        for part, piece in zip(weight.split(step, 1), into.split(step, 1), strict=True):
+            piece.copy_(converted @ part.to(dtype))
     return out

@@ -176,7 +176,7 @@ def collect(
         about |= {"corpus_sha256": reading.corpus.hexdigest(), "torch": torch.__version__}
         entries = []
         for layer, total in sums.totals.items():
-            moment = (mirror_lower_(total) / seen).float().cpu()
+            moment = mirror_lower_(total).div_(seen).float().cpu()
             _check_finite(layer, moment)
             entries.append(LayerStatistics(layer, moment, seen, fingerprints[layer], dict(about)))
         statistics = Statistics(entries)

@@ -39,16 +39,17 @@ class LayerStatistics:
         if self._factor is not None and self._factor[:2] == (device, ridge):
             return self._factor[2]
         width = self.moment.shape[0]
-        moment = self.moment.to(device, torch.float64)
-        if not bool(torch.isfinite(moment).all()):
+        if not bool(torch.isfinite(self.moment).all()):
             raise StatisticsError(f"statistics: C of layer {self.layer} contains NaN or infinity; collect it again")
         if not ridge and self.tokens < width:
             raise StatisticsError(
                 f"statistics: C of layer {self.layer} is singular: it saw {self.tokens} tokens for {width} dimensions; "
-                f"collect at least {2 * width}, or take a ridge ({_remedy(moment)}) or statistics='identity'"
+                f"collect at least {2 * width}, or take a ridge ({_remedy(self.moment)}) or statistics='identity'"
             )
-        lower, info = torch.linalg.cholesky_ex(_ridged(moment, ridge))
+        # With wide layers this is the most memory that an edit needs: one copy, and what comes out of it.
+        lower, info = torch.linalg.cholesky_ex(_ridged(self.moment.to(device), ridge))
         if int(info):
+            moment = self.moment.to(device)
             raise StatisticsError(
                 f"statistics: C of layer {self.layer} is singular (Cholesky stops at pivot {int(info)} of {width}, "
                 f"which is {_pivot(_ridged(moment, ridge), int(info)):.1e} where the diagonal is "
@@ -80,9 +81,10 @@ def check_ridge(ridge: float) -> None:
 
 
 def _ridged(moment: Tensor, ridge: float) -> Tensor:
-    if not ridge:
-        return moment
-    return moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    """A copy in fp64, the ridge added."""
+    out = moment.to(torch.float64, copy=True)
+    out.diagonal().add_(ridge * out.diagonal().mean())
+    return out
 
 
 def _pivot(matrix: Tensor, place: int) -> float:
