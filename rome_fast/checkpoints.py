@@ -165,7 +165,7 @@ def outline(
         # A sum in fp64 and a mean in fp32 each, and one sum twice.
         occupied = (12 * collecting + 8) * width**2
     if memory is not None and target.type == "cpu":
-        occupied += _anonymous_bytes()
+        occupied += anonymous_bytes()
     budget = int(_FREE_SHARE * free_memory(target)) if memory is None else parse_bytes(memory)
     size = sum(entry.end - entry.begin for entry in checkpoint.entries.values())
     if size * 9 // 8 + occupied <= budget:
@@ -238,7 +238,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _anonymous_bytes() -> int:
+def anonymous_bytes() -> int:
     """What this process holds by now; 0 where the system does not say."""
     try:
         with open("/proc/self/status", encoding="ascii") as lines:

@@ -337,7 +337,7 @@ def test_a_sum_that_is_not_positive_definite_is_refused():
 
 def test_a_streamed_edit_has_the_bytes_of_a_resident_one(tmp_path, toy_tokenizers, monkeypatch):
     source = save_toy(tmp_path / "source", toy_model("llama"), toy_tokenizers[False], max_shard_size="100KB")
-    monkeypatch.setattr(checkpoints, "_anonymous_bytes", lambda: 0)
+    monkeypatch.setattr(checkpoints, "anonymous_bytes", lambda: 0)
     usual = {
         "method": "dual",
         "statistics": "identity",
@@ -363,7 +363,7 @@ def test_a_streamed_edit_has_the_bytes_of_a_resident_one(tmp_path, toy_tokenizer
 
 def test_a_plan_counts_the_pass_over_the_vocabulary(tmp_path, toy_tokenizers, monkeypatch):
     source = save_toy(tmp_path / "source", toy_model("llama"), toy_tokenizers[False], max_shard_size="100KB")
-    monkeypatch.setattr(checkpoints, "_anonymous_bytes", lambda: 0)
+    monkeypatch.setattr(checkpoints, "anonymous_bytes", lambda: 0)
     usual = {"statistics": "identity", "layer": LAYER, "contexts": CONTEXTS, "memory": 220_000}
     one = plan(source, START, method="c-rome", **usual)
     two = plan(source, START, method="dual", **usual)

@@ -20,7 +20,7 @@ def source(tmp_path, toy_tokenizers):
 @pytest.fixture
 def no_process(monkeypatch):
     """As if the process itself took nothing: budgets of toys are smaller than it."""
-    monkeypatch.setattr(checkpoints, "_anonymous_bytes", lambda: 0)
+    monkeypatch.setattr(checkpoints, "anonymous_bytes", lambda: 0)
 
 
 @pytest.mark.parametrize("schedule", ["joint", "sequential"])

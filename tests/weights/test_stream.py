@@ -84,7 +84,7 @@ def test_every_budget_gives_the_same_bytes(schedule, source, tmp_path):
         memory = start + (stop - start) * i // 3
         # As if the process itself took nothing, or nothing would stay resident under so small a budget.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints, "_anonymous_bytes", lambda memory=memory: -memory // 8)
+            patch.setattr(checkpoints, "anonymous_bytes", lambda memory=memory: -memory // 8)
             kept = checkpoints.outline(source, memory=memory, layer=LAYER, identity=True).placement
             streamed += kept is not None
             result = apply_edits(source, [START, END], out=tmp_path / f"out {i}", memory=memory, **usual)
