@@ -20,7 +20,10 @@ _MOST_PADDING = 0.1
 
 
 class Shaped(Protocol):
-    """What is asked of a request: how many rows, and positions before and from the subject's last token on."""
+    """What is asked of a request: how many rows, and positions before and from the subject's last token on.
+
+    Of those before, `middle` are its own and the others its contexts'.
+    """
 
     @property
     def rows(self) -> Sequence[object]: ...
@@ -28,6 +31,8 @@ class Shaped(Protocol):
     def suffix(self) -> int: ...
     @property
     def before(self) -> int: ...
+    @property
+    def middle(self) -> int: ...
 
 
 class BatchSizer:
@@ -46,14 +51,16 @@ class BatchSizer:
         spare = self.runner.spare_bytes
         budget = _SHARE * free_memory(self.runner.device) if spare is None else spare
         most = _MOST_POSITIONS.get(self.runner.device.type, _ENOUGH_POSITIONS)
-        size, suffix, before, used = 0, 0, 0, 0
+        size, suffix, before, middle, used = 0, 0, 0, 0, 0
         for request in waiting:
             suffix, before = max(suffix, request.suffix), max(before, request.before)
+            middle = max(middle, request.middle)
             used += request.suffix
             rows = (size + 1) * len(request.rows)
             padded = used < (1 - _MOST_PADDING) * (size + 1) * suffix
             other = len(request.rows) != len(waiting[0].rows)
-            if size and (other or padded or rows * suffix > most or rows * self._row_bytes(suffix, before) > budget):
+            needed = rows * self._row_bytes(suffix, before, middle)
+            if size and (other or padded or rows * suffix > most or needed > budget):
                 break
             size += 1
         return size if self.limit is None else min(size, self.limit)
@@ -78,21 +85,20 @@ class BatchSizer:
         if self.runner.device.type == "cuda" and self.limit is not None:
             torch.cuda.empty_cache()
 
-    def _row_bytes(self, suffix: int, before: int) -> int:
+    def _row_bytes(self, suffix: int, before: int, middle: int) -> int:
         """Activations kept for the backward pass, and attention keys and values with their working copies."""
         config = self.runner.model.config
         hidden, key_size = self.runner.weight(0).shape
         heads = config.num_attention_heads
         shared = getattr(config, "num_key_value_heads", None) or heads
         past = 2 * hidden * shared // heads
-        per_position = 10 * hidden + 5 * key_size
-        per_attended = 2 * hidden + 2 * past
+        # A layer sees the keys and values of all positions, and may repeat them for every head.
+        running = suffix * (10 * hidden + 5 * key_size) + (before + suffix) * (2 * hidden + 2 * past)
         size = self.runner.dtype.itemsize
         if self.runner.spare_bytes is None:
-            return self.layers * size * (suffix * per_position + (before + suffix) * per_attended)
+            return self.layers * size * (running + middle * past)
         # Of a streamed model the input of every layer is kept and the past; more only of the layer that runs.
-        running = suffix * per_position + (before + suffix) * per_attended
-        return size * (running + self.layers * (suffix * hidden + before * past))
+        return size * (running + self.layers * (suffix * hidden + middle * past))
 
 
 def in_batches(sizer: BatchSizer, group: Sequence[Shaped]) -> Iterator[list[int]]:

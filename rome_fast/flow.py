@@ -49,6 +49,7 @@ class Request:
     edit: Edit
     rows: list[ContextRow]  # the unprefixed one first where the method uses it; the essence row last
     needs_prefix: bool
+    middle: int  # positions of its own before the subject's last token: those of the row without a context
     # The row without a context as a request of its own, where the method gives it a key and a value of its own.
     bare: "Request | None" = None
 
@@ -74,8 +75,9 @@ def tokenise(
     if how.rows == "prefixed" and alone:
         rows = rows[1:]
     essence = ContextRow(essence_row(tokenizer, edit), 0)
-    bare = Request(edit, [ContextRow(unprefixed, 0), essence], alone) if how.bare and alone else None
-    return Request(edit, [*rows, essence], alone, bare)
+    middle = unprefixed.subject
+    bare = Request(edit, [ContextRow(unprefixed, 0), essence], alone, middle) if how.bare and alone else None
+    return Request(edit, [*rows, essence], alone, middle, bare)
 
 
 def bare_requests(group: Sequence[Request]) -> list[Request]:

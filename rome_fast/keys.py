@@ -90,12 +90,7 @@ def run_to_layer(runner: Runner, contexts: Contexts, rows: Sequence[ContextRow],
             past=recorder,
         )
     in_middle = torch.arange(middle, device=device) < subject.unsqueeze(1)
-    keys, values = {}, {}
-    for above in range(layer + 1, len(runner.layers)):
-        past_keys, past_values = context_past.of_layer(above)
-        keys[above] = torch.cat([past_keys, recorder.keys[above]], 2) if middle else past_keys
-        values[above] = torch.cat([past_values, recorder.values[above]], 2) if middle else past_values
-    past = FrozenPast(keys, values, torch.cat([in_context, in_middle], 1))
+    past = FrozenPast(context_past, recorder.keys, recorder.values, torch.cat([in_context, in_middle], 1))
 
     width = max(len(r.row.inputs) - r.row.subject for r in rows)
     at = (subject.unsqueeze(1) + torch.arange(width, device=device)).clamp(max=time - 1)

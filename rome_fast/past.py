@@ -46,17 +46,27 @@ class ContextPast:
 
 @dataclass(frozen=True)
 class FrozenPast:
-    """Keys and values of all positions before the subject's last token, by layer (rows, heads, past, head size)."""
+    """Keys and values of all positions before the subject's last token: those of the contexts, and behind them a row's.
 
-    keys: dict[int, Tensor]
+    The contexts' are stored once for all rows, and put before a row's own whenever a layer asks.
+    """
+
+    shared: ContextPast
+    keys: dict[int, Tensor]  # by layer (rows, heads, middle, head size); no layers where no row has a middle
     values: dict[int, Tensor]
-    seen: Tensor  # (rows, past) bool: false on padding
+    seen: Tensor  # (rows, longest context + middle) bool: false on padding
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys[layer], keys], 2), torch.cat([self.values[layer], values], 2)
+        past_keys, past_values = self.shared.of_layer(layer)
+        own = layer in self.keys
+        return (
+            torch.cat([past_keys, self.keys[layer], keys] if own else [past_keys, keys], 2),
+            torch.cat([past_values, self.values[layer], values] if own else [past_values, values], 2),
+        )
 
     def rows(self, index: Tensor) -> "FrozenPast":
         return FrozenPast(
+            ContextPast(self.shared.contexts, self.shared.index[index]),
             {layer: k[index] for layer, k in self.keys.items()},
             {layer: v[index] for layer, v in self.values.items()},
             self.seen[index],

@@ -17,6 +17,7 @@ from toys import toy_model
 class Shape:
     suffix: int
     before: int = 10
+    middle: int = 4
     rows: list[int] = field(default_factory=lambda: [0] * 5)
 
 

@@ -4,12 +4,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ArgumentError
 from ..rows import encode
 from ..runner import Runner
 from .isolated import RowUpdates, final_states
+
+# Enough for the head, which is read as a whole each time, and logits of a size that a CPU's memory bears.
+_HEAD_POSITIONS = 512
 
 
 def sentence_perplexity(runner: Runner, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> float:
@@ -43,12 +47,21 @@ def _perplexities(
     uses = [(row, edit) for edit in edits for row in range(len(rows))]
     perplexities = [0.0] * len(uses)
     for some, hidden in final_states(runner, rows, uses, updates):
-        for r, use in enumerate(some):
-            ids = rows[uses[use][0]]
-            logits = runner.head(hidden[r, : len(ids) - 1])
-            labels = torch.tensor(ids[1:], device=logits.device)
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            nll = float(torch.nn.functional.cross_entropy(wide, labels))
+        texts = [rows[uses[use][0]] for use in some]
+        lengths = torch.tensor([len(ids) - 1 for ids in texts], device=hidden.device)
+        scored = hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)]
+        labels = torch.tensor([label for ids in texts for label in ids[1:]], device=hidden.device)
+        parts = zip(scored.split(_HEAD_POSITIONS), labels.split(_HEAD_POSITIONS), strict=True)
+        losses = torch.cat([_losses(runner, *part) for part in parts])
+        for use, own in zip(some, losses.split(lengths.tolist()), strict=True):
+            nll = float(own.mean())
             perplexities[use] = math.exp(nll) if nll < 700 else math.inf
     means = [sum(perplexities[i : i + len(rows)]) / len(rows) for i in range(0, len(uses), len(rows))]
     return [math.inf if math.isnan(mean) else mean for mean in means]
+
+
+def _losses(runner: Runner, hidden: Tensor, labels: Tensor) -> Tensor:
+    """(n,) -log P of each label (n,) at hidden states (n, d)."""
+    logits = runner.head(hidden)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, labels, reduction="none")
