@@ -6,6 +6,7 @@ needed, a part at a time, and again for the backward pass, so that there is neve
 Activations keep their dtype from layer to layer.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 _HALF = (torch.bfloat16, torch.float16)
 # Elements of a factor converted at a time; on a CPU they should stay in its cache until they are multiplied.
 _PART, _PART_OF_CPU = 1 << 27, 1 << 22
+
+_rooms = threading.local()
 
 
 @cache
@@ -85,7 +88,26 @@ def _multiply(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     out = x.new_empty(*x.shape[:-1], weight.shape[1])
     step = max(1, (_PART_OF_CPU if x.device.type == "cpu" else _PART) // weight.shape[0])
     for rows, into in zip(x.reshape(-1, x.shape[-1]).split(step), out.view(-1, out.shape[-1]).split(step), strict=True):
-        converted = rows.to(dtype)
+        converted = _converted("rows", rows, dtype)
         for part, piece in zip(weight.split(step, 1), into.split(step, 1), strict=True):
-            piece.copy_(converted @ part.to(dtype))
+            product = _room("product", piece.shape, dtype, x.device)
+            piece.copy_(torch.mm(converted, _converted("part", part, dtype), out=product))
     return out
+
+
+def _converted(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in another dtype, laid out in memory as the matrix is; valid until the next one of that name."""
+    transposed = matrix.stride(0) == 1
+    across = matrix.t() if transposed else matrix
+    copy = _room(name, across.shape, dtype, matrix.device).copy_(across)
+    return copy.t() if transposed else copy
+
+
+def _room(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that is kept, for one use of its name at a time: large pieces taken and given back again would scatter."""
+    key, size = (name, dtype, device), shape.numel()
+    kept = _rooms.__dict__.setdefault("kept", {})
+    if key not in kept or len(kept[key]) < size:
+        kept.pop(key, None)
+        kept[key] = torch.empty(size, dtype=dtype, device=device)
+    return kept[key][:size].view(shape)

@@ -60,7 +60,8 @@ def wheel(sources, **environment):
 
 def install(path, folder, python=sys.executable):
     """What the wheel holds, as pip of that Python lays it out in `folder`."""
-    command = [python, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(folder), str(path)]
+    options = ("--no-deps", "--no-index", "--no-compile", "--target", str(folder))
+    command = [python, "-m", "pip", "install", *options, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

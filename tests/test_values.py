@@ -53,7 +53,7 @@ def oracle_of(model, tokenizer, edit, steps, layer=LAYER, **settings):
     )
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 7])
+@pytest.mark.parametrize("rows", [1, 3, 5])
 def test_the_gradient_over_a_large_vocabulary_is_exact_for_few_rows(rows):
     shape = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=49152, **shape)
