@@ -1,13 +1,22 @@
-"""Edit facts in language models at kernel speed, without collapsing them."""
+"""Edit facts in language models at kernel speed, without collapsing them.
 
-from .delta import Delta
-from .editor import EditResult, apply_edits
-from .edits import Edit, load_edits
-from .errors import RomeFastError
-from .planning import Plan, plan
-from .records import Record
-from .statistics import Statistics, collect_statistics
-from .values import ValueSettings
+Public names load what they need when they are first asked for: transformers alone takes seconds, which neither
+`rome-fast --help` nor a program that uses only `rome_fast.kernels` has to wait for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import kernels
+    from .delta import Delta
+    from .editor import EditResult, apply_edits
+    from .edits import Edit, load_edits
+    from .errors import RomeFastError
+    from .planning import Plan, plan
+    from .records import Record
+    from .statistics import Statistics, collect_statistics
+    from .values import ValueSettings
 
 __all__ = [
     "Delta",
@@ -20,6 +29,35 @@ __all__ = [
     "ValueSettings",
     "apply_edits",
     "collect_statistics",
+    "kernels",
     "load_edits",
     "plan",
 ]
+
+_HOMES = {
+    "Delta": "delta",
+    "Edit": "edits",
+    "EditResult": "editor",
+    "Plan": "planning",
+    "Record": "records",
+    "RomeFastError": "errors",
+    "Statistics": "statistics",
+    "ValueSettings": "values",
+    "apply_edits": "editor",
+    "collect_statistics": "statistics",
+    "load_edits": "edits",
+    "plan": "planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "kernels":
+        return import_module(".kernels", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

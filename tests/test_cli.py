@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -246,6 +248,22 @@ def test_help_lists_the_verbs(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(re.search(rf"^ +{verb}\b", text, re.MULTILINE) for verb in VERBS)
+
+
+def test_help_waits_for_no_library():
+    """Importing transformers takes seconds; only public names that need it load it."""
+    code = """
+import sys, rome_fast, rome_fast.cli
+try:
+    rome_fast.cli.main(["edit", "--help"])
+except SystemExit:
+    pass
+print({"torch", "transformers"} & set(sys.modules), set(rome_fast.__all__) - set(dir(rome_fast)))
+print(rome_fast.Edit.__name__, rome_fast.kernels.__name__, hasattr(rome_fast, "apply_edit"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["set() set()", "Edit rome_fast.kernels False"]
 
 
 @pytest.mark.parametrize(

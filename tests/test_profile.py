@@ -14,10 +14,10 @@ from rome_fast.bench.roofline import Roofline
 from rome_fast.bench.throughput import Setup
 from rome_fast.cli import main
 from rome_fast.contexts import sample_contexts
-from rome_fast.defaults import default_settings
 from rome_fast.edits import load_edits
 from rome_fast.flow import tokenise
 from rome_fast.runner import Runner
+from rome_fast.values import ValueSettings
 from toys import save_toy, toy_model
 
 EDITS = [
@@ -34,7 +34,9 @@ def toy(tmp_path, toy_tokenizers, monkeypatch, empty_cache):
     return tmp_path
 
 
-def test_a_profile_of_a_toy(toy, toy_tokenizers, capsys):
+def test_a_profile_of_a_toy(toy, toy_tokenizers, capsys, monkeypatch):
+    settings = ValueSettings(steps=6)
+    monkeypatch.setattr("rome_fast.bench.command.default_settings", lambda config: settings)
     arguments = ["profile", "model", "--edits", "edits.jsonl", "--identity", "--layer", str(LAYER), "--out", "found"]
     assert main([*arguments, "--json", "report.json"]) == 0
     report = json.loads((toy / "report.json").read_text())
@@ -45,7 +47,7 @@ def test_a_profile_of_a_toy(toy, toy_tokenizers, capsys):
     # Counted by stage, by operator and by another counter: the same work.
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     contexts = sample_contexts(model, tokenizer)
-    setup = Setup(model, tokenizer, contexts, LAYER, "c-rome", default_settings(model.config), None, [])
+    setup = Setup(model, tokenizer, contexts, LAYER, "c-rome", settings, None, [])
     requests = [
         tokenise(Runner(model), tokenizer, edit, contexts, setup.flow.how) for edit in load_edits("edits.jsonl")
     ]
