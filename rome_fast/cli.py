@@ -164,7 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--layer", type=int, help="default: the model's edit layer")
     study.add_argument("--sentences", type=Path, help="sentences for perplexity, one a line (default: the demo's)")
     study.add_argument("--batch", type=int, default=8, help="requests measured, and kept, at a time (default: 8)")
-    study.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    study.add_argument("--processes", type=int, help="to share the requests (default: on a CPU one a core)")
+    study.add_argument("--threads", type=int, help="CPU threads of each process (default: the cores, shared out)")
 
     profile = verb(
         "profile",

@@ -36,7 +36,7 @@ def statistics(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def truths(model, tokenizer, statistics):
-    """What the oracle says of two steps, by method: the gradient of the second is one at a δ that is not 0."""
+    """What the oracle says of three steps, by method."""
     moment = statistics.layers[LAYER].moment.double()
     return {
         method: oracle.rome(
@@ -49,7 +49,7 @@ def truths(model, tokenizer, statistics):
             method=method,
             contexts=CONTEXTS,
             second_moment=moment,
-            steps=2,
+            steps=3,
         )
         for method in oracle.METHODS
     }
@@ -72,7 +72,7 @@ def test_update_equals_the_oracle(model, tokenizer, statistics, truths, dtype, a
                 contexts=CONTEXTS,
                 method=method,
                 layer=LAYER,
-                settings=ValueSettings(steps=2, stop="loss"),
+                settings=ValueSettings(steps=3, stop="loss"),
                 guard="off",
                 unconverged="write",
                 measure=False,
@@ -95,7 +95,7 @@ def test_rome_collapses_the_model_and_c_rome_does_not(model, tokenizer, statisti
             FIRST_TOKEN,
             tokenizer=tokenizer,
             statistics=statistics,
-            contexts=CONTEXTS * 2,
+            contexts=CONTEXTS,
             method=method,
             layer=LAYER,
             guard="off",

@@ -2,8 +2,11 @@
 
 import json
 import math
+import time
+from contextlib import contextmanager
 
 import pytest
+import torch
 
 from helpers import LAYER, edited
 from rome_fast import Edit, Statistics, apply_edits, collect_statistics
@@ -12,6 +15,7 @@ from rome_fast.contexts import sample_contexts
 from rome_fast.defaults import default_settings
 from rome_fast.errors import CollapseError
 from rome_fast.evaluation import sentence_perplexity
+from rome_fast.products import multiplies_fast
 from rome_fast.runner import Runner
 from rome_fast.study import fit_limit, judge_limit
 from rome_fast.study.cases import cases_of
@@ -59,7 +63,7 @@ def place(tmp_path_factory):
     written(folder / "edits.jsonl", [*OTHERS[:2], *FIRST, *OTHERS[2:]])
     arguments = ["study", str(folder / "toy"), "--edits", str(folder / "edits.jsonl"), "--layer", str(LAYER)]
     arguments += ["--statistics", str(folder / "statistics"), "--sentences", str(folder / "sentences.txt")]
-    return folder, [*arguments, "--batch", "2"]
+    return folder, [*arguments, "--batch", "2", "--processes", "1", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +209,43 @@ def test_an_interrupted_study_goes_on(finished, place, monkeypatch, tmp_path):
     assert measured == [["Steve Jobs"]]
     for name in ("records.jsonl", "factors.jsonl", "prefix.jsonl"):
         assert (out / name).read_text() == (finished / name).read_text()
+
+
+@pytest.mark.skipif(
+    multiplies_fast(torch.device("cpu"), torch.bfloat16),
+    reason="the tests keep their own process to products in fp32, the others would multiply in bfloat16 here",
+)
+def test_processes_share_a_study(finished, place, monkeypatch, tmp_path):
+    """Two processes write what one does; this one waits with its first part until the other has written one."""
+    _, arguments = place
+    parts, original = tmp_path / "out" / "parts", Study.measure
+
+    def after_another(study, cases):
+        limit = time.monotonic() + 120
+        while not any(parts.iterdir()):
+            assert time.monotonic() < limit, "the other process has measured nothing"
+            time.sleep(0.1)
+        return original(study, cases)
+
+    monkeypatch.setattr(Study, "measure", after_another)
+    assert main([*arguments, "--processes", "2", "--out", str(tmp_path / "out")]) == 0
+    for name in ("records.jsonl", "factors.jsonl", "prefix.jsonl"):
+        assert (tmp_path / "out" / name).read_text() == (finished / name).read_text()
+    assert json.loads((tmp_path / "out" / "conditions.json").read_text())["processes"] == 2
+
+
+def test_what_a_dead_process_took_is_measured_all_the_same(finished, place, monkeypatch, tmp_path, capsys):
+    _, arguments = place
+
+    @contextmanager
+    def dying(count, work, arguments, take):
+        assert (count, take()) == (1, 0)
+        yield [-9]
+
+    monkeypatch.setattr("rome_fast.study.command.helped", dying)
+    assert main([*arguments, "--processes", "2", "--out", str(tmp_path / "out")]) == 0
+    assert "processes ended with status -9" in capsys.readouterr().out
+    assert (tmp_path / "out" / "records.jsonl").read_text() == (finished / "records.jsonl").read_text()
 
 
 def test_other_settings_are_refused(finished, place, capsys):

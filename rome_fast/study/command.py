@@ -2,14 +2,19 @@
 
 import argparse
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .. import assets, checkpoints, demo
+from ..batches import free_memory
 from ..bench.command import processor
 from ..contexts import sample_contexts
 from ..defaults import default_layer, default_settings
@@ -21,30 +26,94 @@ from ..methods import hold_first_tokens, variant
 from ..report.study import write_report
 from ..runner import Runner
 from ..statistics import Statistics, first_token_statistics
-from .cases import cases_of, leading_tokens
+from ..workers import Turns, helped
+from .cases import Case, cases_of, leading_tokens
 from .measure import COLLAPSE_RATIO, Study
 from .parts import Folder
 
 _UNSEEN_SEED = 1  # the editing contexts have 0
 _SENTENCES = 20
 _PAPER_METHODS = ("rome", "c-rome-released", "c-rome", "p-rome")
+# Of a process: its weights, what of them is converted or in use twice, and working memory.
+_WEIGHTS, _REST_BYTES = 2, 2 << 30
 
 Advance = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A study that can begin or go on."""
+
+    study: Study
+    groups: Sequence[Sequence[Case]]  # a part each
+    place: Folder
+    statistics: Statistics
+    folder: Path | None  # of the statistics
+    processes: int
+
+    def missing(self) -> list[int]:
+        return [index for index in range(len(self.groups)) if not self.place.has(index)]
+
+    def measure(self, take: Callable[[], int], advance: Advance) -> None:
+        """Measure the parts that `take` names until it names none, but for those that are there."""
+        total = sum(len(group) for group in self.groups)
+        while (index := take()) < len(self.groups):
+            if not self.place.has(index):
+                self.place.add(index, self.study.measure(self.groups[index]))
+            missing = self.missing()
+            advance(total - sum(len(self.groups[i]) for i in missing), total)
+
+
 def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[str], None]) -> dict[str, Any]:
     """Run a study or go on with it, write its report, and store the guard's limit with the statistics."""
-    if arguments.batch < 1:
-        raise ArgumentError(f"batch: got {arguments.batch}, wanted at least 1")
+    for name in ("batch", "processes", "threads"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise ArgumentError(f"{name}: got {given}, wanted at least 1")
+    job = _prepare(arguments, say)
+    study, place, turns = job.study, job.place, Turns()
+    processes = max(1, min(job.processes, len(job.missing())))
+    with helped(processes - 1, _help, arguments, turns) as failed:
+        job.measure(turns, advance)
+    if failed:
+        say(f"processes ended with status {', '.join(map(str, failed))}; what they had begun is measured here")
+    job.measure(itertools.count().__next__, advance)
+    more = {
+        "perplexity_before": study.base,
+        "device": str(study.model.device),
+        "processor": processor(study.model.device),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": checkpoints.versions(),
+    }
+    records = place.write(study.key_norms(), more)
+    guard = place.guard()
+    if job.folder and guard["threshold"] is not None:
+        job.statistics.layers[study.layer].collapse_limit = guard["threshold"]
+        job.statistics.save(job.folder)
+        say(f"the guard's limit ‖Δ‖ / ‖W‖ = {guard['threshold']:.3g} is stored with the statistics in {job.folder}")
+    for file in write_report(arguments.out):
+        say(f"wrote {file}")
+    return {**place.conditions, **more, "guard": guard, "edits": records}
+
+
+def _help(arguments: argparse.Namespace, take: Callable[[], int]) -> None:
+    """In a process of its own: measure parts, as long as there are any."""
+    _prepare(arguments, lambda line: None).measure(take, lambda done, total: None)
+
+
+def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
+    """Everything up to the first part, the same in every process of a study."""
     methods = list(dict.fromkeys(arguments.methods or _PAPER_METHODS))
     for name in methods:
         variant(name)
     edits = load_edits(arguments.edits)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     own = arguments.model is None
     model, tokenizer, directory = checkpoints.load(assets.model_dir(say) if own else arguments.model)
     runner = Runner(model)
+    processes = arguments.processes or _fitting_processes(model)
+    torch.set_num_threads(arguments.threads or max(1, _cores() // processes))
     layer = default_layer(model.config) if arguments.layer is None else arguments.layer
     fingerprint = Fingerprint.of(runner, layer)
     folder = arguments.statistics or (demo.statistics_dir(say) if own and arguments.layer is None else None)
@@ -100,30 +169,24 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
         sentences,
         sentence_perplexity(runner, tokenizer, sentences),
     )
-    done = 0
-    for index, start in enumerate(range(0, len(cases), arguments.batch)):
-        group = cases[start : start + arguments.batch]
-        if not place.has(index):
-            place.add(index, study.measure(group))
-        done += len(group)
-        advance(done, len(cases))
-    more = {
-        "perplexity_before": study.base,
-        "device": str(runner.device),
-        "processor": processor(runner.device),
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": checkpoints.versions(),
-    }
-    records = place.write(study.key_norms(), more)
-    guard = place.guard()
-    if folder and guard["threshold"] is not None:
-        entry.collapse_limit = guard["threshold"]
-        statistics.save(folder)
-        say(f"the guard's limit ‖Δ‖ / ‖W‖ = {guard['threshold']:.3g} is stored with the statistics in {folder}")
-    for file in write_report(arguments.out):
-        say(f"wrote {file}")
-    return {**conditions, **more, "guard": guard, "edits": records}
+    groups = [cases[start : start + arguments.batch] for start in range(0, len(cases), arguments.batch)]
+    return _Job(study, groups, place, statistics, folder, processes)
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fitting_processes(model: PreTrainedModel) -> int:
+    """One on a GPU, which a single process fills; on a CPU one a core, as far as the memory goes.
+
+    Products of small models gain little from a second thread: two processes of one thread measure twice as much.
+    """
+    if model.device.type != "cpu":
+        return 1
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return max(1, min(_cores(), free_memory(torch.device("cpu")) // (_WEIGHTS * weights + _REST_BYTES)))
 
 
 def _hash(*texts: str) -> str:
