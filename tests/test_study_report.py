@@ -26,6 +26,7 @@ CONDITIONS = {
     "model": "toy",
     "dtype": "float32",
     "device": "cpu",
+    "processes": 2,
     "threads": 1,
     "layer": 9,
     "statistics": "60000 tokens of Wikipedia",
