@@ -183,6 +183,7 @@ def test_command(tmp_path):
     report, table = tmp_path / "bench.json", tmp_path / "bench.csv"
     arguments = ["bench", str(directory), "--edits", str(edits), "--identity", "--baseline", "--layer", "1"]
     arguments += ["--sentences", str(sentences), "--json", str(report), "--csv", str(table)]
+    arguments += ["--keep", str(tmp_path / "kept.jsonl")]
     assert main(arguments) == 0
     assert main(arguments) == 0
     assert len(table.read_text().splitlines()) == 3

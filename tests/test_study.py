@@ -1,5 +1,6 @@
 """The collapse study on toys: its figures against single edits, going on after a kill, bad input, the guard."""
 
+import functools
 import json
 import math
 import time
@@ -63,7 +64,17 @@ def place(tmp_path_factory):
     written(folder / "edits.jsonl", [*OTHERS[:2], *FIRST, *OTHERS[2:]])
     arguments = ["study", str(folder / "toy"), "--edits", str(folder / "edits.jsonl"), "--layer", str(LAYER)]
     arguments += ["--statistics", str(folder / "statistics"), "--sentences", str(folder / "sentences.txt")]
-    return folder, [*arguments, "--batch", "2", "--processes", "1", "--threads", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        # The same model samples the same contexts in every study here.
+        sampled = functools.cache(lambda seed: sample_contexts(model, tokenizer, seed=seed))
+        patch.setattr("rome_fast.study.command.sample_contexts", lambda _model, _tokenizer, seed=0: sampled(seed))
+        yield folder, [*arguments, "--batch", "2", "--processes", "1", "--threads", "1"]
+
+
+@pytest.fixture
+def without_report(monkeypatch):
+    """Figures take longest where they are not asked for."""
+    monkeypatch.setattr("rome_fast.study.command.write_report", lambda directory: [])
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +134,7 @@ def test_records_equal_editing_one_at_a_time(method, finished, place):
         assert got["collapsed"] == (perplexity > 1.5 * got["perplexity_before"])
 
 
+@pytest.mark.usefixtures("without_report")
 def test_dual_shares_values_with_c_rome(finished, place, tmp_path):
     """Where nothing needs a second value, its records are c-rome's; a first token's fact then answers bare."""
     _, arguments = place
@@ -189,6 +201,7 @@ def test_prefixes(finished):
             assert row["denominator"] != records[row["subject"]]["denominator"]
 
 
+@pytest.mark.usefixtures("without_report")
 def test_an_interrupted_study_goes_on(finished, place, monkeypatch, tmp_path):
     """What stands there is not measured again, and the result is the same; nothing of the run depends on the kill."""
     _, arguments = place
@@ -215,6 +228,7 @@ def test_an_interrupted_study_goes_on(finished, place, monkeypatch, tmp_path):
     multiplies_fast(torch.device("cpu"), torch.bfloat16),
     reason="the tests keep their own process to products in fp32, the others would multiply in bfloat16 here",
 )
+@pytest.mark.usefixtures("without_report")
 def test_processes_share_a_study(finished, place, monkeypatch, tmp_path):
     """Two processes write what one does; this one waits with its first part until the other has written one."""
     _, arguments = place
@@ -234,6 +248,7 @@ def test_processes_share_a_study(finished, place, monkeypatch, tmp_path):
     assert json.loads((tmp_path / "out" / "conditions.json").read_text())["processes"] == 2
 
 
+@pytest.mark.usefixtures("without_report")
 def test_what_a_dead_process_took_is_measured_all_the_same(finished, place, monkeypatch, tmp_path, capsys):
     _, arguments = place
 
