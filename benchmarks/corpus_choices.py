@@ -184,8 +184,11 @@ def plot() -> None:
     import matplotlib.pyplot as plt
 
     rows = read_rows(results() / "corpus_choices.csv")
-    panels = (("tokens", "per_dimension", "tokens per dimension"), ("rows", "rows", "longest row"))
-    panels += (("ridge", "ridge", "ridge, in units of the mean diagonal"),)
+    panels = (
+        ("tokens", "per_dimension", "tokens per dimension"),
+        ("rows", "rows", "longest row"),
+        ("ridge", "ridge", "ridge, in units of the mean diagonal"),
+    )
     figure, axes = plt.subplots(2, len(panels), figsize=(12, 6), sharey="row")
     for column, (choice, field, label) in enumerate(panels):
         points = sorted((row for row in rows if row["choice"] == choice), key=lambda row: float(row[field]))

@@ -37,6 +37,9 @@ _BARE_MARGIN = 2  # times as many steps after the target first leads
 BARE_SCALE = 0.8
 """How much of a bare δ is used: that of more steps, shortened, answers as well as that of fewer, and leaks less."""
 
+ENOUGH_BARE = 0.4
+"""Share of an edit that has to arrive without a context. Of those with less, none answered there (docs/collapse.md)."""
+
 
 class ConvergenceWarning(UserWarning):
     """An edit was left out because its value was not found."""
@@ -48,7 +51,7 @@ class Request:
 
     edit: Edit
     rows: list[ContextRow]  # the unprefixed one first where the method uses it; the essence row last
-    needs_prefix: bool
+    needs_prefix: bool  # the subject's last token is at position 0
     middle: int  # positions of its own before the subject's last token: those of the row without a context
     # The row without a context as a request of its own, where the method gives it a key and a value of its own.
     bare: "Request | None" = None
@@ -265,10 +268,17 @@ class Flow:
             numerator_norm=float(factors.numerator_norms[index]),
             update_norm=update_norm,
             weight_norm=weight_norm,
-            needs_prefix=request.needs_prefix and not answers_bare,
+            needs_prefix=not answers_bare if request.needs_prefix else self._share_bare(solved, factors) < ENOUGH_BARE,
             collapsed=predicts_collapse(update_norm, weight_norm, self.limit),
             applied=all(v.finite for v in values),
         )
+
+    def _share_bare(self, solved: Solved, factors: Factors) -> float:
+        """⟨r, Δ kᵤ⟩ / ⟨r, r⟩: the share of what an edit adds behind contexts that it adds without one."""
+        value = solved.value.delta, solved.unprefixed_value, solved.mean_value
+        r = residual(self.how, *(v.to(factors.left.dtype) for v in value))
+        added = factors.left @ (factors.right @ solved.keys[0].to(factors.right.dtype))
+        return float((r @ added) / (r @ r))
 
     def _judge_convergence(self, records: Sequence[Record]) -> None:
         broken = [r for r in records if not r.applied]

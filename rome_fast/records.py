@@ -21,7 +21,8 @@ class Record:
     numerator_norm: float  # ‖r uᵀ‖
     update_norm: float  # ‖Δ‖ of this edit alone
     weight_norm: float  # ‖W‖ before the edit
-    needs_prefix: bool  # whether the fact answers only behind some text; of dual predicted, or measured with the rest
+    # Whether the fact answers only behind some text: predicted from the keys, of dual measured with the rest.
+    needs_prefix: bool
     collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured
     applied: bool = True  # false where it was left out, by the guard or because it did not converge
     probability_before: float | None = None  # of the target behind the bare prompt

@@ -98,6 +98,37 @@ def test_a_subject_at_position_0_is_that_of_the_textbook(kind, method, toy_token
     assert result.records[0].needs_prefix
 
 
+@pytest.mark.parametrize("method", ["c-rome", "c-rome-released", "p-rome"])
+def test_needs_prefix_where_little_of_the_edit_arrives_without_one(method, toy_tokenizers, monkeypatch):
+    """The share of r that a joint ΔW adds at each unprefixed key, by the oracle's keys, on either side of a limit."""
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
+    truths = [
+        oracle.rome(
+            model,
+            tokenizer,
+            edit.prompt,
+            edit.subject,
+            edit.target,
+            layer=LAYER,
+            method=method,
+            contexts=CONTEXTS,
+            steps=SETTINGS.steps,
+            stop_loss=SETTINGS.stop_loss,
+        )
+        for edit in SEVERAL
+    ]
+    for limit in (0.5, 0.9, 2.0):
+        monkeypatch.setattr("rome_fast.flow.ENOUGH_BARE", limit)
+        result = edited(model, tokenizer, SEVERAL, method=method)
+        result.revert()
+        added = [delta_w(result) @ truth.k_unprefixed for truth in truths]
+        shares = [float(t.residual @ a / t.residual.square().sum()) for t, a in zip(truths, added, strict=True)]
+        assert [record.needs_prefix for record in result.records] == [share < limit for share in shares]
+        # Some of c-rome's lie on either side of 0.9; with the unprefixed key on both sides everything arrives.
+        if limit == 0.9:
+            assert (min(shares) < limit < max(shares)) == (method != "p-rome")
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "mistral", "smollm3"])
 def test_the_other_kinds(kind, toy_tokenizers, toy_statistics, textbook):
     model = toy_model(kind)
