@@ -18,7 +18,7 @@ STAMP := .venv/.installed
 NOVENV ?=
 GPU_ARGS ?=
 
-.PHONY: demo test check acceptance bench gpu
+.PHONY: demo test check acceptance bench gpu docs
 
 demo: $(STAMP)
 	$(BIN)/rome-fast demo
@@ -42,6 +42,11 @@ check: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# The site, from docs/ and the docstrings, into build/site; a broken link ends it.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m mkdocs build
 
 # torch has to be there before anything that depends on it: a looser request fetches a newer build and with it
 # gigabytes of CUDA packages.
