@@ -73,7 +73,10 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
     job = _prepare(arguments, say)
     study, place, turns = job.study, job.place, Turns()
     processes = max(1, min(job.processes, len(job.missing())))
-    with helped(processes - 1, _help, arguments, turns) as failed:
+    # Not chosen anew in each: there is less free memory by then, and threads have a part in the last digit.
+    chosen = {"processes": job.processes, "threads": torch.get_num_threads()}
+    alike = argparse.Namespace(**vars(arguments) | chosen)
+    with helped(processes - 1, _help, alike, turns) as failed:
         job.measure(turns, advance)
     if failed:
         say(f"processes ended with status {', '.join(map(str, failed))}; what they had begun is measured here")
