@@ -27,7 +27,7 @@ from rome_fast.defaults import default_layer, default_settings
 from rome_fast.delta import Delta
 from rome_fast.demo import held_out_sentences
 from rome_fast.errors import StatisticsError
-from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, sentence_perplexity
+from rome_fast.evaluation import EditMetrics, RowUpdates, edited_perplexities, evaluate, sentence_perplexity
 from rome_fast.fingerprint import Fingerprint
 from rome_fast.flow import Clock, Flow, Request, Solved, tokenise
 from rome_fast.methods import variant
@@ -94,27 +94,33 @@ class Bench:
 
     def measure(self, entry: LayerStatistics) -> dict[str, Any]:
         factor = entry.factor(torch.device("cpu"))
-        deltas = self.deltas("c-rome", factor)
-        edits, contexts = [case.edit for case in self.cases], self.contexts[:SCORED_CONTEXTS]
-        scores = evaluate(self.model, self.tokenizer, edits, contexts, deltas=deltas)
-        ratios = self.ratios(deltas)
-        places = {kind: [i for i, c in enumerate(self.cases) if c.first_token == kind] for kind in (True, False)}
+        made = self.deltas("c-rome", factor)
+        ratios = self.ratios(made)
         rome = self.ratios(self.deltas("rome", factor))
         weight = float(self.runner.weight(self.layer).norm())
-        updates = [float(next(iter(delta.updates.values())).dense().norm()) / weight for delta in deltas]
+        updates = [float(next(iter(delta.updates.values())).dense().norm()) / weight for delta in made]
+        scores: dict[bool, list[EditMetrics]] = {}
+        ratio: dict[bool, list[float]] = {}
+        for first in (True, False):
+            places = [i for i, case in enumerate(self.cases) if case.first_token == first]
+            edits, deltas = [self.cases[i].edit for i in places], [made[i] for i in places]
+            # Facts about first tokens answer behind a prefix.
+            contexts = self.contexts[:SCORED_CONTEXTS] if first else ()
+            scores[first] = evaluate(self.model, self.tokenizer, edits, contexts, deltas=deltas)
+            ratio[first] = [ratios[i] for i in places]
         return {
             "condition": entry.condition(torch.device("cpu")),
-            "first_ratio": fmean(ratios[i] for i in places[True]),
-            "first_ratio_most": max(ratios[i] for i in places[True]),
-            "first_p_prefixed": fmean(scores[i].probability_prefixed or 0.0 for i in places[True]),
-            "normal_ratio": fmean(ratios[i] for i in places[False]),
-            "normal_ratio_most": max(ratios[i] for i in places[False]),
-            "normal_p": fmean(scores[i].probability for i in places[False]),
-            "normal_argmax": fmean(scores[i].argmax for i in places[False]),
-            "paraphrase": fmean(s.paraphrase for s in scores if s.paraphrase is not None),
-            "neighborhood": fmean(s.neighborhood for s in scores if s.neighborhood is not None),
+            "first_ratio": fmean(ratio[True]),
+            "first_ratio_most": max(ratio[True]),
+            "first_p_prefixed": fmean(s.probability_prefixed or 0.0 for s in scores[True]),
+            "normal_ratio": fmean(ratio[False]),
+            "normal_ratio_most": max(ratio[False]),
+            "normal_p": fmean(s.probability for s in scores[False]),
+            "normal_argmax": fmean(s.argmax for s in scores[False]),
+            "paraphrase": fmean(s.paraphrase for s in scores[False] if s.paraphrase is not None),
+            "neighborhood": fmean(s.neighborhood for s in scores[False] if s.neighborhood is not None),
             "update_ratio": fmean(updates),
-            "rome_collapsed": sum(not ratio <= COLLAPSE for ratio in rome),
+            "rome_collapsed": sum(not r <= COLLAPSE for r in rome),
             "rome_ratio": geometric_mean(rome),
         }
 
