@@ -11,12 +11,14 @@ benchmarks/results/statistics_rate.csv. Nothing is printed unless both agree on 
 
 import argparse
 import csv
+import json
 import platform
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rome_fast.kernels import second_moment_
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000, help="of all rounds together (default: 20000)")
     parser.add_argument("--rounds", type=int, default=3, help="parts of the corpus, each measured alone (default: 3)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="file of finished rounds; the same command goes on behind them")
     parser.add_argument("--context", type=int, help="longest row of the usual way (default: the model's context)")
     parser.add_argument("--layers", type=int, nargs="+", help="default: the edit layer and the four below it")
     arguments = parser.parse_args()
@@ -150,27 +153,36 @@ def main() -> None:
 
     tokens = arguments.tokens // arguments.rounds
     share = len(texts) // arguments.rounds
-    seconds: dict[str, list[float]] = {"usual 1": [], "usual all": [], "ours 1": [], "ours all": []}
-    accumulating = {"ours 1": 0.0, "ours all": 0.0}
-    for part in range(arguments.rounds):
+    about = {"tokens": tokens, "layers": layers, "context": context, "threads": arguments.threads}
+    rounds: list[dict[str, Any]] = []
+    if arguments.keep and arguments.keep.exists():
+        rounds = [json.loads(line) for line in arguments.keep.read_text(encoding="utf-8").splitlines()]
+        if other := [kept["about"] for kept in rounds if kept["about"] != about]:
+            raise SystemExit(f"keep: {arguments.keep} has rounds of {other[0]}, wanted {about}; give another file")
+    for part in range(len(rounds), arguments.rounds):
         some = texts[part * share : (part + 1) * share]
+        seconds, accumulating = {}, {}
         each = []
         for layer in layers:
             begun = time.process_time()
             usual.collect(some, layer, tokens)
             each.append(time.process_time() - begun)
-        seconds["usual 1"].append(each[-1])
-        seconds["usual all"].append(sum(each))
+        seconds["usual 1"], seconds["usual all"] = each[-1], sum(each)
         for name, wanted in (("ours 1", layers[-1:]), ("ours all", layers)):
             ours.accumulating = 0.0
             begun = time.process_time()
             ours.collect(some, wanted, tokens)
-            seconds[name].append(time.process_time() - begun)
-            accumulating[name] += ours.accumulating
-        print(f"round {part + 1} of {arguments.rounds}: " + ", ".join(f"{n} {s[-1]:.1f} s" for n, s in seconds.items()))
+            seconds[name] = time.process_time() - begun
+            accumulating[name] = ours.accumulating
+        rounds.append({"about": about, "seconds": seconds, "accumulating": accumulating})
+        if arguments.keep:
+            with arguments.keep.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(rounds[-1]) + "\n")
+        shown = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
+        print(f"round {part + 1} of {arguments.rounds}: {shown}", flush=True)
 
     for count, suffix in ((1, "1"), (len(layers), "all")):
-        theirs, own = seconds[f"usual {suffix}"], seconds[f"ours {suffix}"]
+        theirs, own = ([r["seconds"][f"{side} {suffix}"] for r in rounds] for side in ("usual", "ours"))
         append(
             {
                 "model": directory.name,
@@ -185,7 +197,7 @@ def main() -> None:
                 "usual_tokens_per_s": round(tokens / median(theirs), 1),
                 "tokens_per_s": round(tokens / median(own), 1),
                 "ratio": round(median(a / b for a, b in zip(theirs, own, strict=True)), 2),
-                "accumulation_share": round(accumulating[f"ours {suffix}"] / sum(own), 3),
+                "accumulation_share": round(sum(r["accumulating"][f"ours {suffix}"] for r in rounds) / sum(own), 3),
             }
         )
 
