@@ -4,13 +4,13 @@
 
 Four choices, one at a time, the others at their defaults: tokens per dimension of the keys, length of the rows, whether
 the keys of first tokens enter, and the ridge. Values do not depend on C: they are optimised once, for the first-token
-requests of the file and some of the others, and every C closes each of them alone. The rows of
-benchmarks/results/corpus_choices.csv are measured anew by every run.
+requests of the file and some of the others, and every C closes each of them alone. Rows that
+benchmarks/results/corpus_choices.csv has of the same model and requests are not measured again.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -40,7 +40,7 @@ PER_DIMENSION = (0.5, 1, 2, 5, 10, 20, 50)
 ROWS = (16, 32, 64, 128, 256, 512, 2048)
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 USUAL_TOKENS, USUAL_ROWS = 10, 128
-SMALL_RIDGE = 1e-3  # where there are fewer tokens than dimensions
+SMALL_RIDGE, ENOUGH = 1e-3, 2  # where there are fewer tokens per dimension than that
 COLLAPSE = 1.5
 SCORED_CONTEXTS = 3
 
@@ -160,27 +160,35 @@ def without_first_tokens(bench: Bench, entry: LayerStatistics, rows: int) -> Lay
     return LayerStatistics(bench.layer, moment.float(), kept, entry.fingerprint)
 
 
-def choices(bench: Bench) -> Iterator[tuple[dict[str, Any], LayerStatistics]]:
-    """Every C, and what it is made of."""
-    usual = collected(bench, USUAL_TOKENS, USUAL_ROWS)
+def choices(bench: Bench) -> Iterator[tuple[dict[str, Any], Callable[[], LayerStatistics]]]:
+    """Every C by what it is made of, and a function that makes it."""
+
+    @cache
+    def of(per_dimension: float, rows: int) -> LayerStatistics:
+        return collected(bench, per_dimension, rows)
+
+    def ridged(ridge: float, entry: LayerStatistics) -> LayerStatistics:
+        return Statistics([entry]).with_ridge(ridge).layers[bench.layer]
+
     fields = {"per_dimension": float(USUAL_TOKENS), "rows": USUAL_ROWS, "first_tokens": "yes", "ridge": 0.0}
-    width = usual.moment.shape[0]
-    for number in PER_DIMENSION:
-        entry = usual if number == USUAL_TOKENS else collected(bench, number, USUAL_ROWS)
-        ridge = SMALL_RIDGE if entry.tokens < 2 * width else 0.0
-        made = Statistics([entry]).with_ridge(ridge).layers[bench.layer] if ridge else entry
-        yield {"choice": "tokens", **fields, "per_dimension": float(number), "ridge": ridge}, made
+    for number in map(float, PER_DIMENSION):
+        few = number < ENOUGH
+        made = partial(lambda n, few: ridged(SMALL_RIDGE, of(n, USUAL_ROWS)) if few else of(n, USUAL_ROWS), number, few)
+        yield {"choice": "tokens", **fields, "per_dimension": number, "ridge": SMALL_RIDGE if few else 0.0}, made
     for rows in ROWS:
-        entry = usual if rows == USUAL_ROWS else collected(bench, USUAL_TOKENS, rows)
-        yield {"choice": "rows", **fields, "rows": rows}, entry
-        if rows in (USUAL_ROWS, ROWS[-1]):
-            yield (
-                {"choice": "first tokens", **fields, "rows": rows, "first_tokens": "no"},
-                without_first_tokens(bench, entry, rows),
-            )
+        yield {"choice": "rows", **fields, "rows": rows}, partial(of, USUAL_TOKENS, rows)
+    for rows in (USUAL_ROWS, ROWS[-1]):
+        without = partial(lambda rows: without_first_tokens(bench, of(USUAL_TOKENS, rows), rows), rows)
+        yield {"choice": "first tokens", **fields, "rows": rows, "first_tokens": "no"}, without
     for ridge in RIDGES:
-        entry = Statistics([usual]).with_ridge(ridge).layers[bench.layer]
-        yield {"choice": "ridge", **fields, "ridge": ridge}, entry
+        yield (
+            {"choice": "ridge", **fields, "ridge": ridge},
+            partial(lambda ridge: ridged(ridge, of(USUAL_TOKENS, USUAL_ROWS)), ridge),
+        )
+
+
+def made_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("per_dimension", "rows", "first_tokens", "ridge"))
 
 
 def plot() -> None:
@@ -241,16 +249,27 @@ def main() -> None:
         "fingerprint": str(Fingerprint.of(bench.runner, bench.layer)),
         "threads": torch.get_num_threads(),
     }
-    table = Table(results() / "corpus_choices.csv", about | origin(torch.device("cpu")))
-    for fields, entry in choices(bench):
-        try:
-            figures = bench.measure(entry)
-        except StatisticsError as error:
-            print(f"{fields}: {error}", flush=True)
+    file = results() / "corpus_choices.csv"
+    before = read_rows(file) if file.exists() else []
+    kept = [row for row in before if all(row[name] == str(value) for name, value in about.items())]
+    table = Table(file, {})
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in kept:
+        table.add(row)
+        known[made_of(row)] = row
+    for fields, made in choices(bench):
+        if any(row["choice"] == fields["choice"] and made_of(row) == made_of(fields) for row in kept):
             continue
-        table.add(fields | figures)
-        shown = {name: round(value, 4) for name, value in figures.items()}
-        print(fields, shown, flush=True)
+        # The default belongs to several choices.
+        if made_of(fields) not in known:
+            try:
+                figures = bench.measure(made())
+            except StatisticsError as error:
+                print(f"{fields}: {error}", flush=True)
+                continue
+            print(fields, {name: round(value, 4) for name, value in figures.items()}, flush=True)
+            known[made_of(fields)] = fields | figures | about | origin(torch.device("cpu"))
+        table.add(known[made_of(fields)] | {"choice": fields["choice"]})
     plot()
 
 
