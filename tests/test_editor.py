@@ -99,27 +99,15 @@ def test_a_subject_at_position_0_is_that_of_the_textbook(kind, method, toy_token
 
 
 @pytest.mark.parametrize("method", ["c-rome", "c-rome-released", "p-rome"])
-def test_needs_prefix_where_little_of_the_edit_arrives_without_one(method, toy_tokenizers, monkeypatch):
+def test_needs_prefix_where_little_of_the_edit_arrives_without_one(
+    method, toy_tokenizers, toy_statistics, textbook, monkeypatch
+):
     """The share of r that a joint ΔW adds at each unprefixed key, by the oracle's keys, on either side of a limit."""
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
-    truths = [
-        oracle.rome(
-            model,
-            tokenizer,
-            edit.prompt,
-            edit.subject,
-            edit.target,
-            layer=LAYER,
-            method=method,
-            contexts=CONTEXTS,
-            steps=SETTINGS.steps,
-            stop_loss=SETTINGS.stop_loss,
-        )
-        for edit in SEVERAL
-    ]
+    truths = [textbook("llama", True, edit, method) for edit in SEVERAL]
     for limit in (0.5, 0.9, 2.0):
         monkeypatch.setattr("rome_fast.flow.ENOUGH_BARE", limit)
-        result = edited(model, tokenizer, SEVERAL, method=method)
+        result = edited(model, tokenizer, SEVERAL, method=method, statistics=toy_statistics(model, True))
         result.revert()
         added = [delta_w(result) @ truth.k_unprefixed for truth in truths]
         shares = [float(t.residual @ a / t.residual.square().sum()) for t, a in zip(truths, added, strict=True)]
