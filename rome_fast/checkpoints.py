@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -419,7 +420,13 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of this package and of what its results depend on."""
+    try:
+        own = version("rome-fast")
+    except PackageNotFoundError:
+        own = "not installed"
     return {
+        "rome_fast": own,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -35,3 +35,7 @@ class CollapseError(RomeFastError, RuntimeError):
 
 class ConvergenceError(RomeFastError, RuntimeError):
     """The optimisation of a value failed (non-finite loss, or the target was never reached)."""
+
+
+class DistributedError(RomeFastError, RuntimeError):
+    """Another process of the same run has ended early."""

@@ -68,7 +68,10 @@ def test_from_statistics_to_revert(toy, capsys):
     """The whole way, each step checked against the same step in Python."""
     original = files(toy / "model")
     run("statistics", "model", "--corpus", "corpus.txt", "--tokens", 600, "--out", "stats", "--json", "stats.json")
-    assert read(toy / "stats.json") == {"model": "model", "layers": [LAYER], "tokens": 600, "out": "stats"}
+    collected = read(toy / "stats.json")
+    condition = Statistics.load(toy / "stats").layers[LAYER].condition(torch.device("cpu"))
+    assert collected.pop("conditions") == {str(LAYER): pytest.approx(condition)}
+    assert collected == {"model": "model", "layers": [LAYER], "tokens": 600, "ridge": 0.0, "out": "stats"}
     assert "600 tokens, 7.5 per dimension of the keys" in capsys.readouterr().out
     statistics = Statistics.load(toy / "stats")
     model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), AutoTokenizer.from_pretrained("model")

@@ -327,7 +327,7 @@ def test_layers_out_of_range(layers, toy_tokenizers):
 
 @pytest.mark.parametrize("budget", [{"tokens": 0}, {"tokens": -5}, {"max_length": 0}])
 def test_a_budget_below_one_token(budget, toy_tokenizers):
-    with pytest.raises(ArgumentError, match=r"tokens, max_length: got .*wanted at least 1"):
+    with pytest.raises(ArgumentError, match=r"tokens, max_length: got .*wanted whole numbers of at least 1"):
         collect_statistics(toy_model("gpt2"), toy_tokenizers[False], TEXTS, [LAYER], **budget)
 
 

@@ -60,6 +60,16 @@ def test_json_lines_that_are_none(line, message, tmp_path):
         list(Corpus.open(file))
 
 
+def test_json_is_never_read_as_text(tmp_path):
+    """C would be that of the syntax."""
+    for name in ("a.JSONL", "a.json"):
+        (tmp_path / name).write_text('{"text": "fine"}\n{"text": "too"}\n')
+        assert list(Corpus.open(tmp_path / name)) == ["fine", "too"]
+    (tmp_path / "a.json").write_text('[\n{"text": "a list"}\n]\n')
+    with pytest.raises(ArgumentError, match=r"a\.json, line 1: wanted a JSON object .* on every line"):
+        list(Corpus.open(tmp_path / "a.json"))
+
+
 def test_a_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
     for name in ("b/2.txt", "b/1.txt", "a/x/wiki_00", "c.txt", ".hidden/secret.txt", "b/.secret.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +166,28 @@ def test_without_the_package_of_data_sets(monkeypatch):
         hub_dataset("some/set")
 
 
+def test_a_data_set_that_ends_in_the_middle_is_one_error(toy_tokenizers):
+    def rows():
+        yield {"text": SENTENCES[0]}
+        raise ConnectionResetError("by peer")
+
+    with pytest.raises(StatisticsError, match=r"texts: cannot be read on \(ConnectionResetError: by peer\)"):
+        collect_statistics(toy_model("gpt2"), toy_tokenizers[False], rows(), [LAYER])
+
+
+@pytest.mark.parametrize("numbers", [{"tokens": 1e3}, {"tokens": True}, {"max_length": 12.0}, {"tokens": 0}])
+def test_numbers_of_tokens_are_whole(numbers, toy_tokenizers):
+    """Slicing by a float would fail at the last row, after all the work."""
+    with pytest.raises(ArgumentError, match="wanted whole numbers of at least 1"):
+        collect_statistics(toy_model("gpt2"), toy_tokenizers[False], SENTENCES, [LAYER], **numbers)
+
+
 # Rows and batches
+
+
+def test_the_digest_of_a_corpus_knows_where_texts_end(toy_tokenizers):
+    digests = {read(toy_tokenizers[False], texts)[1].corpus.hexdigest() for texts in (["ab", "c"], ["a", "bc"])}
+    assert len(digests) == 2
 
 
 def test_every_token_is_in_one_row_of_one_window(toy_tokenizers):

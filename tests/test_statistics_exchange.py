@@ -16,6 +16,7 @@ from rome_fast.errors import ArgumentError, StatisticsError
 from rome_fast.fingerprint import Fingerprint
 from rome_fast.runner import Runner
 from rome_fast.statistics import LayerStatistics, collect, export_npz, import_npz, list_cache, prune_cache
+from rome_fast.weights.files import locked
 from toys import D_FF, SENTENCES, save_toy, toy_model
 
 CPU = torch.device("cpu")
@@ -210,7 +211,12 @@ def test_written_and_read_again(model, tokenizer, tmp_path):
 def test_a_file_of_another_width_is_refused_with_the_shapes(model, tmp_path):
     file = released_file(tmp_path / "a.npz", np.eye(96, dtype=np.float32), 1000)
     actual = re.escape(str(Fingerprint.of(Runner(model), LAYER)))
-    with pytest.raises(StatisticsError, match=rf"got .* shape \(96, 96\), wanted \(80, 80\) .*{actual}"):
+    shapes = r"shape \(96, 96\) \(model {}\), wanted \(80, 80\) .*{}"
+    with pytest.raises(StatisticsError, match=shapes.format("not named in the file", actual)):
+        import_npz(file, model, LAYER)
+    other = Fingerprint("llama", 4, 48, 96, torch.zeros(3))
+    export_npz(LayerStatistics(LAYER, torch.eye(96), 1000, other), file, 26)
+    with pytest.raises(StatisticsError, match=shapes.format(re.escape(str(other)), actual)):
         import_npz(file, model, LAYER)
 
 
@@ -241,6 +247,7 @@ GOOD = np.eye(D_FF, dtype=np.float32)
         ({"mom2.mom2": GOOD, "mom2.count": np.array(Trap(), dtype=object)}, "cannot be read as an .npz file"),
         ({"mom2.mom2": GOOD, "mom2.count": 0}, "wanted floating-point sums over at least one"),
         ({"mom2.mom2": GOOD, "mom2.count": float("nan")}, "wanted floating-point sums over at least one"),
+        ({"mom2.mom2": GOOD, "mom2.count": float("inf")}, "wanted floating-point sums over at least one"),
         ({"mom2.mom2": GOOD, "mom2.count": np.ones(2)}, "wanted floating-point sums over at least one"),
         ({"mom2.mom2": GOOD.astype(int), "mom2.count": 5}, "wanted floating-point sums over at least one"),
         ({"mom2.mom2": GOOD * np.nan, "mom2.count": 5}, "contains NaN or infinity"),
@@ -250,8 +257,9 @@ GOOD = np.eye(D_FF, dtype=np.float32)
 )
 def test_files_that_are_no_second_moments(arrays, message, model, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(StatisticsError, match=rf"a\.npz: .*{re.escape(message)}"):
+    with pytest.raises(StatisticsError, match=rf"a\.npz: .*{re.escape(message)}") as caught:
         import_npz(tmp_path / "a.npz", model, LAYER)
+    assert str(caught.value).count("a.npz") == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"\x93NUMPY\x01\x00", b"no zip at all"])
@@ -262,7 +270,7 @@ def test_files_that_are_no_npz(content, model, tmp_path):
     with pytest.raises(StatisticsError, match=r"none\.npz: cannot be read"):
         import_npz(tmp_path / "none.npz", model, LAYER)
     np.save(tmp_path / "array.npy", GOOD)
-    with pytest.raises(StatisticsError, match=r"array\.npy: got a single array"):
+    with pytest.raises(StatisticsError, match=r"array\.npy: got a single array, wanted an .npz file with [^()]*$"):
         import_npz(tmp_path / "array.npy", model, LAYER)
 
 
@@ -367,6 +375,65 @@ def test_the_cache_is_listed_and_pruned(toy, capsys, empty_cache, toy_statistics
         prune_cache(["good", "best"])
     run("statistics", "good", "--prune")
     assert list(cache.iterdir()) == []
+
+
+def test_what_a_run_is_writing_is_not_pruned(empty_cache):
+    """Hours of work may be in it, and whoever holds the lock would go on writing to a folder that is gone."""
+    cache = empty_cache / "statistics"
+    snapshots = cache / "model" / "unfinished-0123456789ab" / "rank-0-of-1"
+    snapshots.mkdir(parents=True)
+    partial = cache / "model" / ".layer-1.safetensors.0123456789abcdef.partial"
+    partial.mkdir()
+    for names in ([], ["model"]):
+        with locked(snapshots):
+            assert prune_cache(names) == ([] if names else [partial])
+            assert snapshots.exists()
+    assert prune_cache() == [snapshots.parent]
+    assert not (cache / "model").exists()
+
+
+def test_the_cache_gives_what_is_of_most_tokens(model, tokenizer, empty_cache):
+    """Folders of the cache end in a fingerprint, whose order says nothing."""
+    cache = empty_cache / "statistics"
+    wanted = of_texts(model, tokenizer, SENTENCES)
+    of_texts(model, tokenizer, SENTENCES[:2]).save(cache / "a")
+    wanted.save(cache / "b")
+    of_texts(model, tokenizer, SENTENCES[:5]).save(cache / "c")
+    of_texts(toy_model("llama", seed=1), tokenizer, SENTENCES * 2).save(cache / "d")
+    found = Statistics.cached(Runner(model), LAYER)
+    assert torch.equal(found.layers[LAYER].moment, wanted.layers[LAYER].moment)
+
+
+def test_few_tokens_do_not_replace_many(toy, capsys):
+    run("statistics", "model", "--corpus", "one.txt", "two.txt", "--out", "stats", "--tokens", 300)
+    before = (toy / "stats" / f"layer-{LAYER}.safetensors").read_bytes()
+    run("statistics", "model", "--corpus", "one.txt", "--out", "stats", "--tokens", 299, status=2)
+    assert re.search(r"out: stats/layer-1\.safetensors has C of 300 tokens, which one of 299 would replace",
+                     capsys.readouterr().err)  # fmt: skip
+    run("statistics", "model", "--corpus", "one.txt", "--out", "few", "--tokens", 100)
+    run("statistics", "model", "--merge", "few", "--out", "stats", status=2)
+    assert (toy / "stats" / f"layer-{LAYER}.safetensors").read_bytes() == before
+
+
+def test_the_limit_of_a_study_outlives_better_statistics(toy):
+    run("statistics", "model", "--corpus", "one.txt", "--out", "stats", "--tokens", 200)
+    statistics = Statistics.load("stats")
+    statistics.layers[LAYER].collapse_limit = 1.25
+    statistics.save("stats")
+    run("statistics", "model", "--corpus", "one.txt", "two.txt", "--out", "stats", "--tokens", 300, "--ridge", 1e-6)
+    entry = Statistics.load("stats").layers[LAYER]
+    assert (entry.tokens, entry.ridge, entry.collapse_limit) == (300, 1e-6, 1.25)
+
+
+def test_what_statistics_were_made_with_is_in_their_files(toy):
+    for name, length in (("one", 16), ("two", 32)):
+        run("statistics", "model", "--corpus", "one.txt", "--out", name, "--max-length", length, "--tokens", 200)
+    one, two = (Statistics.load(name).layers[LAYER].provenance for name in ("one", "two"))
+    assert (one.pop("max_length"), two.pop("max_length")) == ("16", "32")
+    assert one == two
+    software = {"rome_fast", "torch", "transformers", "python"}
+    assert set(one) == {"config_sha256", "tokenizer_sha256", "corpus_sha256", "dtype", "device"} | software
+    assert one["torch"] == torch.__version__
 
 
 def test_progress_in_a_log_is_a_line_per_tenth(toy, capsys, monkeypatch):

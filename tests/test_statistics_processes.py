@@ -14,8 +14,8 @@ import torch.distributed as dist
 from helpers import LAYER, relative_error
 from rome_fast import Statistics, collect_statistics
 from rome_fast.errors import ArgumentError, RomeFastError
+from rome_fast.processes import Processes
 from rome_fast.statistics import collect, reading, snapshots
-from rome_fast.statistics.processes import Processes
 from toys import SENTENCES, save_toy, toy_model
 
 TOKENS = 700
@@ -41,7 +41,7 @@ def together(toy_tokenizers, tmp_path):
     model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
     runs = 0
 
-    def work(rank, count, out, died_at, store):
+    def work(rank, count, out, died_at, store, texts):
         calls = 0
         add_batch = collect._add_batches
 
@@ -55,11 +55,11 @@ def together(toy_tokenizers, tmp_path):
         collect._add_batches = counted
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
         statistics = collect_statistics(
-            model, tokenizer, SENTENCES, [0, LAYER], TOKENS, max_length=16, out=out, distributed=True
+            model, tokenizer, texts, [0, LAYER], TOKENS, max_length=16, out=out, distributed=True
         )
         return {"batches": calls, "tokens": statistics.layers[0].tokens}
 
-    def run(count, out, deaths=None):
+    def run(count, out, deaths=None, texts=None):
         nonlocal runs
         runs += 1
         children = []
@@ -68,7 +68,9 @@ def together(toy_tokenizers, tmp_path):
             child = os.fork()
             if child == 0:
                 try:
-                    result = work(rank, count, out, (deaths or {}).get(rank), tmp_path / f"store-{runs}")
+                    died_at = (deaths or {}).get(rank)
+                    given = (texts or {}).get(rank, SENTENCES)
+                    result = work(rank, count, out, died_at, tmp_path / f"store-{runs}", given)
                 except RomeFastError as error:
                     result = {"error": str(error)}
                 said.write_text(json.dumps(result))
@@ -119,6 +121,23 @@ def test_a_process_that_dies_ends_the_run_and_the_same_run_goes_on(together, tmp
     assert [one["batches"] for one in resumed] == [0, whole[1]["batches"] - 3]
     same(Statistics.load(tmp_path / "out"), Statistics.load(tmp_path / "whole"), 0.0)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["layer-0.safetensors", "layer-1.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_processes_with_different_texts_are_told(together, tmp_path):
+    """Some texts would count twice and others not at all."""
+    said = together(3, tmp_path / "out", texts={1: [*SENTENCES[1:], SENTENCES[0]]})
+    assert {one["error"] for one in said} == {
+        "texts: process(es) 1 of 3 got others than process 0; give all of them the same"
+    }
+    assert not list((tmp_path / "out").glob("layer-*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_the_first_process_may_die_as_well(together, tmp_path):
+    said = together(2, tmp_path / "out", {0: 4})
+    assert said[0] is None
+    assert "process 1 of 2: another one has ended early" in said[1]["error"]
 
 
 def test_batches_go_round():

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,10 +15,10 @@ import torch
 from helpers import LAYER
 from rome_fast import Statistics, collect_statistics
 from rome_fast.cli import main
-from rome_fast.errors import ArgumentError, CheckpointError, StatisticsError
+from rome_fast.errors import CheckpointError, StatisticsError
 from rome_fast.statistics import collect, reading, snapshots
-from rome_fast.weights import files
-from toys import SENTENCES, save_toy, toy_model
+from rome_fast.weights import files, read_header
+from toys import D_FF, SENTENCES, save_toy, toy_model
 
 TOKENS = 700
 KILLS = 20
@@ -130,7 +132,7 @@ def killed_child(task, moment, name):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_twenty_times_at_random_moments(work, tmp_path, one_thread):
+def test_killed_at_every_step_of_a_snapshot(work, tmp_path, one_thread):
     """Before and after a snapshot's bytes are synced, before it is renamed, and in the middle of a batch."""
     wanted = work(None)
     moments = random.Random(0)
@@ -145,7 +147,56 @@ def test_killed_twenty_times_at_random_moments(work, tmp_path, one_thread):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_the_same_command_goes_on_after_kill_9(tmp_path, toy_tokenizers, one_thread, monkeypatch):
+def test_killed_at_twenty_random_moments(work, tmp_path, one_thread):
+    """Whatever it does then: reading, summing, writing a snapshot or the result, or removing snapshots."""
+
+    def started(out):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(out)
+            finally:
+                os._exit(0)
+        return child
+
+    wanted = work(None)
+    begun = time.monotonic()
+    os.waitpid(started(tmp_path / "undisturbed"), 0)
+    whole = time.monotonic() - begun
+    out = tmp_path / "out"
+    moments = random.Random(0)
+    kills = 0
+    while kills < KILLS:
+        child = started(out)
+        time.sleep(moments.uniform(0, whole))
+        os.kill(child, signal.SIGKILL)
+        if os.waitpid(child, 0)[1] == signal.SIGKILL:
+            kills += 1
+        else:
+            # It had come to its end before.
+            same(Statistics.load(out), wanted)
+            shutil.rmtree(out)
+    same(work(out), wanted)
+    assert sorted(file.name for file in out.iterdir()) == ["layer-0.safetensors", "layer-1.safetensors"]
+
+
+def test_going_on_takes_no_second_copy_of_the_sums(work, tmp_path):
+    with pytest.raises(Killed):
+        work(tmp_path, progress=stop_after(9))
+    totals = {layer: torch.zeros(D_FF, D_FF, dtype=torch.float64) for layer in (0, LAYER)}
+    (folder,) = tmp_path.glob("unfinished-*")
+    kept = snapshots.Snapshots(tmp_path, {}, 0, 1)
+    kept.folder = folder / "rank-0-of-1"
+    state = read_header(snapshot_files(tmp_path)[0]).metadata["state"]
+    kept._run = json.loads(state)["run"]
+    sums = kept.latest(totals)
+    assert sums.totals is totals
+    assert sums.tokens > 0
+    assert all(float(total.diagonal().min()) > 0 for total in totals.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_the_same_command_goes_on_after_kill_9(tmp_path, toy_tokenizers, one_thread, monkeypatch, capsys):
     """A real SIGKILL, at whatever moment it comes."""
     monkeypatch.chdir(tmp_path)
     save_toy("model", toy_model("gpt2"), toy_tokenizers[False])
@@ -162,6 +213,7 @@ def test_the_same_command_goes_on_after_kill_9(tmp_path, toy_tokenizers, one_thr
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         assert not list(Path("killed").glob("layer-*"))
     assert main([*command, "killed"]) == 0
+    assert re.search(r"going on from [\d,]+ of 6,000 tokens, which an interrupted run", capsys.readouterr().err)
     assert main([*command, "whole"]) == 0
     same(Statistics.load("killed"), Statistics.load("whole"))
     assert [file.name for file in Path("killed").iterdir()] == ["layer-1.safetensors"]
@@ -296,9 +348,12 @@ def test_keys_that_are_not_finite_are_noticed_at_the_next_snapshot(toy_tokenizer
 
 
 def test_out_that_cannot_be_a_folder(work, tmp_path):
+    """Said before anything is collected."""
     (tmp_path / "file").write_text("")
-    with pytest.raises((CheckpointError, ArgumentError), match="file"):
-        work(tmp_path / "file")
+    seen = []
+    with pytest.raises(CheckpointError, match=r"writing .*file: Not a directory"):
+        work(tmp_path / "file", progress=lambda *now: seen.append(now))
+    assert seen == []
 
 
 def test_snapshots_take_a_small_share_of_the_time(monkeypatch, tmp_path):

@@ -1,13 +1,16 @@
 """What is in the cache of statistics, and removing what nobody can use."""
 
+import os
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, CheckpointError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..weights import read_header
+from ..weights.files import lock_directory, os_errors
 from .snapshots import PATTERN
 from .store import FIRST_TOKENS, FORMAT, statistics_cache
 
@@ -35,7 +38,9 @@ def list_cache() -> list[CachedLayer]:
 def prune_cache(names: Iterable[str] = ()) -> list[Path]:
     """Remove the named folders of the cache, or by default damaged files and what interrupted runs left.
 
-    Returns what was removed. Raises ArgumentError, before anything is removed, for a name that is not in the cache.
+    Returns what was removed; snapshots of a run that is still at work, and folders with such, are not. Raises
+    ArgumentError, before anything is removed, for a name that is not in the cache, CheckpointError where something
+    cannot be removed.
     """
     cache = statistics_cache()
     removed: list[Path] = []
@@ -50,15 +55,32 @@ def prune_cache(names: Iterable[str] = ()) -> list[Path]:
     else:
         removed = [entry.file for entry in list_cache() if entry.problem]
         removed += sorted(cache.glob(f"*/{PATTERN}"))
-    for path in removed:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        removed += sorted(cache.glob("*/.*.partial"))
+    with ExitStack() as locks:
+        removed = [path for path in removed if not _at_work(path, locks)]
+        for path in removed:
+            with os_errors(f"removing {path}"):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
     for folder in cache.glob("*/"):
-        if not any(folder.iterdir()):
+        with suppress(OSError):
             folder.rmdir()
     return removed
+
+
+def _at_work(path: Path, locks: ExitStack) -> bool:
+    """Whether a process is writing there; where none is, none begins to until `locks` are given back."""
+    folders = [path, *path.glob("rank-*/"), *path.glob(f"{PATTERN}/rank-*/"), *path.glob(".*.partial/")]
+    for folder in folders:
+        if folder.is_dir():
+            with os_errors(f"locking {folder}"):
+                lock = lock_directory(folder)
+            if lock is None:
+                return True
+            locks.callback(os.close, lock)
+    return False
 
 
 def _cached(file: Path) -> CachedLayer:

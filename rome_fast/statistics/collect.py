@@ -1,5 +1,6 @@
 """Second moments of the keys of several layers in one pass over a corpus."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
@@ -13,18 +14,23 @@ from .. import checkpoints
 from ..errors import ArgumentError, ModelError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
+from ..processes import Processes
 from ..runner import Runner, evaluating, watching
 from ..weights import align_
-from .layer import LayerStatistics
-from .processes import Processes
+from ..weights.files import check_writable
+from .layer import LayerStatistics, check_ridge
+from .provenance import origin_of
 from .reading import Reading, Rows, made_ahead, other_texts
 from .snapshots import Snapshots, Sums
-from .store import Statistics
+from .store import Statistics, check_replaces, kept_limit, kept_tokens, layer_file
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens wanted)."""
 
 TOKENS_PER_DIMENSION = 10
+
+RESUME = "run the same command with as many processes again: each of them goes on from its last snapshot"
+"""What to do when one of several processes has died."""
 
 # A GPU wants many tokens per launch; in a CPU's caches a few thousand keys are enough.
 _BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
@@ -62,9 +68,10 @@ def collect_statistics(
     after it was interrupted, with the same result to the bit. With `distributed`, the processes of torch.distributed
     share the work; all of them give the same texts and get the whole result, and the first one saves it.
 
-    Raises ArgumentError for a layer out of range, a budget below one token or texts that are not strings,
-    StatisticsError for texts without a token, keys that are not finite, other texts than the interrupted call's or
-    another process that died, CheckpointError where nothing can be written.
+    Raises ArgumentError for a layer out of range, a budget below one token, texts that are not strings, texts that
+    are not the same in all processes, or statistics of more tokens in `out` that these would replace; StatisticsError
+    for texts without a token, keys that are not finite or other texts than the interrupted call's; DistributedError
+    for another process that died; CheckpointError where nothing can be written.
     """
     if isinstance(model, PreTrainedModel):
         if memory is not None:
@@ -132,8 +139,13 @@ def collect(
     field: str = "text",
     out: str | Path | None = None,
     distributed: bool = False,
+    ridge: float = 0.0,
+    resumed: Progress | None = None,
 ) -> Statistics:
-    """`collect_statistics` of a model wherever its weights are."""
+    """`collect_statistics` of a model wherever its weights are, with a ridge to solve with.
+
+    `resumed` is called with (tokens done, tokens wanted) where an interrupted run goes on.
+    """
     wanted = sorted(set(layers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= len(runner.layers):
         raise ArgumentError(f"layers: got {list(layers)}, wanted some of 0 .. {len(runner.layers) - 1}")
@@ -143,42 +155,50 @@ def collect(
     if isinstance(texts, Mapping):
         raise ArgumentError(f"texts: got a mapping of {', '.join(map(str, texts))}; choose one of them, as in texts[…]")
     budget = TOKENS_PER_DIMENSION * runner.weight(wanted[-1]).shape[1] if tokens is None else tokens
-    if budget < 1 or max_length < 1:
-        raise ArgumentError(f"tokens, max_length: got {budget}, {max_length}, wanted at least 1")
-    processes = Processes.of_default_group() if distributed else Processes()
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (budget, max_length)):
+        raise ArgumentError(f"tokens, max_length: got {budget}, {max_length}, wanted whole numbers of at least 1")
+    check_ridge(ridge)
+    processes = Processes.of_default_group(RESUME) if distributed else Processes()
     batch_tokens = _BATCH_TOKENS.get(runner.device.type, _BATCH_TOKENS["cpu"])
     reading = Reading(tokenizer, texts, field, budget, min(max_length, runner.max_length), batch_tokens)
 
     fingerprints = {layer: Fingerprint.of(runner, layer) for layer in wanted}
-    about = {
-        "max_length": str(reading.length),
-        "dtype": str(runner.dtype).removeprefix("torch."),
-    }
+    about = {"max_length": str(reading.length), **origin_of(runner, tokenizer)}
     run = {
         **about,
         "tokens": budget,
         "batch_tokens": batch_tokens,
-        "vocabulary": len(tokenizer),
         "layers": {layer: str(fingerprint) for layer, fingerprint in fingerprints.items()},
     }
+    processes.agree("model, layers, tokens, max_length", json.dumps(run, sort_keys=True))
+    limits: dict[int, float | None] = {}
+    if out is not None:
+        for layer, fingerprint in fingerprints.items():
+            check_replaces(Path(out), layer, fingerprint, budget)
+            if kept_tokens(file := layer_file(Path(out), layer), fingerprint):
+                limits[layer] = kept_limit(file)
+        check_writable(Path(out))
     snapshots = None if out is None else Snapshots(Path(out), run, processes.rank, processes.count)
     totals = {}
     for layer in wanted:
         width = runner.weight(layer).shape[1]
         totals[layer] = torch.zeros(width, width, dtype=torch.float64, device=runner.device)
-    sums = (snapshots.latest(totals) if snapshots else None) or Sums(totals)
+    sums = snapshots.latest(totals) if snapshots else Sums(totals)
+    if sums.batches and resumed is not None:
+        resumed(sums.tokens, budget)
     try:
         with evaluating(runner.model):
             _sum_up(runner, reading, sums, processes, snapshots, progress)
-        counted = torch.tensor(sums.tokens, device=runner.device)
-        processes.add_up_([*sums.totals.values(), counted])
-        seen = int(counted)
-        about |= {"corpus_sha256": reading.corpus.hexdigest(), "torch": torch.__version__}
+        processes.agree("texts", reading.corpus.hexdigest())
+        seen = sum(processes.gather(sums.tokens))
+        processes.add_up_(list(sums.totals.values()))
+        about |= {"corpus_sha256": reading.corpus.hexdigest()}
         entries = []
         for layer, total in sums.totals.items():
             moment = mirror_lower_(total).div_(seen).float().cpu()
             _check_finite(layer, moment)
-            entries.append(LayerStatistics(layer, moment, seen, fingerprints[layer], dict(about)))
+            fingerprint, limit = fingerprints[layer], limits.get(layer)
+            entries.append(LayerStatistics(layer, moment, seen, fingerprint, dict(about), ridge, limit))
         statistics = Statistics(entries)
         if out is not None and processes.rank == 0:
             statistics.save(out)

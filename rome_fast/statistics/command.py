@@ -1,12 +1,12 @@
 """`rome-fast statistics`: collect, or list and prune the cache, merge, import and export."""
 
 import argparse
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from .. import checkpoints
 from ..defaults import default_layer
 from ..errors import ArgumentError, StatisticsError
 from ..fingerprint import Fingerprint
+from ..processes import joined, launched_together, own_device
 from ..runner import Runner
 from .cache import list_cache, prune_cache
-from .collect import Progress, collect, opened_for
+from .collect import RESUME, Progress, collect, opened_for
 from .corpus import Corpus, hub_dataset
 from .layer import check_ridge
-from .processes import joined, launched_together
 from .released import export_npz, import_npz
-from .store import Statistics, statistics_cache
+from .snapshots import PATTERN
+from .store import Statistics, check_replaces, statistics_cache
 
 Shown = Callable[[str, str], AbstractContextManager[tuple[Progress, object]]]
 """From (stage, unit) to a progress bar: what moves it, and what else it shows."""
@@ -54,9 +55,8 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         first, together = True, launched_together()
         if together:
-            if device == "cuda":
-                device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-            first = stack.enter_context(joined(device)).rank == 0
+            device = own_device(device)
+            first = stack.enter_context(joined(device, RESUME)).rank == 0
         runner, tokenizer = stack.enter_context(
             opened_for(arguments.model, arguments.layers, memory=arguments.memory, device=device)
         )
@@ -74,18 +74,20 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
             field=arguments.field,
             out=out,
             distributed=together,
+            ridge=arguments.ridge,
+            resumed=_tell_resumed,
         )
-        if arguments.ridge and first:
-            statistics = statistics.with_ridge(arguments.ridge)
-            statistics.save(out)
+        width = runner.weight(0).shape[1]
     report = _report(arguments.model, statistics, out)
     if first:
-        width = runner.weight(0).shape[1]
         ratio = f"{report['tokens'] / width:.1f} per dimension of the keys"
         print(f"{report['tokens']} tokens, {ratio}, layers {report['layers']} → {out}")
-        for layer in statistics.layers:
-            print(_usable(statistics, layer))
+        _tell_usable(statistics, report)
     return report
+
+
+def _tell_resumed(done: int, total: int) -> None:
+    print(f"going on from {done:,} of {total:,} tokens, which an interrupted run has done", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -130,61 +132,77 @@ def _cache_folder(runner: Runner, directory: Path, layers: list[int]) -> Path:
     return statistics_cache() / f"{directory.resolve().name}-{Fingerprint.of(runner, layer)}"
 
 
-def _usable(statistics: Statistics, layer: int) -> str:
-    try:
-        condition = statistics.layers[layer].condition(torch.device("cpu"))
-    except StatisticsError as error:
-        return f"layer {layer}: no edit can use it as it is: {error}"
-    return f"layer {layer}: condition number {condition:.1e}"
+def _tell_usable(statistics: Statistics, report: dict[str, Any]) -> None:
+    """Say of every layer whether it can be solved with, and put its condition number into the report."""
+    report["conditions"] = {}
+    for layer, entry in statistics.layers.items():
+        # A copy, whose factor goes with it: of several wide layers they would not fit.
+        try:
+            condition = replace(entry).condition(torch.device("cpu"))
+        except StatisticsError as error:
+            report["conditions"][layer] = None
+            print(f"layer {layer}: no edit can use it as it is: {error}")
+        else:
+            report["conditions"][layer] = condition
+            print(f"layer {layer}: condition number {condition:.1e}")
 
 
 def _report(model: str, statistics: Statistics, out: Path) -> dict[str, Any]:
     tokens = min(entry.tokens for entry in statistics.layers.values())
-    return {"model": model, "layers": sorted(statistics.layers), "tokens": tokens, "out": str(out)}
+    ridge = max(entry.ridge for entry in statistics.layers.values())
+    return {"model": model, "layers": sorted(statistics.layers), "tokens": tokens, "ridge": ridge, "out": str(out)}
 
 
 def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
     statistics = Statistics.merge([Statistics.load(folder) for folder in arguments.merge])
-    model, _, directory = checkpoints.load(arguments.model)
-    return _keep(arguments, Runner(model), directory, statistics)
+    with _opened(arguments, list(statistics.layers)) as runner:
+        return _keep(arguments, runner, statistics)
 
 
 def _import(arguments: argparse.Namespace) -> dict[str, Any]:
-    model, _, directory = checkpoints.load(arguments.model)
-    layers = arguments.layers or [default_layer(model.config)]
-    if len(layers) != 1:
-        raise ArgumentError(f"layers: got {layers}, wanted the one layer that {arguments.import_npz} is of")
-    statistics = import_npz(arguments.import_npz, model, layers[0])
-    return _keep(arguments, Runner(model), directory, statistics)
+    with _opened(arguments, arguments.layers) as runner:
+        layers = arguments.layers or [default_layer(runner.model.config)]
+        if len(layers) != 1:
+            raise ArgumentError(f"layers: got {layers}, wanted the one layer that {arguments.import_npz} is of")
+        return _keep(arguments, runner, import_npz(arguments.import_npz, runner, layers[0]))
 
 
-def _keep(arguments: argparse.Namespace, runner: Runner, directory: Path, statistics: Statistics) -> dict[str, Any]:
+@contextmanager
+def _opened(arguments: argparse.Namespace, layers: list[int] | None) -> Iterator[Runner]:
+    """The model, to compare fingerprints with; a few numbers of each weight are all that is read of a streamed one."""
+    device = arguments.device or "cpu"
+    with opened_for(arguments.model, layers, memory=arguments.memory, device=device) as (runner, _):
+        yield runner
+
+
+def _keep(arguments: argparse.Namespace, runner: Runner, statistics: Statistics) -> dict[str, Any]:
     for layer in statistics.layers:
         statistics.for_layer(runner, layer)
     statistics = statistics.with_ridge(arguments.ridge) if arguments.ridge else statistics
+    directory = checkpoints.resolve(arguments.model)
     out = arguments.out or _cache_folder(runner, directory, list(statistics.layers))
+    for layer, entry in statistics.layers.items():
+        check_replaces(out, layer, entry.fingerprint, entry.tokens)
     statistics.save(out)
     report = _report(arguments.model, statistics, out)
     print(f"{report['tokens']} tokens, layers {report['layers']} → {out}")
-    for layer in statistics.layers:
-        print(_usable(statistics, layer))
+    _tell_usable(statistics, report)
     return report
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    model, _, _ = checkpoints.load(arguments.model)
-    runner = Runner(model)
     folder: Path = arguments.export_npz
     if not folder.is_dir():
         raise ArgumentError(f"export: the folder {folder} does not exist; make it first")
     files = []
-    for layer in arguments.layers or [default_layer(model.config)]:
-        statistics = Statistics.load(arguments.out) if arguments.out else Statistics.cached(runner, layer)
-        name = runner.family.weight_name(layer).removesuffix(".weight")
-        file = folder / f"{name}_float32_mom2_{arguments.sample_size}.npz"
-        export_npz(statistics.for_layer(runner, layer), file, arguments.sample_size)
-        files.append(str(file))
-        print(file)
+    with _opened(arguments, arguments.layers) as runner:
+        for layer in arguments.layers or [default_layer(runner.model.config)]:
+            statistics = Statistics.load(arguments.out) if arguments.out else Statistics.cached(runner, layer)
+            name = runner.family.weight_name(layer).removesuffix(".weight")
+            file = folder / f"{name}_float32_mom2_{arguments.sample_size}.npz"
+            export_npz(statistics.for_layer(runner, layer), file, arguments.sample_size)
+            files.append(str(file))
+            print(file)
     return {"model": arguments.model, "files": files}
 
 
@@ -218,6 +236,10 @@ def _list() -> dict[str, Any]:
 
 def _prune(names: list[str]) -> dict[str, Any]:
     removed = prune_cache(names)
+    at_work = [statistics_cache() / name for name in names] if names else statistics_cache().glob(f"*/{PATTERN}")
+    for path in at_work:
+        if path.exists():
+            print(f"kept {path}: a process is writing there")
     for path in removed:
         print(f"removed {path}")
     print(f"{len(removed)} removed")

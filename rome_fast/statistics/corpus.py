@@ -12,12 +12,12 @@ from ..errors import ArgumentError
 MAX_CHARACTERS = 1 << 20
 """Longer documents are cut, so that no more than this is tokenised at once."""
 
-_JSON_LINES = (".jsonl", ".ndjson")
+_JSON_LINES = (".json", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts in files: JSON lines (*.jsonl, *.ndjson), or plain text whose documents are parted by blank lines."""
+    """Texts in files: JSON lines (*.jsonl, *.ndjson, *.json), or plain text with blank lines between documents."""
 
     files: tuple[Path, ...]
     field: str = "text"  # of a JSON object
@@ -46,7 +46,7 @@ class Corpus:
     def __iter__(self) -> Iterator[str]:
         """The documents. Raises ArgumentError for a file that cannot be read, is not UTF-8 or not JSON lines."""
         for file in self.files:
-            yield from self._json_lines(file) if file.suffix in _JSON_LINES else _paragraphs(file)
+            yield from self._json_lines(file) if file.suffix.lower() in _JSON_LINES else _paragraphs(file)
 
     def _json_lines(self, file: Path) -> Iterator[str]:
         for number, line in enumerate(_lines(file), 1):
@@ -56,7 +56,7 @@ class Corpus:
                 text = json.loads(line)[self.field]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ArgumentError(
-                    f'{file}, line {number}: wanted a JSON object with a "{self.field}" field'
+                    f'{file}, line {number}: wanted a JSON object with a "{self.field}" field on every line'
                 ) from error
             if not isinstance(text, str):
                 raise ArgumentError(

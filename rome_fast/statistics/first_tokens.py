@@ -13,6 +13,7 @@ from ..errors import CheckpointError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
 from ..runner import Runner, evaluating, watching
+from ..weights.files import os_errors
 from .layer import LayerStatistics
 from .store import FIRST_TOKENS, read_layer, statistics_cache, write_layer
 
@@ -38,7 +39,8 @@ def first_token_statistics(runner: Runner, layer: int) -> LayerStatistics:
     config = runner.model.config
     name = Path(config._name_or_path).name or config.model_type
     folder = statistics_cache() / f"{name}-{fingerprint}"
-    folder.mkdir(parents=True, exist_ok=True)
+    with os_errors(f"writing {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     write_layer(folder / file, entry, FIRST_TOKENS)
     return entry
 

@@ -51,8 +51,8 @@ class LayerStatistics:
         if int(info):
             moment = self.moment.to(device)
             raise StatisticsError(
-                f"statistics: C of layer {self.layer} is singular (Cholesky stops at pivot {int(info)} of {width}, "
-                f"which is {_pivot(_ridged(moment, ridge), int(info)):.1e} where the diagonal is "
+                f"statistics: C of layer {self.layer} is singular (Cholesky stops at pivot {int(info)} of {width}"
+                f"{_pivot(_ridged(moment, ridge), int(info))} where the diagonal is "
                 f"{float(moment.diagonal().mean()):.1e} on average; it saw {self.tokens} tokens for {width} "
                 f"dimensions); collect more tokens, or take a ridge ({_remedy(moment)}) or statistics='identity'"
             )
@@ -87,12 +87,15 @@ def _ridged(moment: Tensor, ridge: float) -> Tensor:
     return out
 
 
-def _pivot(matrix: Tensor, place: int) -> float:
-    """The pivot that Cholesky finds not positive; all `place - 1` before it are."""
+def _pivot(matrix: Tensor, place: int) -> str:
+    """What the pivot is that Cholesky finds not positive."""
     before = place - 1
-    lower = torch.linalg.cholesky(matrix[:before, :before])
+    lower, info = torch.linalg.cholesky_ex(matrix[:before, :before])
+    if int(info):
+        # Those before it are rounding errors, too, whose signs depend on the order of sums.
+        return ", which is 0 to rounding"
     row = torch.linalg.solve_triangular(lower, matrix[:before, before : before + 1], upper=False)
-    return float(matrix[before, before] - row.square().sum())
+    return f", which is {float(matrix[before, before] - row.square().sum()):.1e}"
 
 
 def _remedy(moment: Tensor) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ArgumentError, StatisticsError
+from ..errors import ArgumentError, RomeFastError, StatisticsError
 from .corpus import MAX_CHARACTERS
 
 Rows = list[list[int]]
@@ -93,7 +93,7 @@ class Reading:
         while left and (group := self._group(texts, left)):
             for text, ids in zip(group, _encode(self.tokenizer, group, number), strict=True):
                 before = self.corpus.hexdigest()
-                self.corpus.update(_bytes(text, number))
+                self._read(text, number)
                 for begin in range(offset, len(ids), self.length):
                     row = ids[begin : min(begin + self.length, begin + left)]
                     rows.append(row)
@@ -117,7 +117,7 @@ class Reading:
 
     def _parts(self) -> Iterator[str]:
         """The texts, very long ones in parts."""
-        for text in self.texts:
+        for text in self._given():
             if isinstance(text, Mapping):
                 text = text.get(self.field, text)
             if not isinstance(text, str):
@@ -133,14 +133,31 @@ class Reading:
                 start = stop
             yield text[start:]
 
+    def _given(self) -> Iterator[Any]:
+        try:
+            yield from self.texts
+        except RomeFastError:
+            raise
+        # A data set raises nearly anything while it is read: errors of the network, of the hub, of file formats.
+        except Exception as error:
+            raise StatisticsError(
+                f"texts: cannot be read on ({type(error).__name__}: {error}); with a folder to save in, the same "
+                "command goes on from its last snapshot"
+            ) from error
+
     def _skip(self, texts: Iterator[str], start: Place) -> None:
         for number in range(start.texts):
             text = next(texts, None)
             if text is None:
                 break
-            self.corpus.update(_bytes(text, number))
+            self._read(text, number)
         if self.corpus.hexdigest() != start.digest:
             raise other_texts()
+
+    def _read(self, text: str, number: int) -> None:
+        content = _bytes(text, number)
+        # With its length, or the digest would not tell where one text ends and the next begins.
+        self.corpus.update(len(content).to_bytes(8, "little") + content)
 
     def _group(self, texts: Iterator[str], left: int) -> list[str]:
         """Texts to tokenise together; not many more than needed, since a token takes about a character at least."""

@@ -7,6 +7,7 @@ does not say which model it is of: all that can be checked is its shape. Those w
 
 import io
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ _FINGERPRINT = "rome_fast.fingerprint"
 _ASYMMETRY = 1e-3
 
 
-def import_npz(file: str | Path, model: PreTrainedModel, layer: int) -> Statistics:
+def import_npz(file: str | Path, model: PreTrainedModel | Runner, layer: int) -> Statistics:
     """Second moments of a layer of this model from a released .npz file; pickled objects in it are never loaded.
 
     Raises StatisticsError for a file that is not one of these, and, with shapes or both fingerprints, for one of
     another width or (where the file names its model) of another model.
     """
-    runner = Runner(model)
+    runner = model if isinstance(model, Runner) else Runner(model)
     if not 0 <= layer < len(runner.layers):
         raise ArgumentError(f"layer: got {layer}, wanted one of 0 .. {len(runner.layers) - 1}")
     actual = Fingerprint.of(runner, layer)
@@ -47,18 +48,22 @@ def import_npz(file: str | Path, model: PreTrainedModel, layer: int) -> Statisti
                 raise StatisticsError(f"{file}: wanted mom2.mom2 and mom2.count in it, {', '.join(missing)} missing")
             total, count = content["mom2.mom2"], content["mom2.count"]
             named = str(content[_FINGERPRINT]) if _FINGERPRINT in content.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except StatisticsError:
+        raise
+    # NotImplementedError and RuntimeError: of a zip file compressed in another way, or encrypted.
+    except (
+        OSError, ValueError, EOFError, MemoryError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise StatisticsError(f"{file}: cannot be read as an .npz file of second moments ({error})") from error
+    origin = None if named is None else _read_fingerprint(file, named)
     if total.shape != (width, width):
         raise StatisticsError(
-            f"{file}: got second moments of shape {total.shape}, wanted ({width}, {width}) for layer {layer} of this "
-            f"model ({actual})"
+            f"{file}: got second moments of shape {total.shape} (model {origin or 'not named in the file'}), wanted "
+            f"({width}, {width}) for layer {layer} of this model ({actual})"
         )
-    if named is not None and not _read_fingerprint(file, named).matches(actual):
-        raise StatisticsError(
-            f"{file}: got statistics of model {_read_fingerprint(file, named)}, wanted {actual} (layer {layer})"
-        )
-    if total.dtype.kind != "f" or count.size != 1 or count.dtype.kind not in "iuf" or not count.reshape(-1)[0] >= 1:
+    if origin is not None and not origin.matches(actual):
+        raise StatisticsError(f"{file}: got statistics of model {origin}, wanted {actual} (layer {layer})")
+    if total.dtype.kind != "f" or count.size != 1 or count.dtype.kind not in "iuf" or not _at_least_one(count):
         raise StatisticsError(
             f"{file}: got {total.dtype} sums over {count!r} tokens, wanted floating-point sums over at least one"
         )
@@ -87,6 +92,11 @@ def export_npz(entry: LayerStatistics, file: str | Path, sample_size: int) -> No
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     atomic_write(Path(file), buffer.getvalue())
+
+
+def _at_least_one(count: Any) -> bool:
+    number = float(count.reshape(-1)[0])
+    return 1 <= number < float("inf")
 
 
 def _read_fingerprint(file: str | Path, text: str) -> Fingerprint:

@@ -5,7 +5,6 @@ passed over for the one before. A snapshot says where its window begins (`Place`
 batches do not depend on snapshots, so the sums of a resumed run are those of an undisturbed one to the bit.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,13 +15,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, StatisticsError
-from ..weights import load_tensors, save_tensors
-from ..weights.files import os_errors
+from ..weights import Header, read_header, save_tensors
+from ..weights.files import lock_directory, os_errors
+from ..weights.header import read_tensor
 from .reading import Place
 
 _EVERY_SECONDS = 5.0
@@ -55,23 +56,34 @@ class Snapshots:
         self._cost = 0.0
         self._last = time.monotonic()
 
-    def latest(self, totals: Mapping[int, Tensor]) -> Sums | None:
-        """The newest sums that are readable, on the devices of `totals`; warns where newer ones are not."""
-        found: dict[int, Sums] = {}
+    def latest(self, totals: dict[int, Tensor]) -> Sums:
+        """The newest sums that are readable, put into `totals`, which are 0; warns where newer ones are not.
+
+        One tensor at a time, so that going on takes no more memory than the run that was interrupted.
+        """
+        found: list[tuple[int, Path]] = []
         damaged = []
         for slot in (0, 1):
             file = self._file(slot)
             if file.exists():
                 try:
-                    number, sums = self._read(file, totals)
-                    found[number] = sums
+                    found.append((self._fields(read_header(file))["number"], file))
                 except (CheckpointError, StatisticsError) as error:
                     damaged.append(str(error))
-        self._number = max(found, default=0)
+        sums = Sums(totals)
+        for number, file in sorted(found, reverse=True):
+            try:
+                sums = self._read(file, totals)
+                self._number = number
+                break
+            except (CheckpointError, StatisticsError) as error:
+                damaged.append(str(error))
+                for total in totals.values():
+                    total.zero_()
         if damaged:
-            rest = f"going on from the other one, at {found[self._number].tokens} tokens" if found else "beginning anew"
+            rest = f"going on from the other one, at {sums.tokens} tokens" if self._number else "beginning anew"
             warnings.warn(f"{'; '.join(damaged)}; {rest}", stacklevel=3)
-        return found[self._number] if found else None
+        return sums
 
     def due(self) -> bool:
         """Whether it is time for the next one."""
@@ -84,7 +96,7 @@ class Snapshots:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
         number = self._number + 1
-        tensors = {str(layer): total.cpu() for layer, total in sums.totals.items()}
+        totals = {layer: total.cpu() for layer, total in sums.totals.items()}
         state = json.dumps(
             {
                 "run": self._run,
@@ -95,9 +107,9 @@ class Snapshots:
                 "rows": sums.rows,
             }
         )
-        metadata = {"format": _FORMAT, "state": state, "sha256": _checksum(state, tensors)}
+        metadata = {"format": _FORMAT, "state": state, "sha256": _checksum(state, totals)}
         try:
-            save_tensors(self._file(number % 2), tensors, metadata)
+            save_tensors(self._file(number % 2), {str(layer): total for layer, total in totals.items()}, metadata)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; nothing is lost: the same command goes on from the snapshot before this one"
@@ -126,38 +138,56 @@ class Snapshots:
     def _claim(self) -> None:
         if self._lock is not None:
             return
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
+        # Where a file system has no locks, nobody can be told apart.
+        self._lock = lock_directory(self.folder)
+        if self._lock is None:
             raise StatisticsError(
                 f"out: another process is collecting the same statistics in {self.folder}; wait for it to end"
-            ) from None
-        except OSError:
-            # A file system without locks: then nobody can be told apart.
+            )
+
+    def _fields(self, header: Header) -> dict[str, Any]:
+        """What a snapshot says of itself; StatisticsError unless it is one of this run."""
+        try:
+            fields = json.loads(header.metadata["state"])
+            if header.metadata["format"] == _FORMAT and fields["run"] == self._run and int(fields["number"]) > 0:
+                return dict(fields)
+        except (KeyError, ValueError, TypeError):
             pass
-        self._lock = descriptor
+        raise StatisticsError(f"the snapshot {header.path} is damaged")
 
-    def _read(self, file: Path, like: Mapping[int, Tensor]) -> tuple[int, Sums]:
-        tensors, metadata = load_tensors(file)
-        state = metadata.get("state", "")
+    def _read(self, file: Path, totals: dict[int, Tensor]) -> Sums:
+        """A snapshot's sums, put into `totals`; they are of no use where this raises."""
+        header = read_header(file)
+        fields = self._fields(header)
         damaged = StatisticsError(f"the snapshot {file} is damaged")
-        if metadata.get("format") != _FORMAT or metadata.get("sha256") != _checksum(state, tensors):
+        if set(header.tensors) != set(map(str, totals)):
             raise damaged
-        fields = json.loads(state)
-        totals = {layer: tensors.get(str(layer), torch.empty(0)) for layer in like}
-        if any(totals[layer].shape != total.shape for layer, total in like.items()) or fields["run"] != self._run:
+        digest = hashlib.sha256(header.metadata["state"].encode())
+        for layer, total in _ordered(totals):
+            saved = read_tensor(header, str(layer))
+            if saved.shape != total.shape or saved.dtype != total.dtype:
+                raise damaged
+            _add_to(digest, layer, saved)
+            total.copy_(saved)
+        if digest.hexdigest() != header.metadata.get("sha256"):
             raise damaged
-        moved = {layer: totals[layer].to(total.device) for layer, total in like.items()}
-        return fields["number"], Sums(
-            moved, fields["tokens"], Place(**fields["start"]), fields["rows"], fields["batches"]
-        )
+        try:
+            return Sums(totals, fields["tokens"], Place(**fields["start"]), fields["rows"], fields["batches"])
+        except (KeyError, TypeError):
+            raise damaged from None
 
 
-def _checksum(state: str, tensors: Mapping[str, Tensor]) -> str:
+def _ordered(totals: Mapping[int, Tensor]) -> list[tuple[int, Tensor]]:
+    return sorted(totals.items(), key=lambda item: str(item[0]))
+
+
+def _checksum(state: str, totals: Mapping[int, Tensor]) -> str:
     digest = hashlib.sha256(state.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    for layer, total in _ordered(totals):
+        _add_to(digest, layer, total)
     return digest.hexdigest()
+
+
+def _add_to(digest: "hashlib._Hash", layer: int, total: Tensor) -> None:
+    digest.update(str(layer).encode())
+    digest.update(total.contiguous().view(torch.uint8).numpy().data)

@@ -11,7 +11,8 @@ from ..assets import cache_dir
 from ..errors import ArgumentError, CheckpointError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..runner import Runner
-from ..weights import load_tensors, save_tensors
+from ..weights import load_tensors, read_header, save_tensors
+from ..weights.files import os_errors
 from .layer import LayerStatistics, check_ridge
 
 FORMAT = "rome_fast second moment 1"
@@ -73,24 +74,28 @@ class Statistics:
         return cls(_merged([part.layers[layer] for part in parts if layer in part.layers]) for layer in layers)
 
     def save(self, directory: str | Path) -> None:
-        """One safetensors file per layer, each replaced atomically."""
+        """One safetensors file per layer, each replaced atomically; CheckpointError where that fails."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        with os_errors(f"writing {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
         for layer, entry in self.layers.items():
-            write_layer(directory / f"layer-{layer}.safetensors", entry)
+            write_layer(layer_file(directory, layer), entry)
 
     @classmethod
     def cached(cls, runner: Runner, layer: int) -> "Statistics":
-        """Those of this model and layer in the cache folder; StatisticsError with the command that makes them."""
+        """Those of most tokens of this model and layer in the cache; StatisticsError with the command for them."""
         unreadable = ""
+        of_most_tokens: LayerStatistics | None = None
+        fingerprint = Fingerprint.of(runner, layer)
         for file in sorted(statistics_cache().glob(f"*/layer-{layer}.safetensors")):
             try:
-                entry = read_layer(file)
+                if of_most_tokens is None or kept_tokens(file, fingerprint) > of_most_tokens.tokens:
+                    entry = read_layer(file)
+                    of_most_tokens = entry if entry.fingerprint.matches(fingerprint) else of_most_tokens
             except (CheckpointError, StatisticsError) as error:
                 unreadable += f"\nunreadable there: {error}"
-                continue
-            if entry.fingerprint.matches(Fingerprint.of(runner, layer)):
-                return cls([entry])
+        if of_most_tokens is not None:
+            return cls([of_most_tokens])
         name = runner.model.config._name_or_path or "MODEL"
         raise StatisticsError(
             f"statistics: none for layer {layer} of {name} in {statistics_cache()}; make them (once) with: "
@@ -109,6 +114,38 @@ class Statistics:
                 f"rome-fast statistics MODEL --corpus FILE --out {directory}"
             )
         return cls(read_layer(file) for file in files)
+
+
+def layer_file(directory: Path, layer: int) -> Path:
+    """Where a folder of statistics has a layer."""
+    return directory / f"layer-{layer}.safetensors"
+
+
+def kept_tokens(file: Path, fingerprint: Fingerprint) -> int:
+    """How many tokens a file of statistics is of; 0 where it is of another model or none."""
+    try:
+        metadata = read_header(file).metadata
+        if metadata["format"] == FORMAT and Fingerprint.from_json(metadata["fingerprint"]).matches(fingerprint):
+            return int(metadata["tokens"])
+    except (CheckpointError, KeyError, ValueError, TypeError):
+        pass
+    return 0
+
+
+def kept_limit(file: Path) -> float | None:
+    """The limit of a study that a file of statistics has."""
+    metadata = read_header(file).metadata
+    return float(metadata["collapse_limit"]) if "collapse_limit" in metadata else None
+
+
+def check_replaces(directory: Path, layer: int, fingerprint: Fingerprint, tokens: int) -> None:
+    """Raise ArgumentError where C of so many tokens would replace one of the same model and more of them."""
+    file = layer_file(directory, layer)
+    if (kept := kept_tokens(file, fingerprint)) > tokens:
+        raise ArgumentError(
+            f"out: {file} has C of {kept:,} tokens, which one of {tokens:,} would replace; give another folder, or "
+            "remove it first"
+        )
 
 
 def _merged(entries: Sequence[LayerStatistics]) -> LayerStatistics:

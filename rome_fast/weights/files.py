@@ -66,6 +66,18 @@ def require_space(directory: Path, needed: int) -> None:
         raise CheckpointError(f"{directory}: {needed:,} bytes needed, {free:,} free; make room first")
 
 
+def check_writable(directory: Path) -> None:
+    """Raise CheckpointError unless the directory, or the first one above it that is there, can be written to."""
+    place = directory.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    with os_errors(f"writing {directory}"):
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
 def sync(path: Path) -> None:
     """Force a file's bytes, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -125,6 +137,18 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def lock_directory(directory: Path) -> int | None:
+    """A descriptor that holds the lock on a directory until it is closed, or None where another process has it.
+
+    On a file system without locks everybody gets one. Raises OSError for a directory that is not there.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    if _lock(descriptor) is False:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def write_file(path: Path, content: Content) -> None:
