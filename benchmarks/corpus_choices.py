@@ -252,11 +252,8 @@ def main() -> None:
     file = results() / "corpus_choices.csv"
     before = read_rows(file) if file.exists() else []
     kept = [row for row in before if all(row[name] == str(value) for name, value in about.items())]
-    table = Table(file, {})
-    known: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in kept:
-        table.add(row)
-        known[made_of(row)] = row
+    table = Table(file, {}, kept)
+    known: dict[tuple[str, ...], dict[str, Any]] = {made_of(row): dict(row) for row in kept}
     for fields, made in choices(bench):
         if any(row["choice"] == fields["choice"] and made_of(row) == made_of(fields) for row in kept):
             continue

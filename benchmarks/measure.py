@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -81,25 +81,24 @@ def side_by_side(
 
 
 class Table:
-    """A CSV file that is replaced when the first row comes, and complete after every row."""
+    """A CSV file that is replaced when the first row comes, and complete after every row, whenever it is cut short."""
 
-    def __init__(self, file: Path, origin: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, origin: Mapping[str, Any], kept: Sequence[Mapping[str, Any]] = ()) -> None:
+        """`kept` are rows that come before those added."""
         self.file, self.origin = file, dict(origin)
-        self.columns: list[str] | None = None
+        self.rows: list[Mapping[str, Any]] = list(kept)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        whole = {name: _short(value) for name, value in {**row, **self.origin}.items()}
-        new = self.columns is None
-        if self.columns is None:
-            self.columns = list(whole)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("w" if new else "a", newline="", encoding="utf-8") as lines:
-            writer = csv.DictWriter(lines, self.columns)
-            if new:
-                writer.writeheader()
-            writer.writerow(whole)
+        self.rows.append({name: _short(value) for name, value in {**row, **self.origin}.items()})
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_name(f".{self.file.name}.partial")
+        with partial.open("w", newline="", encoding="utf-8") as lines:
+            writer = csv.DictWriter(lines, list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
             lines.flush()
             os.fsync(lines.fileno())
+        partial.replace(self.file)
 
 
 def _short(value: Any) -> Any:
