@@ -1,29 +1,33 @@
-"""What only a GPU shows, in one command: numbers, speed of the four ops, speed of the values. `make gpu`.
+"""What only a GPU shows, in one command: numbers, and the speed of ops, values and statistics. `make gpu`.
 
-    python benchmarks/gpu.py [--part correctness|ops|values|sanitizer] [--minutes 9]
+    python benchmarks/gpu.py [--part correctness|ops|values|statistics|sanitizer] [--minutes 9]
 
 Every part is a process of its own, so that a broken kernel takes only its own part down, and writes a table to
-benchmarks/results (or $OUT) row by row: gpu_correctness.csv, gpu_ops.csv, gpu_values.csv, gpu_sanitizer.csv. The
-figures are redrawn at the end. Without a GPU it says what it leaves out. The exit status is 1 where anything is wrong.
+benchmarks/results (or $OUT) row by row: gpu_correctness.csv, gpu_ops.csv, gpu_values.csv, gpu_statistics.csv,
+gpu_sanitizer.csv. The figures are redrawn at the end. Without a GPU it says what it leaves out. The exit status is 1
+where anything is wrong.
 """
 
 import argparse
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 import uninstalled  # noqa: F401  (it makes rome_fast importable)
 
 # isort: split
-from measure import ROOT, Table, origin, read_rows, results, side_by_side
+from measure import ROOT, Table, origin, read_rows, results, side_by_side, timed
 from op_cases import OURS, Case, cases
 from rome_fast.bench.roofline import Roofline, measure_roofline
 
@@ -31,14 +35,21 @@ PARTS = {
     "correctness": "every op against float64 on the GPU: dtypes, masks, odd sizes, strides (tests marked gpu)",
     "ops": "timings of the four ops beside what they replace, d_ff 1536 to 28672",
     "values": "seconds per edit of the values, shape llama-2-7b in bfloat16, batches of 1 to 256",
+    "statistics": "tokens per second of second moments, shape llama-2-7b in bfloat16",
     "sanitizer": "compute-sanitizer on small sizes",
 }
 SIZES = (1536, 3072, 6400, 11008, 14336, 16384, 28672)
 SHAPE = "llama-2-7b"
 BATCHES = (1, 16, 64, 256)
+TOKENS = (110_000, 1_000_000)
+"""About the default budget of this shape, and one at which what is done once hardly counts."""
 _OP_SECONDS = 1.5  # of timing per case
-_SHARES = {"correctness": 0.35, "ops": 0.45, "values": 0.75, "sanitizer": 1.0}
-"""How much of the time that is left a part may take."""
+_REPEATS = 3  # of what is short; of anything longer, one
+_SHORT_BATCH, _SHORT_TOKENS = 16, 200_000
+_SHARES = {"correctness": 0.45, "ops": 0.45, "values": 0.55, "statistics": 0.5, "sanitizer": 1.0}
+"""How much of the time that is left a part may take. The first takes about 200 s on a machine that compiles anew."""
+_GRACE_SECONDS = 5.0  # between asking a part to end and killing it
+_TOOL_SECONDS = 100.0  # for one tool of compute-sanitizer
 
 
 def say(line: str) -> None:
@@ -50,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=tuple(PARTS), help="this part only, in this process")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default: 9)")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of d_ff, for the ops")
-    parser.add_argument("--shape", default=SHAPE, help="of the model, for the values")
+    parser.add_argument("--shape", default=SHAPE, help="of the model, for the values and statistics")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of edits, for the values")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="to read, for the statistics")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         say("no CUDA GPU here; left out:")
@@ -69,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ops(device, arguments.sizes)
     if arguments.part == "values":
         return values(device, arguments.shape, arguments.batches)
+    if arguments.part == "statistics":
+        return statistics(device, arguments.shape, arguments.tokens)
+    # Where `run_all` ends this part, it has yet to end what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     return sanitizer(device)
 
 
@@ -79,26 +95,35 @@ def run_all(minutes: float, argv: Sequence[str]) -> int:
     for part in PARTS:
         limit = _SHARES[part] * (end - time.monotonic())
         start = time.monotonic()
-        try:
-            done = subprocess.run([sys.executable, __file__, *argv, "--part", part], timeout=max(1.0, limit))
-            code = done.returncode
-        except subprocess.TimeoutExpired:
-            say(f"{part}: stopped after {limit:.0f} s; the rows so far are kept")
-            code = 1
+        with subprocess.Popen([sys.executable, __file__, *argv, "--part", part]) as process:
+            try:
+                code = process.wait(max(1.0, limit))
+            except subprocess.TimeoutExpired:
+                say(f"{part}: stopped after {limit:.0f} s; the rows so far are kept")
+                code = 1
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_SECONDS)
+                process.kill()
         say(f"{part}: {'done' if code == 0 else f'status {code}'} in {time.monotonic() - start:.0f} s\n")
         worst = max(worst, int(code != 0))
     plot()
     return worst
 
 
-def correctness(device: torch.device) -> int:
-    """The tests that are marked gpu, one row each."""
+def correctness(device: torch.device, file: Path = ROOT / "tests" / "test_kernels_gpu.py") -> int:
+    """The tests that are marked gpu, one row each; those that the file imports, which a CPU runs too, come last."""
     import pytest
 
     table = Table(results() / "gpu_correctness.csv", origin(device))
     count = {"passed": 0, "failed": 0, "skipped": 0}
 
     class Rows:
+        @staticmethod
+        def pytest_collection_modifyitems(items: list[Any]) -> None:
+            # When time is up, what no other machine can show has been seen.
+            items.sort(key=lambda item: item.function.__module__ != item.module.__name__)
+
         @staticmethod
         def pytest_runtest_logreport(report: Any) -> None:
             if report.when == "call" or report.outcome != "passed":
@@ -108,7 +133,7 @@ def correctness(device: torch.device) -> int:
                 table.add({"check": name, "outcome": report.outcome, "seconds": report.duration, "detail": detail})
 
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default", "--tb=short", f"--rootdir={ROOT}"]
-    code = int(pytest.main([*options, str(ROOT / "tests" / "test_kernels_gpu.py")], plugins=[Rows()]))
+    code = int(pytest.main([*options, str(file)], plugins=[Rows()]))
     say(f"correctness: {count}")
     return code
 
@@ -172,7 +197,7 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
     from rome_fast.bench.command import REQUESTS
     from rome_fast.bench.flops import FlopCounter
     from rome_fast.bench.shapes import repeated
-    from rome_fast.bench.throughput import Track, ideal, run_timed, shape_setup
+    from rome_fast.bench.throughput import Track, ideal, run_timed, shape_setup, warm_up
     from rome_fast.edits import load_edits
     from rome_fast.flow import tokenise
     from rome_fast.runner import Runner
@@ -187,17 +212,20 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
     requests = [
         tokenise(runner, setup.tokenizer, e, setup.contexts, setup.flow.how) for e in repeated(edits, max(batches))
     ]
-    short = replace(setup, settings=replace(setup.settings, steps=2))
-    short.flow.solve_each(requests[:2])
     for batch in batches:
         group = requests[:batch]
+        # This very group: every shape has a first use, which is slow.
+        warm_up(setup, group)
         torch.cuda.reset_peak_memory_stats(device)
-        track, flow = Track("rome_fast"), setup.flow
-        made = run_timed(track, flow, group)
+        runs = []
+        for _ in range(_REPEATS if batch <= _SHORT_BATCH else 1):
+            track, flow = Track("rome_fast"), setup.flow
+            runs.append((track, flow, run_timed(track, flow, group)))
+        track, flow, made = sorted(runs, key=lambda run: run[0].wall_seconds)[len(runs) // 2]
         peak = torch.cuda.max_memory_allocated(device)
         useful = ideal(setup, group, [record for _, record in made]) / batch
         counted: float | None = None
-        if batch <= 16:
+        if batch <= _SHORT_BATCH:
             with FlopCounter() as counter:
                 setup.flow.solve_each(group)
             counted = counter.total / batch
@@ -207,6 +235,7 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
             "dtype": "bfloat16",
             "batch": batch,
             "largest_batch": flow.largest_batch,
+            "repeats": len(runs),
             "seconds_per_edit": seconds,
             "steps_per_edit": track.steps / batch,
             "rows_per_edit": len(group[0].rows),
@@ -230,6 +259,124 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
     return 0
 
 
+def statistics(device: torch.device, shape: str, counts: Sequence[int]) -> int:
+    """Seconds for the second moment of the edit layer's keys, of so many tokens, and how much of it its sum takes.
+
+    No layers are made but those that are run. FLOPs are the products with weights of these, and d_ff² per token for the
+    lower triangle of the sum.
+    """
+    from rome_fast import collect_statistics
+    from rome_fast.bench.flops import Shape
+    from rome_fast.bench.shapes import random_model, shape_config, tokenizer_for
+    from rome_fast.defaults import default_layer
+    from rome_fast.runner import Runner
+
+    table = Table(results() / "gpu_statistics.csv", origin(device))
+    roofline = measure_roofline(device, torch.bfloat16)
+    torch.cuda.empty_cache()
+    whole = shape_config(shape)
+    layer = default_layer(whole)
+    model = random_model(shape, device, torch.bfloat16, layers=layer + 1)
+    tokenizer, what = tokenizer_for(whole.vocab_size, sentences())
+    runner = Runner(model)
+    width = runner.weight(layer).shape[1]
+    flops_per_token = 2.0 * (layer + 1) * Shape.of(runner).layer_weights + float(width) ** 2
+    for count in counts:
+        texts = drawn_texts(count)
+        reading = reading_seconds(tokenizer, texts, count, device)
+        # All of it: what a first use compiles depends on the sizes of the batches.
+        collect_statistics(model, tokenizer, texts, [layer], count)
+        torch.cuda.reset_peak_memory_stats(device)
+        runs = []
+        for _ in range(_REPEATS if count <= _SHORT_TOKENS else 1):
+            with timing_second_moments(device) as calls:
+                start = time.perf_counter()
+                seen = collect_statistics(model, tokenizer, texts, [layer], count).layers[layer].tokens
+                seconds = time.perf_counter() - start
+            runs.append((seconds, sum(read() for read in calls), seen))
+        seconds, summing, seen = sorted(runs)[len(runs) // 2]
+        rate = flops_per_token * seen / seconds
+        row = {
+            "shape": shape,
+            "dtype": "bfloat16",
+            "layer": layer,
+            "layers_made": f"{layer + 1} of {whole.num_hidden_layers}, random weights",
+            "tokens": seen,
+            "repeats": len(runs),
+            "seconds": seconds,
+            "tokens_per_s": seen / seconds,
+            "gflop_per_token": flops_per_token / 1e9,
+            "tflop_per_s": rate / 1e12,
+            "share_of_matrix_rate": rate / roofline.matrix_rate,
+            "gemm_tflop_per_s": roofline.matrix_rate / 1e12,
+            "second_moment_seconds": summing,
+            "second_moment_share": summing / seconds,
+            "second_moment_tflop_per_s": float(width) ** 2 * seen / summing / 1e12,
+            "reading_seconds": reading,
+            "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "weights_gib": sum(p.nbytes for p in model.parameters()) / 2**30,
+            "texts": "built-in requests and contexts, drawn again and again",
+            "tokenizer": what,
+        }
+        table.add(row)
+        say(
+            f"{seen} tokens: {seconds:.2f} s, {row['tokens_per_s']:,.0f} tokens/s, {row['tflop_per_s']:.0f} TFLOP/s, "
+            f"{row['share_of_matrix_rate']:.0%} of the matrix rate; second_moment_ {row['second_moment_share']:.0%} of "
+            f"the time, reading alone {reading:.2f} s, peak {row['peak_gib']:.1f} GiB"
+        )
+    return 0
+
+
+def sentences() -> list[str]:
+    """All that the package brings along in plain words."""
+    from rome_fast.bench.command import REQUESTS
+    from rome_fast.bench.shapes import CONTEXTS
+    from rome_fast.edits import load_edits
+
+    out = [context.strip() for context in CONTEXTS]
+    for edit in load_edits(REQUESTS):
+        out += [f"{edit.text} {edit.target}.", *edit.paraphrase_prompts, *edit.neighborhood_prompts]
+    return out
+
+
+def drawn_texts(words: int, seed: int = 0) -> list[str]:
+    """Texts of 1 to 40 sentences drawn at random, of `words` words or some more; a word is a token at least."""
+    drawn, known, out = random.Random(seed), sentences(), list[str]()
+    while words > 0:
+        out.append(" ".join(drawn.choices(known, k=drawn.randint(1, 40))))
+        words -= out[-1].count(" ") + 1
+    return out
+
+
+def reading_seconds(tokenizer: Any, texts: Sequence[str], tokens: int, device: torch.device) -> float:
+    """Seconds to make batches of the texts and nothing else. A GPU that is faster has to wait for them."""
+    from rome_fast.statistics import collect
+    from rome_fast.statistics.reading import Place, Reading
+
+    start = time.perf_counter()
+    most = collect._BATCH_TOKENS[device.type]
+    for window in Reading(tokenizer, texts, "text", tokens, 128, most).windows(Place()):
+        window.batches(most)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def timing_second_moments(device: torch.device) -> Iterator[list[Callable[[], float]]]:
+    """One function for every call of `second_moment_` in the block that says how many seconds the call took."""
+    from rome_fast.kernels import second_moment_
+
+    from rome_fast.statistics import collect
+
+    calls: list[Callable[[], float]] = []
+
+    def noting(total: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        calls.append(timed(lambda: second_moment_(total, x, mask), device))
+        return total
+
+    with mock.patch.object(collect, "second_moment_", noting):
+        yield calls
+
+
 def sanitizer(device: torch.device) -> int:
     """Every kernel once under compute-sanitizer; each allocation is the driver's own, so that its end is known."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -241,23 +388,37 @@ def sanitizer(device: torch.device) -> int:
     for tool in ("memcheck", "racecheck"):
         command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "3", sys.executable]
         start = time.monotonic()
-        try:
-            done = subprocess.run(
-                [*command, str(Path(__file__).with_name("sanitized.py"))],
-                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=100,
-            )
-            code, text = done.returncode, done.stdout
-        except subprocess.TimeoutExpired:
-            code, text = 124, "stopped after 100 s"
+        command.append(str(Path(__file__).with_name("sanitized.py")))
+        code, text = run_group(command, _TOOL_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         summary = next((line for line in reversed(text.splitlines()) if "SUMMARY" in line), text.strip()[-300:])
         table.add({"tool": tool, "status": code, "seconds": time.monotonic() - start, "summary": summary})
         say(f"sanitizer: {tool}: status {code}, {summary}")
         worst = max(worst, int(code == 9))
     return worst
+
+
+def run_group(command: Sequence[str], seconds: float, **environment: str) -> tuple[int, str]:
+    """Status and output of a command; after so many seconds it is killed, and all that it started: status 124.
+
+    A child that lives on, as that of compute-sanitizer does, would keep the GPU.
+    """
+    with subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            text, _ = process.communicate(timeout=seconds)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return 124, f"stopped after {seconds:.0f} s"
+            raise
+        return process.returncode, text
 
 
 def plot() -> None:

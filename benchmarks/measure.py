@@ -35,6 +35,25 @@ class Times:
         return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
 
 
+def timed(run: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """Run it; the function returned says how many seconds it took, and only that waits for a GPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        return lambda: seconds
+    first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    second.record()
+
+    def read() -> float:
+        second.synchronize()
+        return first.elapsed_time(second) / 1e3
+
+    return read
+
+
 def side_by_side(
     runs: Mapping[str, Callable[[], object]],
     device: torch.device,
@@ -46,26 +65,11 @@ def side_by_side(
 
     On a GPU: its own time by events, from a cold L2 cache. On a CPU: wall time, caches as the others left them.
     """
-    on_gpu = device.type == "cuda"
-    flushed = torch.empty(FLUSHED_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
+    flushed = torch.empty(FLUSHED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
     def once(run: Callable[[], object]) -> Callable[[], float]:
-        if not on_gpu:
-            start = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - start
-            return lambda: seconds
         flushed.zero_()
-        first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        run()
-        second.record()
-
-        def read() -> float:
-            second.synchronize()
-            return first.elapsed_time(second) / 1e3
-
-        return read
+        return timed(run, device)
 
     for run in runs.values():
         once(run)()
@@ -126,7 +130,7 @@ def origin(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The short hash of HEAD, with a plus sign where tracked files differ from it; empty outside a repository."""
+    """The short hash of HEAD, with a plus sign where tracked files differ from it; outside a repository $COMMIT."""
 
     def git(*arguments: str) -> str:
         try:
@@ -136,7 +140,9 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short", "HEAD")
-    return head + "+" * bool(head and git("status", "--porcelain", "--untracked-files=no"))
+    if not head:
+        return os.environ.get("COMMIT", "")
+    return head + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:

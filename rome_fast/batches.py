@@ -1,5 +1,6 @@
 """How many edits to optimise at once: as many as the memory at hand holds, and no out-of-memory error."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,18 +16,31 @@ _SHARE = 0.5
 # More positions than this at a time do not make the products of a CPU faster, and leave its caches.
 _MOST_POSITIONS = {"cpu": 1024}
 _ENOUGH_POSITIONS = 16_384
-# Share of the positions that may be padding.
-_MOST_PADDING = 0.1
+# What a step costs whatever a batch holds, in positions: the weights are read for few as for many. On a CPU measured (a
+# product with M rows takes the time of M + 21); on a GPU from its ratio of arithmetic to bandwidth, and not measured.
+_FIXED_POSITIONS = {"cpu": 20.0, "cuda": 500.0}
+# Most steps are taken on some of the rows only.
+_SHARE_OF_ROWS = 0.5
+_PLANNED = 64  # requests that are looked at to find the next batch
+# What a batch may plan for at most: on a GPU, larger batches take memory and no less time.
+_MOST_BYTES = {"cuda": 10 << 30}
+
+
+# In a plain RuntimeError: of the CPU allocator, of the CUDA runtime, and of libraries that allocate for themselves.
+_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 
 class Shaped(Protocol):
-    """What is asked of a request: how many rows, and positions before and from the subject's last token on.
+    """What is asked of a request: how many rows, `scored` of them with a target, and positions of the longest one.
 
-    Of those before, `middle` are its own and the others its contexts'.
+    Those are counted before and from the subject's last token on; of those before, `middle` are its own and the others
+    its contexts'.
     """
 
     @property
     def rows(self) -> Sequence[object]: ...
+    @property
+    def scored(self) -> int: ...
     @property
     def suffix(self) -> int: ...
     @property
@@ -42,28 +56,53 @@ class BatchSizer:
         self.runner = runner
         self.layers = len(runner.layers) - layer - 1
         self.limit: int | None = None
+        self._needed = 0  # bytes, of the batch chosen last
+        self._just_failed = False
 
     def choose(self, waiting: Sequence[Shaped]) -> int:
         """How many of the waiting requests, in their order, to take into the next batch; at least one.
 
-        All requests of a batch have the same number of rows.
+        All requests of a batch have the same number of rows, and of rows with a target. Among the ways of parting the
+        requests into such batches, the one that costs least is taken: large batches pad, small ones read the weights
+        more often.
         """
-        spare = self.runner.spare_bytes
-        budget = _SHARE * free_memory(self.runner.device) if spare is None else spare
+        device, spare = self.runner.device, self.runner.spare_bytes
+        if self._just_failed and device.type == "cuda":
+            # Not where it failed: the tensors of the failed batch were still referred to by its error.
+            torch.cuda.empty_cache()
+        self._just_failed = False
+        budget = _SHARE * free_memory(device) if spare is None else spare
+        budget = min(budget, _MOST_BYTES.get(device.type, budget))
+        fixed = _FIXED_POSITIONS.get(device.type, _FIXED_POSITIONS["cpu"])
+        planned = [request for request in waiting[:_PLANNED] if _kind(request) == _kind(waiting[0])]
+        costs = [0.0] * (len(planned) + 1)  # of all requests from a place on, at best
+        sizes = [1] * len(planned)
+        for place in reversed(range(len(planned))):
+            costs[place] = math.inf
+            for size, positions in enumerate(self._fitting(planned[place:], budget), 1):
+                cost = fixed + _SHARE_OF_ROWS * positions + costs[place + size]
+                if cost < costs[place]:
+                    costs[place], sizes[place] = cost, size
+        self._needed = self._bytes(planned[: sizes[0]])
+        return sizes[0]
+
+    def _fitting(self, waiting: Sequence[Shaped], budget: float) -> Iterator[int]:
+        """Positions, padded, of a batch of the first request, of the first two and so on, as long as it fits."""
         most = _MOST_POSITIONS.get(self.runner.device.type, _ENOUGH_POSITIONS)
-        size, suffix, before, middle, used = 0, 0, 0, 0, 0
-        for request in waiting:
+        suffix = before = middle = 0
+        for size, request in enumerate(waiting, 1):
             suffix, before = max(suffix, request.suffix), max(before, request.before)
             middle = max(middle, request.middle)
-            used += request.suffix
-            rows = (size + 1) * len(request.rows)
-            padded = used < (1 - _MOST_PADDING) * (size + 1) * suffix
-            other = len(request.rows) != len(waiting[0].rows)
+            rows = size * len(request.rows)
             needed = rows * self._row_bytes(suffix, before, middle)
-            if size and (other or padded or rows * suffix > most or needed > budget):
-                break
-            size += 1
-        return size if self.limit is None else min(size, self.limit)
+            too_many = rows * suffix > most or needed > budget or (self.limit is not None and size > self.limit)
+            if size > 1 and too_many:
+                return
+            yield rows * suffix
+
+    def _bytes(self, batch: Sequence[Shaped]) -> int:
+        longest = (max(getattr(r, name) for r in batch) for name in ("suffix", "before", "middle"))
+        return len(batch) * len(batch[0].rows) * self._row_bytes(*longest)
 
     @contextmanager
     def halving(self, size: int) -> Iterator[None]:
@@ -77,13 +116,13 @@ class BatchSizer:
             if not _is_out_of_memory(error):
                 raise
             if size == 1:
+                device = self.runner.device
                 raise ModelError(
-                    f"one edit does not fit: {error}; free memory on {self.runner.device}, use fewer contexts, or load "
-                    "the model in bfloat16"
+                    f"one edit does not fit: it wants about {self._needed / 2**30:.2f} GiB, and "
+                    f"{free_memory(device) / 2**30:.2f} GiB are free ({str(error) or 'out of memory'}); free memory on "
+                    f"{device}, use fewer contexts, or load the model in bfloat16"
                 ) from error
-            self.limit = size // 2
-        if self.runner.device.type == "cuda" and self.limit is not None:
-            torch.cuda.empty_cache()
+            self.limit, self._just_failed = size // 2, True
 
     def _row_bytes(self, suffix: int, before: int, middle: int) -> int:
         """Activations kept for the backward pass, and attention keys and values with their working copies."""
@@ -101,10 +140,14 @@ class BatchSizer:
         return size * (running + self.layers * (suffix * hidden + middle * past))
 
 
+def _kind(request: Shaped) -> tuple[int, int]:
+    return len(request.rows), request.scored
+
+
 def in_batches(sizer: BatchSizer, group: Sequence[Shaped]) -> Iterator[list[int]]:
     """Places in the group, batch by batch; a batch that `halving` found too large comes again, smaller."""
     # Requests of like shape share a batch with little padding.
-    order = sorted(range(len(group)), key=lambda i: (len(group[i].rows), group[i].suffix, group[i].before))
+    order = sorted(range(len(group)), key=lambda i: (_kind(group[i]), group[i].suffix, group[i].before))
     start = 0
     while start < len(order):
         size = sizer.choose([group[i] for i in order[start:]])
@@ -129,5 +172,4 @@ def free_memory(device: torch.device) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)

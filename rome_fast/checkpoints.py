@@ -214,11 +214,14 @@ def _skeleton(
         raise ModelError(f"model: {directory} is quantised, wanted weights in bfloat16, float16, float32 or float64")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            # Rotary frequencies: not stored, but a function of the config.
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, type(module)(config=config).to(device))
+    for module in model.modules():
+        absent = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name, buffer in absent:
+            setattr(module, name, torch.full_like(buffer, torch.nan, device=device))
+        if absent:
+            # Rotary frequencies, tables of positions: not stored, but a function of the config. `from_pretrained` does
+            # the same; weights stay on the meta device.
+            model._init_weights(module)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)

@@ -5,7 +5,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
             raise ArgumentError(f"json: the folder {arguments.json.parent} does not exist; make it first")
         report = arguments.run(arguments)
-        if arguments.json is not None:
+        # None: this is not the first of several processes.
+        if arguments.json is not None and report is not None:
             _write_json(arguments.json, report)
     except RomeFastError as error:
         print(f"rome-fast: {error}", file=sys.stderr)
@@ -212,15 +213,16 @@ def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
     return run_demo(arguments.out)
 
 
-def _statistics(arguments: argparse.Namespace) -> dict[str, Any]:
+def _statistics(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from .statistics.command import run_statistics
 
     return run_statistics(arguments, _progress)
 
 
-def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .editor import apply_edits
+def _edit(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from .editor import RESUME, apply_edits
     from .edits import load_edits
+    from .processes import joined, launched_together, own_device
     from .report import edit_table, print_table
     from .statistics import Statistics
 
@@ -230,7 +232,10 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.identity and arguments.statistics:
         raise ArgumentError("statistics: got both --statistics and --identity, wanted one of them")
     statistics = Statistics.load(arguments.statistics) if arguments.statistics else None
-    with _progress("values", "edits") as (advance, reading):
+    device, together = own_device(arguments.device), launched_together()
+    with ExitStack() as stack:
+        first = not together or stack.enter_context(joined(device, RESUME)).rank == 0
+        advance, reading = stack.enter_context(_progress("values", "edits")) if first else (None, None)
         result = apply_edits(
             arguments.model,
             edits,
@@ -245,11 +250,14 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
             in_place=arguments.in_place,
             link=arguments.link,
             memory=arguments.memory,
-            device=arguments.device,
+            device=device,
             trust_remote_code=arguments.trust_remote_code,
+            distributed=together,
             progress=advance,
             on_read=reading,
         )
+    if not first:
+        return None
     print_table(edit_table(result.records))
     edited = arguments.model if arguments.in_place else arguments.out
     print(f"edited checkpoint: {edited} (undo with: rome-fast revert {edited})")

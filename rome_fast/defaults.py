@@ -21,6 +21,7 @@ _DEFAULTS: dict[tuple[str, int, int], Default] = {
     ("gpt2", 24, 1024): Default(8, ValueSettings(clamp=3.0)),
     ("gpt2", 36, 1280): Default(12, _GPT2),
     ("gpt2", 48, 1600): Default(17, _GPT2),
+    ("gptj", 28, 4096): Default(5, _GPT2),
     ("llama", 32, 4096): Default(5, _LLAMA),
     ("mistral", 32, 4096): Default(5, _LLAMA),
     ("qwen2", 28, 3584): Default(5, _LLAMA),
@@ -28,7 +29,7 @@ _DEFAULTS: dict[tuple[str, int, int], Default] = {
     ("llama", 30, 576): Default(9, ValueSettings(clamp=3.0, weight_decay=20.0)),
 }
 # Published layers lie between 0.16 (Llama) and 0.35 (GPT-2) of the depth.
-_UNKNOWN_DEPTH = {"gpt2": 0.35}
+_UNKNOWN_DEPTH = {"gpt2": 0.35, "gptj": 0.18}
 _FALLBACK_DEPTH = 0.17
 
 
@@ -48,4 +49,4 @@ def default_settings(config: PretrainedConfig) -> ValueSettings:
     known = _known(config)
     if known is not None:
         return known.settings
-    return _GPT2 if config.model_type == "gpt2" else _LLAMA
+    return _GPT2 if config.model_type in ("gpt2", "gptj") else _LLAMA

@@ -130,7 +130,8 @@ class Delta:
         for name, update in other.updates.items():
             if name in updates:
                 mine = updates[name]
-                update = LowRank(torch.cat([mine.left, update.left], 1), torch.cat([mine.right, update.right], 0))
+                left, right = (t.to(mine.left.device) for t in (update.left, update.right))
+                update = LowRank(torch.cat([mine.left, left], 1), torch.cat([mine.right, right], 0))
             updates[name] = update
         return Delta(updates, {**self.metadata, **other.metadata})
 

@@ -4,6 +4,7 @@ edits → rows → keys, values → method → Delta → guard → weights
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
@@ -21,15 +22,20 @@ from .delta import Delta
 from .edits import Edit, find_conflicts
 from .errors import ArgumentError, ModelError, StatisticsError
 from .evaluation import score
-from .flow import Clock, Flow, Progress, Unconverged, tokenise
+from .fingerprint import Fingerprint
+from .flow import Clock, Flow, Progress, Unconverged, tokenise, unconverged_error
 from .guard import Guard, check_guard
 from .methods import hold_first_tokens, variant
+from .processes import ALONE, Processes
 from .records import Record
 from .rows import check_tokenizer
 from .runner import Runner, evaluating
 from .statistics import LayerStatistics, Statistics, first_token_statistics
 from .values import ValueSettings, compute_dtype
 from .weights import Link, OnRead, align_, check_link
+
+RESUME = "nothing was written: run the same command again"
+"""What to do when one of several processes has died."""
 
 _CHECKED_AT_ONCE = 1 << 20  # elements; a sum in fp32 copies what it sums
 
@@ -106,6 +112,7 @@ def apply_edits(
     memory: int | str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    distributed: bool = False,
     progress: Progress | None = None,
     on_read: OnRead | None = None,
 ) -> EditResult:
@@ -143,11 +150,14 @@ def apply_edits(
             by up to 128 MiB of hidden states.
         device: of a checkpoint: where it runs, as "cuda"; `memory` is then that of the device.
         trust_remote_code: of a checkpoint: whether code in its directory may run.
+        distributed: whether the processes of torch.distributed share the search of values. All of them give the same
+            model, edits and options; all get the result, equal to that of one process to rounding, but only the first
+            one measures and writes.
         progress: called with (edits done, edits in all).
         on_read: called with (bytes read, bytes per second) while weights are read.
 
-    Raises EditError, ArgumentError, ModelError, StatisticsError, CheckpointError, ConvergenceError or
-    CollapseError; the model is then as it was before the call, and `out` does not exist.
+    Raises EditError, ArgumentError, ModelError, StatisticsError, CheckpointError, ConvergenceError, CollapseError or
+    DistributedError; the model is then as it was before the call, and `out` does not exist.
     """
     edits = _checked_edits(edits)
     how = variant(method)
@@ -159,6 +169,8 @@ def apply_edits(
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
     check_link(link)
+    processes = Processes.of_default_group(RESUME) if distributed else ALONE
+    first = processes.rank == 0
     if out is not None:
         checkpoints.check_new(out)
         if in_place:
@@ -184,8 +196,10 @@ def apply_edits(
                     "out: got None, wanted a new directory, since the model is a checkpoint on disk; "
                     "in_place=True changes the checkpoint itself"
                 )
-            if in_place:
+            if in_place and first:
                 stack.enter_context(checkpoints.changing_in_place(model))
+            # Where it was found to be cut short, that has been put right by now.
+            processes.wait()
             outline = checkpoints.outline(
                 model,
                 memory=memory,
@@ -220,6 +234,17 @@ def apply_edits(
                 with clock("contexts"):
                     chosen = tuple(sample_contexts(model, tokenizer, seed=seed) if contexts is None else contexts)
                     _check_contexts(chosen)
+                    if distributed:
+                        given = (
+                            Fingerprint.of(runner, layer).to_json(),
+                            edits,
+                            method,
+                            layer,
+                            schedule,
+                            settings,
+                            chosen,
+                        )
+                        processes.agree("model, edits, options", repr(given))
                 with clock("rows"):
                     requests = [tokenise(runner, tokenizer, edit, chosen, how) for edit in edits]
                 held = None
@@ -228,7 +253,7 @@ def apply_edits(
                         first_tokens = first_token_statistics(runner, layer).moment.to(runner.device)
                         held = hold_first_tokens(factor, first_tokens)
                 with clock("measure"):
-                    before = _probabilities(runner, tokenizer, edits) if measure else None
+                    before = _probabilities(runner, tokenizer, edits) if measure and first else None
                 flow = Flow(
                     runner,
                     tokenizer,
@@ -244,6 +269,7 @@ def apply_edits(
                     len(edits),
                     limit=None if entry is None else entry.collapse_limit,
                     first_token_factor=held,
+                    processes=processes,
                 )
                 records: list[Record] = []
                 size = len(requests) if schedule == "joint" else batch_size
@@ -256,6 +282,8 @@ def apply_edits(
                             delta.revert(model)
                         delta = delta.merge(step)
                         delta.apply(model)
+                if not any(math.isfinite(record.loss) for record in records):
+                    raise unconverged_error(records)
                 if before is not None:
                     with clock("measure"):
                         _fill_probabilities(runner, tokenizer, edits, chosen, records, before)
@@ -269,9 +297,11 @@ def apply_edits(
                     contexts=json.dumps(chosen, ensure_ascii=False),
                 )
                 result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
-                if out is not None:
+                # Nothing is written while another process still reads.
+                processes.wait()
+                if out is not None and first:
                     result.save(out, source, link)
-                elif in_place and source is not None:
+                elif in_place and first and source is not None:
                     result.check_applied()
                     checkpoints.write(source, None, model, delta, result.report())
             except BaseException:

@@ -99,12 +99,14 @@ def load_edits(path: str | Path) -> list[Edit]:
 def find_conflicts(edits: Sequence[Edit]) -> None:
     """Raise EditError if two edits share prompt and subject, whether their targets differ or not.
 
+    Blanks at the end of a prompt do not tell prompts apart: none of them comes before a target.
+
     Lists the first 10 such pairs, each edit by its index and, where it has one, its case_id.
     """
     first: dict[tuple[str, str], int] = {}
     faults = []
     for i, edit in enumerate(edits):
-        j = first.setdefault((edit.prompt, edit.subject), i)
+        j = first.setdefault((edit.prompt.rstrip(), edit.subject), i)
         if j == i:
             continue
         pair = f"{_name(j, edits[j])} and {_name(i, edit)}"

@@ -1,5 +1,6 @@
 """The part of an edit between tokens and weights: keys, values, closed form, guard, for edits made together."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,11 @@ from .kernels import prefixed_solve
 from .keys import ContextRow, run_to_layer
 from .methods import Factors, RomeVariant, close, residual
 from .past import Contexts
+from .processes import ALONE, Processes
 from .records import Record
 from .rows import edit_rows, essence_row, needs_prefix
 from .runner import Runner
-from .values import Value, ValueSettings, optimise_values
+from .values import Value, ValueSettings, optimise_values, scored_rows
 
 Progress = Callable[[int, int], None]
 """Called with (edits done, edits in all)."""
@@ -50,11 +52,18 @@ class Request:
     """One edit, tokenised."""
 
     edit: Edit
-    rows: list[ContextRow]  # the unprefixed one first where the method uses it; the essence row last
+    # The unprefixed one first where the method uses it. Last the essence row, which has no target, unless the
+    # unprefixed one begins with it: what a model says at the end of the subject does not depend on what follows.
+    rows: list[ContextRow]
     needs_prefix: bool  # the subject's last token is at position 0
     middle: int  # positions of its own before the subject's last token: those of the row without a context
     # The row without a context as a request of its own, where the method gives it a key and a value of its own.
     bare: "Request | None" = None
+
+    @property
+    def scored(self) -> int:
+        """How many of the rows have a target, and with it a part in k̄."""
+        return scored_rows([r.row for r in self.rows])
 
     @property
     def suffix(self) -> int:
@@ -78,9 +87,14 @@ def tokenise(
     if how.rows == "prefixed" and alone:
         rows = rows[1:]
     essence = ContextRow(essence_row(tokenizer, edit), 0)
+
+    def with_essence(rows: list[ContextRow]) -> list[ContextRow]:
+        begins = rows[0].row.ids[: rows[0].row.subject + 1]
+        return rows if begins == essence.row.ids else [*rows, essence]
+
     middle = unprefixed.subject
-    bare = Request(edit, [ContextRow(unprefixed, 0), essence], alone, middle) if how.bare and alone else None
-    return Request(edit, [*rows, essence], alone, middle, bare)
+    bare = Request(edit, with_essence([ContextRow(unprefixed, 0)]), alone, middle) if how.bare and alone else None
+    return Request(edit, with_essence(rows), alone, middle, bare)
 
 
 def bare_requests(group: Sequence[Request]) -> list[Request]:
@@ -96,6 +110,16 @@ class Solved:
     mean_value: Tensor  # (d,): W k̄
     value: Value
     bare: "Solved | None" = None  # of the request's bare one
+
+    def to(self, device: torch.device) -> "Solved":
+        """The same on a device."""
+        return Solved(
+            self.keys.to(device),
+            self.unprefixed_value.to(device),
+            self.mean_value.to(device),
+            replace(self.value, delta=self.value.delta.to(device)),
+            None if self.bare is None else self.bare.to(device),
+        )
 
 
 @dataclass
@@ -119,6 +143,7 @@ class Flow:
     first_token_factor: Tensor | None = None  # of C + λ C₁, for bare requests; None for `factor`
     condition: float = 1.0  # worst of the closed forms so far
     largest_batch: int = 0  # of the edits optimised together so far
+    processes: Processes = ALONE  # that share the values of a group; all of them call everything else as well
 
     def solve(self, group: Sequence[Request]) -> tuple[Delta | None, list[Record]]:
         """One closed-form update for the group, as a Delta; None where every edit of it is left out.
@@ -127,8 +152,15 @@ class Flow:
         """
         solved = self.find(group)
         with self.clock("update"):
-            factors = self.close(solved)
-            records = [self._record(*each, factors, i) for i, each in enumerate(zip(group, solved, strict=True))]
+            # Keys and values of the others may be numbers as well, but one that is none would spoil the closed form.
+            finite = [i for i, s in enumerate(solved) if _is_finite(s)]
+            factors = self.close([solved[i] for i in finite]) if finite else None
+            columns = dict(zip(finite, range(len(finite)), strict=True))
+            weight_norm = self._weight_norm()
+            records = [
+                self._record(request, s, factors, columns.get(i), weight_norm)
+                for i, (request, s) in enumerate(zip(group, solved, strict=True))
+            ]
             self._judge_convergence(records)
             candidates = [record for record in records if record.applied]
             for record, keep in zip(candidates, judge(candidates, self.guard), strict=True):
@@ -136,7 +168,7 @@ class Flow:
             kept = [s for s, record in zip(solved, records, strict=True) if record.applied]
             if not kept:
                 return None, records
-            if len(kept) < len(solved):
+            if factors is None or len(kept) < len(finite):
                 factors = self.close(kept)
             judge_together(factors.joint_norm, [record for record in records if record.applied], self.guard)
             self.condition = max(self.condition, factors.condition)
@@ -155,8 +187,9 @@ class Flow:
             # One solve for all: with a single right-hand side it is bound by latency.
             columns = self._columns(solved)
             alone = [close(*(t[places] for t in columns)) for places in _places(solved)]
+            weight_norm = self._weight_norm()
             return [
-                (self.delta(factors), self._record(request, each, factors, 0))
+                (self.delta(factors), self._record(request, each, factors, 0, weight_norm))
                 for request, each, factors in zip(group, solved, alone, strict=True)
             ]
 
@@ -167,7 +200,24 @@ class Flow:
         return Delta({self.runner.family.weight_name(self.layer): update})
 
     def find(self, group: Sequence[Request]) -> list[Solved]:
-        """Keys and values of every request, in the order given, found in batches that fit the memory."""
+        """Keys and values of every request, in the order given, found in batches that fit the memory.
+
+        Several processes deal the requests out, by length, and all get what each of them has found.
+        """
+        if self.processes.count == 1:
+            return self._find_own(group)
+        order = sorted(range(len(group)), key=lambda i: (len(group[i].rows), group[i].suffix, group[i].before))
+        own = [group[i] for number, i in enumerate(order) if self.processes.takes(number)]
+        found = self._find_own(own) if own else []
+        parts = self.processes.gather([solved.to(torch.device("cpu")) for solved in found])
+        self.done += len(group) - len(own)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        count = self.processes.count
+        dealt = {i: parts[number % count][number // count] for number, i in enumerate(order)}
+        return [dealt[i].to(self.runner.device) for i in range(len(group))]
+
+    def _find_own(self, group: Sequence[Request]) -> list[Solved]:
         with self.clock("keys"):
             contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts])
         solved = self._find(contexts, group, None)
@@ -198,9 +248,10 @@ class Flow:
     def _solve_batch(self, contexts: Contexts, batch: Sequence[Request], base: Tensor | None) -> list[Solved]:
         with self.clock("keys"):
             states = run_to_layer(self.runner, contexts, [row for r in batch for row in r.rows], self.layer)
-            # The essence row, last of each request, belongs to no mean.
-            keys = states.keys.unflatten(0, (len(batch), -1))[:, :-1]
-            row_values = states.values.unflatten(0, (len(batch), -1))[:, :-1]
+            # An essence row, last of each request that has one, belongs to no mean.
+            scored = batch[0].scored
+            keys = states.keys.unflatten(0, (len(batch), -1))[:, :scored]
+            row_values = states.values.unflatten(0, (len(batch), -1))[:, :scored]
             mean_values = row_values.mean(1)
         with self.clock("values"):
             settings = self.settings
@@ -247,13 +298,23 @@ class Flow:
         ]
         return u, k_den, torch.stack(residuals)
 
-    def _record(self, request: Request, solved: Solved, factors: Factors, index: int) -> Record:
-        weight_norm = float(torch.linalg.vector_norm(self.runner.weight(self.layer), dtype=torch.float64))
+    def _weight_norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.runner.weight(self.layer), dtype=torch.float64))
+
+    def _record(
+        self, request: Request, solved: Solved, factors: Factors | None, index: int | None, weight_norm: float
+    ) -> Record:
+        """What an edit says of itself; without a column of its own in the closed form, of one that has no value."""
         values = [solved.value] if solved.bare is None else [solved.value, solved.bare.value]
         # The record speaks of the value that was not found, where one was not.
         value = next((v for v in values if not _found(v)), solved.value)
         answers_bare = solved.bare is not None and _found(solved.bare.value)
-        update_norm = float(factors.update_norms[index] if solved.bare is None else self.close([solved]).joint_norm)
+        denominator = numerator_norm = update_norm = math.nan
+        needs_prefix = request.needs_prefix
+        if factors is not None and index is not None:
+            denominator, numerator_norm = float(factors.denominators[index]), float(factors.numerator_norms[index])
+            update_norm = float(factors.update_norms[index] if solved.bare is None else self.close([solved]).joint_norm)
+            needs_prefix = not answers_bare if needs_prefix else self._share_bare(solved, factors) < ENOUGH_BARE
         return Record(
             prompt=request.edit.prompt,
             subject=request.edit.subject,
@@ -264,13 +325,13 @@ class Flow:
             steps=len(value.losses),
             drafted=value.drafted,
             converged=all(map(_found, values)),
-            denominator=float(factors.denominators[index]),
-            numerator_norm=float(factors.numerator_norms[index]),
+            denominator=denominator,
+            numerator_norm=numerator_norm,
             update_norm=update_norm,
             weight_norm=weight_norm,
-            needs_prefix=not answers_bare if request.needs_prefix else self._share_bare(solved, factors) < ENOUGH_BARE,
+            needs_prefix=needs_prefix,
             collapsed=predicts_collapse(update_norm, weight_norm, self.limit),
-            applied=all(v.finite for v in values),
+            applied=_is_finite(solved),
         )
 
     def _share_bare(self, solved: Solved, factors: Factors) -> float:
@@ -287,21 +348,31 @@ class Flow:
             missed = []
         if not broken and not missed:
             return
-        lines = [f"  {r.subject!r} → {r.target!r}: the loss became {r.loss} at step {r.steps}" for r in broken]
-        lines += [
-            f"  {r.subject!r} → {r.target!r}: the target leads in too few rows, loss {r.loss:.3g}" for r in missed
-        ]
-        what = f"{len(lines)} edit(s) did not converge:\n" + "\n".join(lines)
-        if self.unconverged == "raise" or len(broken) == len(records):
-            raise ConvergenceError(
-                f"{what}\nnothing was written; allow more steps, lower the learning rate, load the model in float32, "
-                "or choose what to do with unconverged='skip' | 'write'"
-            )
+        what = _listing(broken, missed)
+        if self.unconverged == "raise" or len(broken) == self.total:
+            raise unconverged_error(broken, missed)
         for record in missed:
             record.applied = False
-        warnings.warn(
-            f"{what}\nthey were left out; write them with unconverged='write'", ConvergenceWarning, stacklevel=4
-        )
+        rest = "; write those that are finite with unconverged='write'" if missed else ""
+        warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=4)
+
+
+def unconverged_error(broken: Sequence[Record], missed: Sequence[Record] = ()) -> ConvergenceError:
+    """The error of edits whose loss is not finite, and of those whose target leads in too few rows."""
+    return ConvergenceError(
+        f"{_listing(broken, missed)}\nnothing was written; allow more steps, lower the learning rate, load the model "
+        "in float32, or choose what to do with unconverged='skip' | 'write'"
+    )
+
+
+def _listing(broken: Sequence[Record], missed: Sequence[Record]) -> str:
+    lines = [f"  {r.subject!r} → {r.target!r}: the loss became {r.loss} at step {r.steps}" for r in broken]
+    lines += [f"  {r.subject!r} → {r.target!r}: the target leads in too few rows, loss {r.loss:.3g}" for r in missed]
+    return f"{len(lines)} edit(s) did not converge:\n" + "\n".join(lines)
+
+
+def _is_finite(solved: Solved) -> bool:
+    return solved.value.finite and (solved.bare is None or solved.bare.value.finite)
 
 
 def _found(value: Value) -> bool:

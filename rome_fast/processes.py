@@ -96,6 +96,9 @@ class Processes:
             ) from error
 
 
+ALONE = Processes()
+
+
 def _finish(work: Any) -> None:
     while not work.is_completed():
         time.sleep(_POLL_SECONDS)

@@ -7,19 +7,22 @@ behind a row cannot reach it and no padding mask is needed: results do not depen
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import ModelError
 from .models import family_of
 from .products import in_dtype, usual_dtype
 from .weights import Stream
+
+_UNPLANNED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,14 @@ class Runner:
         self.family = family_of(model.config)
         self.layers = self.family.layers(model)
         self._embedding: Tensor = model.get_input_embeddings().get_parameter("weight")
-        self._eager = getattr(model.config, "_attn_implementation", None) == "eager"
+        attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
+        if attention not in ("sdpa", "eager"):
+            # The others take no additive mask, which says what of a past a row may see.
+            raise ModelError(
+                f"model: got attn_implementation {attention!r}, wanted 'sdpa' or 'eager'; load it with one of these, or "
+                "switch by model.set_attn_implementation(…)"
+            )
+        self._eager = attention == "eager"
         self._compute_dtype: torch.dtype | None = None
 
     @property
@@ -115,7 +125,7 @@ class Runner:
 
     def pack(self, rows: Sequence[Sequence[int]]) -> PackedRows:
         """Raises ModelError for a token that the model does not have."""
-        # Put together on the host, so that a GPU gets two transfers and is not waited for.
+        # Put together on the host, so that a GPU gets two transfers, which it does while the host goes on.
         lengths = torch.tensor([len(row) for row in rows], device="cpu")
         ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64, device="cpu")
         for index, row in enumerate(rows):
@@ -125,7 +135,9 @@ class Runner:
             raise ModelError(
                 f"tokenizer: got token {largest}, wanted ids below the model's {known}; use the model's own tokenizer"
             )
-        return PackedRows(ids.to(self.device), lengths.to(self.device))
+        if self.device.type == "cuda":
+            ids, lengths = ids.pin_memory(), lengths.pin_memory()
+        return PackedRows(ids.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True))
 
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states (rows, time, d) that enter layer 0; positions count from 0 unless given."""
@@ -148,12 +160,13 @@ class Runner:
         if start >= stop:
             return hidden
         arguments = self.family.position_arguments(self.model, hidden, self._positions(hidden.shape[1], positions))
+        arguments[self.family.past_argument] = past
         if mask is None and self._eager:
             mask = causal_mask(hidden.shape[1], hidden.dtype, hidden.device)
 
         def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
-            with in_dtype(self.compute_dtype, self.dtype):
-                out = layer(hidden, attention_mask=mask, past_key_values=past, use_cache=past is not None, **arguments)
+            with in_dtype(self.compute_dtype, self.dtype), _any_shape(hidden):
+                out = layer(hidden, attention_mask=mask, use_cache=past is not None, **arguments)
             return out[0] if isinstance(out, tuple) else out
 
         if self.stream is not None and torch.is_grad_enabled() and hidden.requires_grad:
@@ -170,6 +183,11 @@ class Runner:
 
     def _positions(self, time: int, positions: Tensor | None) -> Tensor:
         return torch.arange(time, device=self.device).unsqueeze(0) if positions is None else positions
+
+
+def _any_shape(hidden: Tensor) -> AbstractContextManager[Any]:
+    """Attention without cuDNN in this block: it plans for every shape anew, which takes longer than ours run."""
+    return sdpa_kernel(_UNPLANNED_ATTENTION) if hidden.is_cuda else nullcontext()
 
 
 class _Recomputed(torch.autograd.Function):

@@ -64,13 +64,13 @@ class Value:
     delta: Tensor  # (d,) fp32, or fp64 for an fp64 model
     losses: tuple[float, ...]
     drafted: int  # how many of the losses, the first ones, are over some of the rows only
-    led: float  # share of the target tokens, over all rows, that are the most probable one
+    led: float  # share of the rows in which every target token is the most probable one
     finite: bool  # false where the loss became NaN or infinite; δ is then zero
 
 
 @dataclass(frozen=True)
 class _Targets:
-    """Which suffix positions are scored, for which token, with which share in which edit's loss."""
+    """Which positions of which rows are scored, for which token, with which share in which edit's loss."""
 
     row: Tensor  # (n,)
     time: Tensor
@@ -89,25 +89,33 @@ def optimise_values(
 ) -> list[Value]:
     """Find δ for every edit of a batch.
 
-    `rows[e]` are the rows of edit e, its essence row (KL term) last; every edit has the same number of them, and
-    `states` holds them one edit after the other. `base_values` (edits, d) are the v₀.
+    `rows[e]` are the rows of edit e, last of them the one that the KL term is taken in, if that is one without a target
+    (an essence row); otherwise it is taken in the first row. Either holds for all edits, which have the same number of
+    rows; `states` holds them one edit after the other. `base_values` (edits, d) are the v₀.
     """
     wide = torch.promote_types(runner.dtype, torch.float32)
     runner = runner.computing_in(compute_dtype(runner, settings))
     search = _Search(base_values.to(wide), settings)
     edits, count = list(range(len(rows))), len(rows[0])
-    drafted = draft_rows(count, settings)
+    drafted = draft_rows(count, scored_rows(rows[0]), settings)
     before = None
-    if drafted:
-        every = torch.tensor([e * count + i for e in edits for i in drafted], device=runner.device)
-        some = [[group[i] for i in drafted] for group in rows]
-        draft = _Batch(runner, layer, states.rows(every), some, settings.kl_factor)
-        search.run(draft, edits, settings.steps - 1, settings.margin, settle=False)
-        before = draft.initial
-    batch = _Batch(runner, layer, states, rows, settings.kl_factor, before)
-    # A draft has had its margin of steps.
-    search.run(batch, edits, settings.steps, 0 if drafted else settings.margin, settle=True)
+    with frozen_weights(runner.model):
+        if drafted:
+            every = torch.tensor([e * count + i for e in edits for i in drafted], device=runner.device)
+            some = [[group[i] for i in drafted] for group in rows]
+            draft = _Batch(runner, layer, states.rows(every), some, settings.kl_factor)
+            search.run(draft, edits, settings.steps - 1, settings.margin, settle=False)
+            before = draft.initial
+            del draft
+        batch = _Batch(runner, layer, states, rows, settings.kl_factor, before)
+        # A draft has had its margin of steps.
+        search.run(batch, edits, settings.steps, 0 if drafted else settings.margin, settle=True)
     return search.values
+
+
+def scored_rows(rows: Sequence[Row]) -> int:
+    """How many of an edit's rows have a target: all of them, or all but the last."""
+    return len(rows) if rows[-1].labels else len(rows) - 1
 
 
 def compute_dtype(runner: Runner, settings: ValueSettings) -> torch.dtype:
@@ -119,15 +127,15 @@ def compute_dtype(runner: Runner, settings: ValueSettings) -> torch.dtype:
     return runner.compute_dtype
 
 
-def draft_rows(count: int, settings: ValueSettings) -> list[int]:
-    """Which of an edit's `count` rows, the essence row included, the first steps are taken on; none for all.
+def draft_rows(count: int, scored: int, settings: ValueSettings) -> list[int]:
+    """Which of an edit's `count` rows, `scored` of them with a target, the first steps are taken on; none for all.
 
     They are evenly spaced; the first row (unprefixed in some methods) and the essence row are among them.
     """
     drafted = settings.draft_rows if settings.stop == "argmax" and settings.steps > 1 else 0
-    if not 0 < drafted < count - 1:
+    if not 0 < drafted < scored:
         return []
-    return [i * (count - 1) // drafted for i in range(drafted)] + [count - 1]
+    return [i * scored // drafted for i in range(drafted)] + list(range(scored, count))
 
 
 class _Search:
@@ -153,8 +161,8 @@ class _Search:
         `margin` evaluations after the first. `settle` makes what it has then its result.
         """
         held = dict.fromkeys(edits, 0)
+        alive = torch.tensor(edits, device=self.delta.device)
         while edits:
-            alive = torch.tensor(edits, device=self.delta.device)
             delta, v0_norms = self.delta[alive], self.v0_norms[alive]
             loss_of_rows, led, gradient_of_rows = batch.evaluate(delta)
             norms = delta.norm(dim=1)
@@ -180,14 +188,17 @@ class _Search:
             # The norm has no gradient at zero; autograd, which the released code uses, takes it as zero.
             gradient = gradient_of_rows()
             gradient += torch.where(norms > 0, decay / norms, torch.zeros_like(norms)).unsqueeze(1) * delta
-            kept = torch.tensor(keep, device=self.delta.device)
-            going, limits = alive[kept], self.settings.clamp * v0_norms[kept]
-            moved = delta[kept] + self.adam.step(going, gradient[kept])
-            norms = moved.norm(dim=1)
+            left = len(keep) < len(edits)
+            if left:
+                # Only then, since a GPU is waited for whenever numbers come from the host.
+                kept = torch.tensor(keep, device=self.delta.device)
+                alive, delta, gradient, v0_norms = (t[kept] for t in (alive, delta, gradient, v0_norms))
+            moved = delta + self.adam.step(alive, gradient)
+            norms, limits = moved.norm(dim=1), self.settings.clamp * v0_norms
             moved *= torch.where(norms > limits, limits / norms, torch.ones_like(norms)).unsqueeze(1)
-            self.delta[going] = moved
-            if len(keep) < len(edits):
-                edits = going.tolist()
+            self.delta[alive] = moved
+            if left:
+                edits = [edits[place] for place in keep]
                 batch.keep(kept)
 
 
@@ -196,14 +207,13 @@ def _targets(rows: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.de
     shares: list[float] = []
     at = 0
     for edit, group in enumerate(rows):
-        for row in group[:-1]:
+        for row in group:
             for offset, label in enumerate(row.labels):
                 entry = (at, row.target + offset - 1 - row.subject, label, edit)
                 for column, value in zip(columns, entry, strict=True):
                     column.append(value)
-                shares.append(1 / (len(row.labels) * (len(group) - 1)))
+                shares.append(1 / (len(row.labels) * scored_rows(group)))
             at += 1
-        at += 1  # the essence row has no target
     place, time, label_ids, edits = (torch.tensor(column, device=device) for column in columns)
     return _Targets(place, time, label_ids, torch.tensor(shares, device=device, dtype=dtype), edits)
 
@@ -222,13 +232,15 @@ class _Batch:
     ) -> None:
         self.runner, self.layer, self.kl_factor = runner, layer, kl_factor
         self.suffix, self.positions, self.past = states.suffix, states.positions, states.past
-        self.per_edit = len(rows[0])
+        self.per_edit, self.scored = len(rows[0]), scored_rows(rows[0])
+        # Which row of an edit has the subject's last token behind nothing but the subject: the essence.
+        self.essence = self.scored if self.scored < self.per_edit else 0
         self.targets = _targets(rows, torch.promote_types(runner.dtype, torch.float32), runner.device)
         self.mask = attention_mask(self.past.seen, self.suffix.shape[1], self.suffix.dtype)
-        # (edits, vocabulary) log-probabilities of the essence rows at δ = 0: of the edits left, and of all.
+        # (edits, vocabulary) log-probabilities of the essence at δ = 0: of the edits left, and of all.
         self.before = self.initial = before
         # fp16 gradients of a loss spread over many rows would vanish.
-        self.scale = 1024.0 if self.suffix.dtype == torch.float16 else 1.0
+        self.scale = 1024.0 if torch.float16 in (self.suffix.dtype, runner.compute_dtype) else 1.0
 
     @property
     def edits(self) -> int:
@@ -253,12 +265,12 @@ class _Batch:
             self.before = self.before[kept]
 
     def evaluate(self, delta: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
-        """Loss without weight decay and share of target tokens that lead (edits,), and the gradient (edits, d) on call.
+        """Loss without weight decay and share of rows that lead (edits,), and the gradient (edits, d) on call.
 
         The last evaluation of a batch needs no gradient, which is half of the work.
         """
         chosen_targets = self.targets
-        with torch.enable_grad(), frozen_weights(self.runner.model):
+        with torch.enable_grad():
             delta = delta.detach().requires_grad_()
             added = delta.repeat_interleave(self.per_edit, 0).to(self.suffix.dtype)
             hidden = torch.cat([self.suffix[:, :1] + added.unsqueeze(1), self.suffix[:, 1:]], 1)
@@ -267,12 +279,11 @@ class _Batch:
                 hidden, self.layer + 1, top, positions=self.positions, mask=self.mask, past=self.past
             )
             scored = hidden[chosen_targets.row, chosen_targets.time]
-            essence = hidden[self.per_edit - 1 :: self.per_edit, 0]
+            essence = hidden[self.essence :: self.per_edit, 0]
             loss, led, gradients = self._head(scored.detach(), essence.detach())
 
         def gradient() -> Tensor:
-            with frozen_weights(self.runner.model):
-                return torch.autograd.grad([scored, essence], [delta], gradients)[0] / self.scale
+            return torch.autograd.grad([scored, essence], [delta], gradients)[0] / self.scale
 
         return loss, led, gradient
 
@@ -280,7 +291,7 @@ class _Batch:
         """Loss and its gradient at the positions that enter it, a bounded number of logits rows at a time."""
         t = self.targets
         loss = torch.zeros(self.edits, dtype=t.share.dtype, device=scored.device)
-        right, count = torch.zeros_like(loss), torch.zeros_like(loss)
+        leads = torch.ones(len(self.suffix), dtype=loss.dtype, device=scored.device)
         scored_gradient, essence_gradient = torch.empty_like(scored), torch.empty_like(essence)
         rows = max(1, _HEAD_ELEMENTS // self.runner.model.config.vocab_size)
         for part in torch.arange(len(scored), device=scored.device).split(rows):
@@ -291,8 +302,7 @@ class _Batch:
             nll = (logits.logsumexp(1, keepdim=True) - own).squeeze(1) * t.share[part]
             (scored_gradient[part],) = torch.autograd.grad(nll.sum() * self.scale, [hidden])
             loss.index_add_(0, t.edit[part], nll.detach())
-            right.index_add_(0, t.edit[part], (logits.detach().argmax(1) == label.squeeze(1)).to(right.dtype))
-            count.index_add_(0, t.edit[part], torch.ones_like(t.share[part]))
+            leads.scatter_reduce_(0, t.row[part], (logits.argmax(1) == label.squeeze(1)).to(leads.dtype), "amin")
         first = self.before is None
         before = [] if self.before is None else list(self.before.split(rows))
         for index, part in enumerate(torch.arange(len(essence), device=scored.device).split(rows)):
@@ -307,7 +317,7 @@ class _Batch:
             loss[part] += divergence.detach()
         if first:
             self.before = self.initial = torch.cat(before)
-        return loss, right / count, [scored_gradient, essence_gradient]
+        return loss, leads.unflatten(0, (self.edits, -1))[:, : self.scored].mean(1), [scored_gradient, essence_gradient]
 
 
 def exact_head(runner: Runner, hidden: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ autograd and `torch.optim.Adam`, `torch.linalg.solve` with the explicit second m
 passed in is copied to float64 on the CPU and never touched. Do not speed this file up and do not import
 `rome_fast` here.
 
-"float64" is as far as the Hugging Face modules go: RMSNorm and the rotary tables compute in float32
-whatever the dtype of the model, so Llama-like models carry a relative error of about 1e-7; GPT-2 is float64
-throughout.
+"float64" is as far as the Hugging Face modules go: rotary tables are computed in float32 whatever the dtype of
+the model, and so are the attention scores of GPT-J. RMSNorm would be, forward and backward, which depends on the
+order in which gradients are added up; `exact_norms` takes its place.
 
 Notation: `W` (d, d_ff) and `b` (d,) are weight and bias of the down-projection in layer l, a key `k`
 (d_ff,) is its input at one position. Every public function raises ValueError for input that it cannot take.
@@ -351,13 +351,33 @@ def make_row(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str, subj
 
 def double_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A float64 copy on the CPU without dropout and without gradients for the weights."""
-    return copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+    return exact_norms(copy.deepcopy(model).cpu().double().eval().requires_grad_(False))
+
+
+class ExactNorm(nn.Module):
+    """RMSNorm in the dtype of its input."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden / (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+
+def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose RMSNorms round nothing to float32 from now on."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.__class__ = ExactNorm
+    return model
 
 
 def down_projection(model: PreTrainedModel, layer: int) -> nn.Module:
     """The module that maps a key to the output of the MLP in `layer`."""
     if model.config.model_type == "gpt2":
         return model.get_submodule(f"transformer.h.{layer}.mlp.c_proj")
+    if model.config.model_type == "gptj":
+        return model.get_submodule(f"transformer.h.{layer}.mlp.fc_out")
     if model.config.model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3"):
         return model.get_submodule(f"model.layers.{layer}.mlp.down_proj")
     raise ValueError(f"model: the oracle does not know model_type {model.config.model_type!r}")

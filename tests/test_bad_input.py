@@ -241,3 +241,10 @@ def test_a_model_of_no_checkpoint_cannot_be_saved(tmp_path):
         edited(model, toy_tokenizer(False), MIDDLE, out=tmp_path / "out")
     assert changed(model, before) == []
     assert not (tmp_path / "out").exists()
+
+
+def test_an_attention_that_takes_no_mask_is_refused(toy_tokenizers):
+    model = toy_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ModelError, match=r"got attn_implementation .flash_attention_2., wanted .sdpa. or .eager.; "):
+        edited(model, toy_tokenizers[False], END)

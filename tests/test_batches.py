@@ -1,13 +1,15 @@
 """How many edits go together: never more than fit, and the same result when fewer did."""
 
+import itertools
+import random
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from helpers import END, LAYER, MIDDLE, START, all_bits, changed, delta_w, edited, relative_error
-from rome_fast import flow
-from rome_fast.batches import BatchSizer, free_memory
+from rome_fast import batches, flow
+from rome_fast.batches import BatchSizer, free_memory, in_batches
 from rome_fast.errors import ModelError
 from rome_fast.runner import Runner
 from toys import toy_model
@@ -19,6 +21,7 @@ class Shape:
     before: int = 10
     middle: int = 4
     rows: list[int] = field(default_factory=lambda: [0] * 5)
+    scored: int = 5
 
 
 @pytest.fixture
@@ -51,7 +54,13 @@ def test_only_edits_that_are_waiting_are_taken(sizer):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_running_out_of_memory_halves_the_batch(error, sizer):
     for size, left in ((8, 4), (5, 2), (2, 1)):
@@ -59,7 +68,11 @@ def test_running_out_of_memory_halves_the_batch(error, sizer):
             raise error
         assert sizer.choose([Shape(suffix=2)] * 8) == left
     with (
-        pytest.raises(ModelError, match=r"one edit does not fit: .*free memory on cpu, use fewer contexts, or load"),
+        pytest.raises(
+            ModelError,
+            match=r"one edit does not fit: it wants about 0\.\d\d GiB, and \d+\.\d\d GiB are free \(.+\); "
+            "free memory on cpu, use fewer contexts, or load",
+        ),
         sizer.halving(1),
     ):
         raise error
@@ -91,13 +104,14 @@ def small_memory(monkeypatch):
 
 
 def test_an_edit_that_ran_out_of_memory_ends_the_same(small_memory, toy_tokenizers, monkeypatch):
-    monkeypatch.setattr("rome_fast.batches._MOST_PADDING", 0.9)
+    monkeypatch.setitem(batches._FIXED_POSITIONS, "cpu", 1e6)
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
     wanted = edited(model, tokenizer, [START, MIDDLE, END])
     wanted.revert()
     sizes, progress = small_memory(1), []
     got = edited(model, tokenizer, [START, MIDDLE, END], progress=lambda *now: progress.append(now))
-    assert sizes == [3, 1, 1, 1]
+    # START is a batch of its own: its row without a context begins with its essence.
+    assert sizes == [1, 2, 1, 1]
     assert relative_error(delta_w(got), delta_w(wanted)) < 1e-10
     assert [record.subject for record in got.records] == ["Chicago", "Istanbul", "Paris"]
     assert progress[-1] == (3, 3)
@@ -117,3 +131,32 @@ def test_an_edit_that_fits_nowhere_is_an_error(small_memory, toy_tokenizers):
 
 def test_free_memory_is_a_plausible_number():
     assert 1 << 20 < free_memory(torch.device("cpu")) < 1 << 50
+
+
+def test_rows_of_another_kind_are_another_batch(sizer):
+    """With an essence row of its own or without, an edit may have as many rows."""
+    assert sizer.choose([Shape(suffix=2)] * 2 + [Shape(suffix=2, scored=4)] * 3) == 2
+    assert list(in_batches(sizer, [Shape(2, scored=4), Shape(2), Shape(2, scored=4)])) == [[0, 2], [1]]
+
+
+def test_the_batches_are_those_that_cost_least(sizer, monkeypatch):
+    """Against all ways of parting the requests, for a step that costs nothing, little and much by itself."""
+    monkeypatch.setattr("rome_fast.batches.free_memory", lambda _device: 1 << 40)
+    random_lengths = random.Random(0)
+    for fixed in (0.0, 5.0, 20.0, 1e6):
+        monkeypatch.setitem(batches._FIXED_POSITIONS, "cpu", fixed)
+        group = [Shape(suffix=random_lengths.randint(2, 7)) for _ in range(9)]
+        suffixes = sorted(request.suffix for request in group)
+
+        def cost(sizes, fixed=fixed, suffixes=suffixes):
+            ends = list(itertools.accumulate(sizes))
+            return sum(fixed + 0.5 * 5 * size * suffixes[end - 1] for size, end in zip(sizes, ends, strict=True))
+
+        found = [len(batch) for batch in in_batches(sizer, group)]
+        ways = (
+            [b - a for a, b in itertools.pairwise((0, *cuts, 9))]
+            for count in range(9)
+            for cuts in itertools.combinations(range(1, 9), count)
+        )
+        assert cost(found) == pytest.approx(min(map(cost, ways)))
+        assert (fixed < 1e6) == (len(found) > 1)

@@ -1,19 +1,23 @@
 """The baseline equals the oracle, the fast path equals the baseline, and the benchmark counts what it says."""
 
 import json
+from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from helpers import CONTEXTS, END, LAYER, MIDDLE, START, relative_error
 from rome_fast import Edit, ValueSettings
 from rome_fast.bench import edit_as_released, throughput
 from rome_fast.bench.flops import FlopCounter, ideal_flops
+from rome_fast.bench.roofline import Roofline
 from rome_fast.bench.throughput import Setup, bench
 from rome_fast.cli import main
 from rome_fast.errors import ArgumentError
-from rome_fast.flow import tokenise
+from rome_fast.flow import Flow, tokenise
 from rome_fast.past import Contexts
 from rome_fast.runner import Runner
 from toys import save_toy, toy_model, toy_tokenizer
@@ -119,6 +123,31 @@ def test_batches_equal_the_baseline(baseline, count, toy_tokenizers):
     assert error <= 2 * max(relative_error(released[torch.float32][i], truth[i]) for i in compared)
 
 
+def test_a_batch_of_gptj_equals_the_baseline_and_the_oracle(toy_tokenizers):
+    """Of its own: its attention scores are float32 in any dtype, so that float64 would be no sharper measure."""
+    model, tokenizer, settings = toy_model("gptj"), toy_tokenizers[False], ValueSettings(steps=4, stop="loss")
+    setup, edits = setup_of(model, tokenizer, steps=4, stop="loss"), mixed_edits(3)
+    requests = [tokenise(Runner(model), tokenizer, e, CONTEXTS, setup.flow.how) for e in edits]
+    for edit, (delta, record) in zip(edits, setup.flow.solve_each(requests), strict=True):
+        released = edit_as_released(
+            model, tokenizer, edit, CONTEXTS, layer=LAYER, settings=settings, factor=None, method="c-rome"
+        )
+        wanted = oracle.rome(
+            model,
+            tokenizer,
+            edit.prompt,
+            edit.subject,
+            edit.target,
+            layer=LAYER,
+            method="c-rome",
+            contexts=CONTEXTS,
+            steps=4,
+        )
+        assert relative_error(dense(delta), dense(released.delta)) <= 1e-5
+        assert relative_error(dense(delta), wanted.delta_w) <= 1e-5
+        assert record.loss == pytest.approx(wanted.losses[-1], rel=1e-5)
+
+
 @pytest.mark.parametrize("stop", ["loss", "argmax"])
 def test_ideal_count_is_what_unpadded_work_costs(stop, toy_tokenizers):
     """For one edit whose rows all have one length, counted and ideal FLOPs differ by what a mask cannot skip only."""
@@ -138,6 +167,12 @@ def test_ideal_count_is_what_unpadded_work_costs(stop, toy_tokenizers):
     assert 1 <= counter.total / ideal <= 1 + 1.1 * (suffix - 1) / (rows * suffix + 1)
 
 
+@pytest.fixture
+def known_roofline(monkeypatch):
+    """None that has to be measured."""
+    monkeypatch.setattr(throughput, "measure_roofline", lambda *_: Roofline(1e9, 64, "float32", 1e9, 1024))
+
+
 def test_report(toy_tokenizers):
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     edits = [Edit(e.prompt, e.subject, e.target, "Vienna") for e in (START, MIDDLE, END)]
@@ -146,11 +181,123 @@ def test_report(toy_tokenizers):
     assert report["as_released"]["edits"] == report["released_stop_rule"]["edits"] == 3
     assert report["flops_ratio"] > 1
     assert 0 < report["median_difference"] <= report["largest_difference"] <= 1e-4
+    assert report["compute_dtype"] == report["dtype"] == "float32"
     share = report["share"]
-    assert report["process_time_ratio"] == pytest.approx(share["algebra"] * share["stop_rule"] * share["dtype"])
+    assert report["process_time_ratio"] == pytest.approx(prod(share.values()))
+    assert (share["dtype"], "products_in_float32" in report) == (1.0, False)
+    assert share["draft"] == pytest.approx(
+        report["without_drafts"]["process_seconds_per_edit"] / report["process_seconds_per_edit"]
+    )
     for name in ("efficacy", "perplexity_ratio"):
         assert report["quality"][name] >= 0
         assert report["as_released"]["quality"][name] >= 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "between"),
+    [
+        (torch.float32, {}, ["undrafted", "rule"]),
+        (torch.float32, {"draft_rows": 0}, ["rule"]),
+        (torch.float32, {"compute_dtype": "float32", "stop": "loss"}, ["rule"]),
+        (torch.float32, {"compute_dtype": "bfloat16"}, ["wide", "undrafted", "rule"]),
+        (torch.float32, {"compute_dtype": "bfloat16", "draft_rows": 0}, ["wide", "rule"]),
+        (torch.bfloat16, {"compute_dtype": "bfloat16"}, ["undrafted", "rule"]),
+        (torch.bfloat16, {}, ["undrafted", "rule"]),  # in float32 here
+    ],
+)
+def test_a_track_differs_from_the_one_before_it_in_one_thing(dtype, settings, between, toy_tokenizers):
+    setup = setup_of(toy_model("llama", dtype=dtype), toy_tokenizers[False], **settings)
+    tracks = throughput._between(setup)
+    assert list(tracks) == between
+    before = setup.settings
+    for name, track in tracks.items():
+        changed = {"wide": {"compute_dtype": "float32"}, "undrafted": {"draft_rows": 0}, "rule": {"stop": "loss"}}
+        assert track.settings == replace(before, **changed[name])
+        assert track.model is setup.model
+        before = track.settings
+
+
+def test_the_share_of_a_dtype_that_is_not_the_models_is_measured(toy_tokenizers, known_roofline):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    edits = [Edit(e.prompt, e.subject, e.target, "Vienna") for e in (START, MIDDLE, END)]
+    setup = setup_of(model, tokenizer, steps=4, compute_dtype="bfloat16", draft_rows=0)
+    report = bench(setup, edits, 2, True, False, lambda line: None)
+    assert (report["dtype"], report["compute_dtype"]) == ("float32", "bfloat16")
+    share, wide = report["share"], report["products_in_float32"]
+    assert wide["edits"] == 3
+    ours = report["process_seconds_per_edit"]
+    assert share["dtype"] == pytest.approx(wide["process_seconds_per_edit"] / ours)
+    rule = report["released_stop_rule"]["process_seconds_per_edit"]
+    assert share["stop_rule"] == pytest.approx(rule / wide["process_seconds_per_edit"])
+    assert (share["draft"], "without_drafts" in report) == (1.0, False)
+    assert report["process_time_ratio"] == pytest.approx(prod(share.values()))
+    # The baseline is compared with the same in float32; bfloat16 is a hundred times as far from it.
+    assert report["largest_difference"] <= 1e-4
+
+
+def test_on_a_gpu_every_track_is_warm_before_it_is_timed(toy_tokenizers, monkeypatch, known_roofline):
+    """As if on one: what is asked of CUDA is answered."""
+    setup = setup_of(toy_model("llama"), toy_tokenizers[False], steps=4)
+    edits = [START, MIDDLE, END]
+    events = []
+    solve_each, released = Flow.solve_each, throughput.edit_as_released
+
+    def noted(flow, group):
+        events.append((len(group), flow.settings.steps, flow.settings.stop, flow.settings.draft_rows))
+        return solve_each(flow, group)
+
+    def noted_released(*arguments, settings, **others):
+        events.append(("released", settings.steps))
+        return released(*arguments, settings=settings, **others)
+
+    monkeypatch.setattr(Flow, "solve_each", noted)
+    monkeypatch.setattr(throughput, "edit_as_released", noted_released)
+    bench(setup, edits, 2, True, False, lambda line: None)
+    assert all(event[1] == 4 for event in events[:4]), "there is nothing to warm on a CPU"
+    usual = list(events)
+    events.clear()
+    monkeypatch.setattr(throughput, "is_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 7)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: events.append("reset"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: events.append("wait"))
+    report = bench(setup, edits, 2, True, False, lambda line: None)
+    assert events[:5] == [
+        (2, 2, "argmax", 5),
+        (2, 2, "argmax", 0),
+        (2, 2, "loss", 0),
+        ("released", 2),
+        "reset",
+    ]
+    assert report["peak_memory_bytes"] == 7
+    assert [event for event in events[5:] if event != "wait"] == usual
+    # Every timed run waits for the GPU before the clock is read, at its beginning and at its end.
+    at = events.index(("released", 4))
+    assert events[at - 1] == events[at + 1] == "wait"
+    timed = 2 * 3 + 3  # of the tracks by batch, of the baseline by edit
+    assert events.count("wait") == 2 * timed
+
+
+class _Answers(TorchDispatchMode):
+    """Counts how often a tensor's content is asked for, which waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_baseline_waits_as_often_for_many_rows_as_for_few(toy_tokenizers):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+
+    def answers(contexts, steps):
+        settings = ValueSettings(steps=steps, stop="loss", stop_loss=-1.0)
+        with _Answers() as asked:
+            edit_as_released(model, tokenizer, MIDDLE, contexts, layer=LAYER, settings=settings, factor=None)
+        return asked.count
+
+    few, many = (answers(contexts, 4) - answers(contexts, 3) for contexts in (CONTEXTS[:1], CONTEXTS * 3))
+    assert few == many > 0
 
 
 def test_kept_batches_are_not_run_again(tmp_path, toy_tokenizers, monkeypatch):

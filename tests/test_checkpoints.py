@@ -22,6 +22,7 @@ EXTRA = {RECORD_FILE, DELTA_FILE, ORIGINALS_FILE}
 NAMES = {
     "llama": f"model.layers.{LAYER}.mlp.down_proj.weight",
     "gpt2": f"transformer.h.{LAYER}.mlp.c_proj.weight",
+    "gptj": f"transformer.h.{LAYER}.mlp.fc_out.weight",
     "gpt2 without prefix": f"h.{LAYER}.mlp.c_proj.weight",
 }
 # What is written, and not how it was found, is at stake here.
@@ -74,6 +75,7 @@ def contents(directory):
         ("llama", False, torch.float32),
         ("llama", True, torch.bfloat16),
         ("gpt2", True, torch.float32),
+        ("gptj", True, torch.bfloat16),
         ("gpt2 without prefix", False, torch.float32),
         ("gpt2 without prefix", False, torch.float16),
     ],

@@ -15,8 +15,12 @@ from rome_fast.delta import LowRank
 from rome_fast.errors import ArgumentError, CheckpointError
 from toys import D_FF, HIDDEN, SENTENCES, toy_model
 
-NAMES = {"llama": "model.layers.{}.mlp.down_proj.weight", "gpt2": "transformer.h.{}.mlp.c_proj.weight"}
-KINDS = [("llama", True), ("gpt2", False)]
+NAMES = {
+    "llama": "model.layers.{}.mlp.down_proj.weight",
+    "gpt2": "transformer.h.{}.mlp.c_proj.weight",
+    "gptj": "transformer.h.{}.mlp.fc_out.weight",
+}
+KINDS = [("llama", True), ("gpt2", False), ("gptj", False)]
 
 
 def random_delta(kind, rank=2, layers=(LAYER,), scale=0.1):

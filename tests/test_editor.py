@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from helpers import (
     edited,
     relative_error,
 )
-from rome_fast import Edit, ValueSettings
+from rome_fast import Edit, ValueSettings, flow
 from rome_fast.errors import ArgumentError, ConvergenceError
 from rome_fast.flow import ConvergenceWarning
 from rome_fast.records import Record
@@ -117,7 +118,7 @@ def test_needs_prefix_where_little_of_the_edit_arrives_without_one(
             assert (min(shares) < limit < max(shares)) == (method != "p-rome")
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "mistral", "smollm3"])
+@pytest.mark.parametrize("kind", ["qwen3", "mistral", "smollm3", "gptj"])
 def test_the_other_kinds(kind, toy_tokenizers, toy_statistics, textbook):
     model = toy_model(kind)
     result = edited(model, toy_tokenizers[False], END, statistics=toy_statistics(model, False))
@@ -395,6 +396,59 @@ def test_a_loss_that_is_not_finite_is_never_written(toy_tokenizers):
     wild = replace(SETTINGS, learning_rate=1e6, clamp=1e9)
     with pytest.raises(ConvergenceError, match=r"'Chicago' → 'Rome': the loss became (nan|inf) at step \d"):
         edited(model, tokenizer, EASY, settings=wild, unconverged="write")
+    assert changed(model, before) == []
+
+
+@pytest.fixture
+def one_broken(monkeypatch, toy_tokenizers):
+    """In fp16 activations of one edit may overflow: its keys and its loss are then no numbers."""
+    run_to_layer, optimise_values = flow.run_to_layer, flow.optimise_values
+    broken = toy_tokenizers[False](" museum")["input_ids"][-1]
+
+    def keys_of(runner, contexts, rows, layer):
+        states = run_to_layer(runner, contexts, rows, layer)
+        states.keys[[broken in each.row.ids for each in rows]] = math.nan
+        return states
+
+    def values_of(runner, rows, *arguments):
+        return [
+            replace(value, finite=False, losses=(math.nan,), delta=0 * value.delta) if broken in group[0].ids else value
+            for value, group in zip(optimise_values(runner, rows, *arguments), rows, strict=True)
+        ]
+
+    monkeypatch.setattr(flow, "run_to_layer", keys_of)
+    monkeypatch.setattr(flow, "optimise_values", values_of)
+    return Edit("The {} is", "museum", "Rome")
+
+
+@pytest.mark.parametrize("schedule", [{"schedule": "joint"}, {"schedule": "sequential"}])
+@pytest.mark.parametrize("unconverged", ["skip", "write"])
+def test_an_edit_that_is_no_number_is_named_and_the_others_go_on(schedule, unconverged, one_broken, toy_tokenizers):
+    model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]
+    # END does not converge within these steps.
+    first, *rest = [EASY] if unconverged == "skip" else [EASY, END]
+    alone = edited(model, tokenizer, [first, *rest], settings=ARGMAX, unconverged=unconverged, **schedule)
+    alone.revert()
+    edits = [first, one_broken, *rest]
+    with pytest.warns(ConvergenceWarning, match="'museum' → 'Rome': the loss became nan at step 1"):
+        result = edited(model, tokenizer, edits, settings=ARGMAX, unconverged=unconverged, **schedule)
+    assert [record.applied for record in result.records] == [edit != one_broken for edit in edits]
+    assert relative_error(delta_w(result), delta_w(alone)) < 1e-10
+    assert math.isnan(result.records[1].update_norm)
+    result.revert()
+    with pytest.raises(ConvergenceError, match="'museum' → 'Rome': the loss became nan"):
+        edited(model, tokenizer, edits, settings=ARGMAX, unconverged="raise", **schedule)
+
+
+def test_when_every_edit_is_no_number_it_is_an_error(one_broken, toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    before = all_bits(model)
+    others = [one_broken, Edit("We saw the {} of", "museum", "Rome")]
+    with (
+        pytest.warns(ConvergenceWarning, match="'museum'"),
+        pytest.raises(ConvergenceError, match=r"(?s)2 edit\(s\) did not converge.*nothing was written"),
+    ):
+        edited(model, tokenizer, others, schedule="sequential", unconverged="skip")
     assert changed(model, before) == []
 
 

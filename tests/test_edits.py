@@ -237,6 +237,12 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         load_edits(tmp_path)
 
 
+def test_blanks_at_the_end_do_not_hide_a_conflict():
+    """Rows are made without them."""
+    with pytest.raises(EditError, match=r"edits\[0\] and edits\[1\] ask for"):
+        find_conflicts([Edit("The city of {} is", "Chicago", "Rome"), Edit("The city of {} is ", "Chicago", "Paris")])
+
+
 def test_conflicting_requests_are_named():
     other = Edit("{} is a twin city of", "Boston", "Istanbul")
     find_conflicts([TWIN_EDIT, other])

@@ -11,7 +11,9 @@ import oracle
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, merging_tokenizer, relative_error
 from rome_fast import Edit, ValueSettings
 from rome_fast.errors import ArgumentError
+from rome_fast.flow import tokenise
 from rome_fast.keys import ContextRow, run_to_layer
+from rome_fast.methods import variant
 from rome_fast.past import Contexts
 from rome_fast.rows import edit_rows, essence_row
 from rome_fast.runner import Runner
@@ -28,13 +30,15 @@ MIXED = (
 )
 
 
-def values_of(model, tokenizer, edits, settings=SETTINGS, layer=LAYER, contexts=CONTEXTS):
+def values_of(model, tokenizer, edits, settings=SETTINGS, layer=LAYER, contexts=CONTEXTS, own_essence=True):
     """δ of each edit over the unprefixed and all prefixed rows, all edits in one batch."""
     runner = Runner(model)
-    groups = [[*edit_rows(tokenizer, edit, ["", *contexts]), essence_row(tokenizer, edit)] for edit in edits]
+    groups = [edit_rows(tokenizer, edit, ["", *contexts]) for edit in edits]
+    if own_essence:
+        groups = [[*group, essence_row(tokenizer, edit)] for group, edit in zip(groups, edits, strict=True)]
     flat = [ContextRow(row, i if i <= len(contexts) else 0) for group in groups for i, row in enumerate(group)]
     states = run_to_layer(runner, Contexts.of(runner, tokenizer, ["", *contexts]), flat, layer)
-    base = states.values[:: len(contexts) + 2]
+    base = states.values[:: len(groups[0])]
     return optimise_values(runner, groups, states, base, layer, settings)
 
 
@@ -119,6 +123,20 @@ def test_delta_stays_within_the_clamp(toy_tokenizers):
     assert float(value.delta.norm()) == pytest.approx(0.3 * float(v0.norm()), rel=1e-6)
 
 
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("drafted", [0, 1])
+def test_the_essence_is_a_row_of_its_own_only_where_it_has_to_be(bos, drafted, toy_tokenizers):
+    """Where the prompt begins with the subject, the row without a context knows as much at its end."""
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[bos]
+    requests = [tokenise(Runner(model), tokenizer, edit, CONTEXTS, variant("rome")) for edit in (START, MIDDLE)]
+    assert [len(request.rows) - request.scored for request in requests] == [0, 1]
+    settings = replace(SETTINGS, stop="argmax", margin=1, draft_rows=drafted, steps=8)
+    (with_row,) = values_of(model, tokenizer, [START], settings)
+    (without,) = values_of(model, tokenizer, [START], settings, own_essence=False)
+    torch.testing.assert_close(without.losses, with_row.losses, rtol=1e-12, atol=0)
+    assert relative_error(without.delta, with_row.delta) < 1e-10
+
+
 def test_one_step_is_one_loss_and_no_update(toy_tokenizers):
     (value,) = values_of(toy_model("gpt2"), toy_tokenizers[False], [END], replace(SETTINGS, steps=1))
     assert len(value.losses) == 1
@@ -173,22 +191,25 @@ def test_a_loss_that_is_not_finite_ends_the_edit_and_says_so(toy_tokenizers):
         assert not each.delta.any()
 
 
-def test_led_is_the_share_of_target_tokens_that_lead(toy_tokenizers):
-    """Counted on whole forwards with δ added, over all rows of the edit and all tokens of the target."""
+def test_led_is_the_share_of_rows_that_the_target_leads_in(toy_tokenizers):
+    """Counted on whole forwards with δ added: in such a row every token of the target is the most probable one."""
     model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]
     edits = [Edit("The city of {}", "Chicago", "Rome"), Edit("The city of {}", "Paris", "Rome Paris Rome"), START]
     shares = []
     for edit, value in zip(edits, values_of(model, tokenizer, edits, replace(SETTINGS, steps=20)), strict=True):
-        leads = []
+        leads, tokens = [], []
         for context in ("", *CONTEXTS):
             row = oracle.make_row(tokenizer, context, edit.prompt, edit.subject, edit.target)
             with torch.no_grad(), oracle.delta_added(model, LAYER, row.subject_position, value.delta):
                 best = oracle.logits_of(model, row.input_ids).argmax(dim=-1)
-            leads += [int(best[at]) == label for at, label in zip(row.target_logits_at, row.target_ids, strict=True)]
+            right = [int(best[at]) == label for at, label in zip(row.target_logits_at, row.target_ids, strict=True)]
+            leads.append(all(right))
+            tokens += right
         assert value.led == pytest.approx(sum(leads) / len(leads), abs=1e-12)
-        shares.append(value.led)
-    assert max(shares) > 0
-    assert min(shares) < 1
+        shares.append((value.led, sum(tokens) / len(tokens)))
+    assert max(shares)[0] > 0
+    # Not the share of tokens, of which those behind the first are easy.
+    assert any(rows < of_tokens for rows, of_tokens in shares)
 
 
 def loss_of(model, tokenizer, edit, delta, settings):

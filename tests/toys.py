@@ -15,7 +15,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-KINDS = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "gpt2")
+import oracle
+
+KINDS = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "gpt2", "gptj")
 VOCABULARY = 600
 HIDDEN = 48
 D_FF = 80
@@ -93,7 +95,8 @@ def toy_model(kind: str, *, dtype: torch.dtype = torch.float32, tie: bool = Fals
     """A random causal LM of one of `KINDS` in eval mode; the same weights for the same seed.
 
     `LAYERS` layers, hidden size `HIDDEN`, key length `D_FF`, `VOCABULARY` tokens, `POSITIONS` positions.
-    `tie` shares the embedding with the head. Raises ValueError for an unknown kind.
+    `tie` shares the embedding with the head. In float64, norms are in float64 as well, which transformers leaves in
+    float32. Raises ValueError for an unknown kind.
     """
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -106,6 +109,10 @@ def toy_model(kind: str, *, dtype: torch.dtype = torch.float32, tie: bool = Fals
     if kind == "gpt2":
         shape = {"n_embd": HIDDEN, "n_inner": D_FF, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS}
         shape |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    elif kind == "gptj":
+        shape = {"n_embd": HIDDEN, "n_inner": D_FF, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS}
+        # As in the real one, a part of every head is not rotated.
+        shape |= {"rotary_dim": 8}
     elif kind in KINDS:
         shape = {
             "hidden_size": HIDDEN,
@@ -128,13 +135,17 @@ def toy_model(kind: str, *, dtype: torch.dtype = torch.float32, tie: bool = Fals
     # Building draws from the global generator; what the caller draws afterwards must not depend on that.
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **shape), dtype=dtype)
+    for module in model.modules():
+        if hasattr(module, "embed_positions"):
+            # Made in the dtype of the model, a table of positions is not the one that `from_pretrained` makes.
+            model._init_weights(module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = 0.2 * torch.randn(parameter.shape, generator=generator)
             is_gain = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1.0 + values if is_gain else values)
-    return model.eval()
+    return oracle.exact_norms(model.eval()) if dtype == torch.float64 else model.eval()
 
 
 def save_toy(

@@ -61,9 +61,11 @@ def edit_as_released(
     packed = runner.pack([row.inputs for row in [*rows, essence]])
     device = runner.device
     subjects = torch.tensor([row.subject for row in [*rows, essence]], device=device)
+    # Made once: on a GPU every copy to it, and every answer from it, would wait for all the work before.
+    scored = [torch.arange(row.target - 1, len(row.ids) - 1, device=device) for row in rows]
+    labels = [torch.tensor(row.labels, device=device) for row in rows]
     wide = torch.promote_types(runner.dtype, torch.float32)
     arguments = {"input_ids": packed.ids, "attention_mask": packed.mask.long(), "use_cache": False}
-    every = torch.arange(len(subjects), device=device)
 
     with torch.no_grad(), _tapped(runner, layer, subjects, None) as seen:
         model(**arguments)
@@ -82,19 +84,17 @@ def edit_as_released(
                 logits = model(**arguments).logits.to(wide)
                 # log_softmax adds over the vocabulary less exactly than logsumexp; in fp32, δ would show it.
                 log_probs = logits - logits.logsumexp(-1, keepdim=True)
-            after = log_probs[every[-1], subjects[-1]]
+            after = log_probs[-1, essence.subject]
             before = after.detach() if before is None else before
             nll = torch.zeros((), dtype=wide, device=device)
-            leads = True
-            for i, row in enumerate(rows):
-                at = torch.arange(row.target - 1, len(row.ids) - 1, device=device)
-                labels = torch.tensor(row.labels, device=device)
-                nll = nll - log_probs[i, at, labels].mean() / len(rows)
-                leads = leads and bool((log_probs[i, at].argmax(1) == labels).all())
+            leads = []
+            for i, (at, wanted) in enumerate(zip(scored, labels, strict=True)):
+                nll = nll - log_probs[i, at, wanted].mean() / len(rows)
+                leads.append((log_probs[i, at].argmax(1) == wanted).all())
             divergence = (after.exp() * (after - before)).sum()
             loss = nll + settings.kl_factor * divergence + settings.weight_decay * delta.norm() / base.norm() ** 2
             losses.append(loss.item())
-            held = held + 1 if leads else 0
+            held = held + 1 if bool(torch.stack(leads).all()) else 0
             done = losses[-1] < settings.stop_loss if settings.stop == "loss" else held > settings.margin
             if done or step == settings.steps - 1:
                 break
@@ -109,8 +109,8 @@ def edit_as_released(
     group = torch.zeros(len(left), dtype=torch.int64, device=device)
     mean, u, _ = prefixed_solve(left.to(wide), group, 1, factor)
     k_den = mean if how.denominator == how.left else keys[:1]
-    wanted = residual(how, delta.detach(), values[0].to(wide), mean_value.to(wide))
-    factors = close(u, k_den, wanted.unsqueeze(0))
+    added = residual(how, delta.detach(), values[0].to(wide), mean_value.to(wide))
+    factors = close(u, k_den, added.unsqueeze(0))
     update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
     return ReleasedEdit(delta.detach(), tuple(losses), Delta({runner.family.weight_name(layer): update}))
 

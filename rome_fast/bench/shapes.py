@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..assets import MODEL_NAME, cache_dir
 from ..edits import Edit
@@ -89,20 +89,31 @@ CONTEXTS = (
 """As long as the sampled ones. A model that has learned nothing writes no text whose tokens are those it sampled."""
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+def random_model(
+    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, *, layers: int | None = None
+) -> PreTrainedModel:
     """The model of a shape in evaluation mode, made on `device` in `dtype` with the initialisation of transformers.
 
-    No copy of the weights is made on the way. The same name, device kind, dtype and seed give the same weights.
-    Raises ArgumentError for an unknown shape and for one whose architecture cannot be edited.
+    No copy of the weights is made on the way. The same arguments on the same kind of device give the same weights.
+    `layers` makes so many of them instead of all. Raises ArgumentError for an unknown shape and for one whose
+    architecture cannot be edited.
     """
-    shape = known_shape(name)
-    config = AutoConfig.for_model(shape.model_type, **shape.sizes)
+    config = shape_config(name, layers)
     own = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=own), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.config._name_or_path = f"{name}, random weights"
+    model.config._name_or_path = f"{name}, random weights" + ("" if layers is None else f", {layers} layers")
     return model.eval()
+
+
+def shape_config(name: str, layers: int | None = None) -> PretrainedConfig:
+    """The configuration of a shape, with another number of layers where one is given; raises as `random_model`."""
+    shape = known_shape(name)
+    sizes = dict(shape.sizes)
+    if layers is not None:
+        sizes["n_layer" if "n_layer" in sizes else "num_hidden_layers"] = layers
+    return AutoConfig.for_model(shape.model_type, **sizes)
 
 
 def known_shape(name: str) -> Shape:

@@ -5,8 +5,9 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from ..methods import variant
 from ..past import Contexts
 from ..records import Record
 from ..runner import Runner
-from ..values import ValueSettings
+from ..values import ValueSettings, compute_dtype
 from .flops import FlopCounter, ideal_flops
-from .released import edit_as_released
+from .released import ReleasedEdit, edit_as_released
 from .roofline import measure_roofline
 from .shapes import CONTEXTS, random_factor, random_model, tokenizer_for
 
@@ -124,9 +125,16 @@ def shape_setup(
 
 @dataclass
 class Measured:
-    """What was measured of some batches, in sums."""
+    """What was measured of some batches, in sums.
+
+    Each track is one step from the one before it: `wide` forces products in float32, `undrafted` takes all steps on all
+    rows, `rule` stops as the released editors do, `released` is the baseline. Of the first two only those are run that
+    differ from the track before.
+    """
 
     fast: Track = field(default_factory=lambda: Track("rome_fast"))
+    wide: Track = field(default_factory=lambda: Track("rome_fast, products in float32"))
+    undrafted: Track = field(default_factory=lambda: Track("rome_fast, without drafts"))
     rule: Track = field(default_factory=lambda: Track("rome_fast, released stop rule"))
     released: Track = field(default_factory=lambda: Track("as released"))
     stages: dict[str, float] = field(default_factory=dict)  # wall seconds of `fast`
@@ -136,7 +144,7 @@ class Measured:
     peak_bytes: int = 0
 
     def add(self, other: "Measured") -> None:
-        for mine, theirs in ((self.fast, other.fast), (self.rule, other.rule), (self.released, other.released)):
+        for mine, theirs in zip(self.tracks, other.tracks, strict=True):
             mine.add(theirs)
         for stage, seconds in other.stages.items():
             self.stages[stage] = self.stages.get(stage, 0.0) + seconds
@@ -145,9 +153,21 @@ class Measured:
         self.differences += other.differences
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
 
+    @property
+    def tracks(self) -> tuple[Track, ...]:
+        return self.fast, self.wide, self.undrafted, self.rule, self.released
+
+    def shares(self) -> dict[str, float]:
+        """By what factor each step between two tracks changes the process time; all of them make up the whole ratio."""
+        costs: list[float] = []
+        for track in self.tracks:
+            costs.append(track.process_seconds / track.edits if track.edits else costs[-1])
+        names = ("dtype", "draft", "stop_rule", "algebra")
+        return {name: after / before for name, before, after in zip(names, costs, costs[1:], strict=False)}
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Measured":
-        tracks = {name: Track(**data[name]) for name in ("fast", "rule", "released")}
+        tracks = {f.name: Track(**data[f.name]) for f in fields(cls) if f.type is Track}
         return cls(**(data | tracks))
 
 
@@ -160,11 +180,16 @@ def bench(
     say: Say,
     kept: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure `edits` in batches; with `baseline`, each batch also as released and with the released stop rule.
+    """Measure `edits` in batches; with `baseline`, each also as released and by the tracks between, see `Measured`.
 
     The tracks take turns batch by batch, so that a change of the machine's speed meets all of them. Counting FLOPs
-    slows a program down; it is done in runs of its own, which are not timed. The peak memory on a GPU includes the
-    baseline's where that runs. A batch that stands in the file `kept` is taken from there, any other is added to it.
+    slows a program down; it is done in runs of its own, which are not timed. On a GPU the first batch is made with two
+    steps by every track before anything is timed. The peak memory there includes the baseline's where that runs. A
+    batch that stands in the file `kept` is taken from there, any other is added to it.
+
+    The share of the dtype is 1 where products are taken in the model's own, or in float32, which a CPU without
+    instructions for 16 bits does for a model in 16 bits too: what the baseline, which does not, loses by it counts as
+    algebra.
 
     Raises ArgumentError where `kept` was measured under other conditions.
     """
@@ -173,6 +198,7 @@ def bench(
     conditions: dict[str, Any] = {
         "model": str(setup.model.config._name_or_path),
         "dtype": str(setup.model.dtype).removeprefix("torch."),
+        "compute_dtype": str(compute_dtype(runner, setup.settings)).removeprefix("torch."),  # "auto" resolved
         "device": str(runner.device),
         "threads": torch.get_num_threads(),
         "method": setup.method,
@@ -185,13 +211,15 @@ def bench(
     }
     known = _read_kept(kept, conditions | {"baseline": baseline})
     roofline = measure_roofline(setup.model.device, setup.model.dtype)
-    on_gpu = runner.device.type == "cuda"
+    on_gpu = is_gpu(runner.device)
+    groups = [list(edits[start : start + batch]) for start in range(0, len(edits), batch)]
     if on_gpu:
+        if waiting := [group for group in groups if _name(group) not in known]:
+            _warm_up(setup, waiting[0], baseline)
         torch.cuda.reset_peak_memory_stats(runner.device)
     total = Measured()
     counts: dict[tuple[int, int], tuple[int, int]] = {}
-    for start in range(0, len(edits), batch):
-        group = list(edits[start : start + batch])
+    for group in groups:
         name = _name(group)
         if name not in known:
             measured = _measure(setup, group, baseline, quality, base, counts)
@@ -206,7 +234,7 @@ def bench(
                 with kept.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(line) + "\n")
         total.add(known[name])
-        say(_line(total.fast, total.rule, total.released))
+        say(_line(*total.tracks))
     weight_bytes = sum(p.nbytes for p in setup.model.parameters())
     mine = total.fast.report()
     flops_per_second = mine["flops_per_edit"] / mine["seconds_per_edit"]
@@ -230,18 +258,50 @@ def bench(
         report |= {
             "process_time_ratio": theirs["process_seconds_per_edit"] / mine["process_seconds_per_edit"],
             "flops_ratio": theirs["flops_per_edit"] / mine["flops_per_edit"],
-            "share": {
-                "algebra": theirs["process_seconds_per_edit"] / middle["process_seconds_per_edit"],
-                "stop_rule": middle["process_seconds_per_edit"] / mine["process_seconds_per_edit"],
-                "dtype": 1.0,
-            },
+            "share": total.shares(),
             # ‖ΔW − ΔW of the baseline‖ / ‖ΔW of the baseline‖, both with the released stop rule
             "largest_difference": max(total.differences),
             "median_difference": statistics.median(total.differences),
             "as_released": theirs,
             "released_stop_rule": middle,
         }
+        for name, track in (("without_drafts", total.undrafted), ("products_in_float32", total.wide)):
+            if track.edits:
+                report[name] = track.report()
     return report
+
+
+def _between(setup: Setup) -> dict[str, Setup]:
+    """How the tracks between ours and the baseline make edits, by their names in `Measured`."""
+    out, settings = {}, setup.settings
+    if compute_dtype(Runner(setup.model), settings) not in (setup.model.dtype, torch.float32):
+        out["wide"] = settings = replace(settings, compute_dtype="float32")
+    if settings.stop == "argmax" and settings.draft_rows:
+        out["undrafted"] = settings = replace(settings, draft_rows=0)
+    out["rule"] = replace(settings, stop="loss")
+    return {name: replace(setup, settings=changed) for name, changed in out.items()}
+
+
+def _warm_up(setup: Setup, group: Sequence[Edit], baseline: bool) -> None:
+    """Make a batch by every track with two steps: the first use of a shape takes longer than all the others."""
+    requests = [tokenise(Runner(setup.model), setup.tokenizer, e, setup.contexts, setup.flow.how) for e in group]
+    for each in (setup, *(_between(setup).values() if baseline else ())):
+        warm_up(each, requests)
+    if baseline:
+        _as_released(setup, group[0], _short(setup.settings))
+
+
+def warm_up(setup: Setup, requests: Sequence[Request]) -> None:
+    """Make the edits with two steps."""
+    replace(setup, settings=_short(setup.settings)).flow.solve_each(requests)
+
+
+def _short(settings: ValueSettings) -> ValueSettings:
+    return replace(settings, steps=min(2, settings.steps))
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _measure(
@@ -263,10 +323,11 @@ def _measure(
         setup.flow.solve_each(requests)
     out.fast.flops = counter.total
     if baseline:
-        old_rule = replace(setup, settings=replace(setup.settings, stop="loss"))
-        same_rule = run_timed(out.rule, old_rule.flow, requests)
+        for name, between in _between(setup).items():
+            same_rule = run_timed(getattr(out, name), between.flow, requests)
+        # The last one has the baseline's rule, rows and dtype.
         for edit, request, (delta, _) in zip(group, requests, same_rule, strict=True):
-            theirs_delta = _run_released(out.released, old_rule, edit, request, quality, base, counts)
+            theirs_delta = _run_released(out.released, between, edit, request, quality, base, counts)
             out.differences.append(_difference(delta, theirs_delta))
     if quality:
         for edit, (delta, _) in zip(group, made, strict=True):
@@ -300,15 +361,24 @@ def _read_kept(file: Path | None, conditions: dict[str, Any]) -> dict[str, Measu
 
 def run_timed(track: Track, flow: Flow, requests: Sequence[Request]) -> list[tuple[Delta, Record]]:
     """Make the edits, each alone on the unedited model, and add what that cost to the track."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    made = flow.solve_each(requests)
-    if flow.runner.device.type == "cuda":
-        torch.cuda.synchronize(flow.runner.device)
-    track.process_seconds += time.process_time() - cpu
-    track.wall_seconds += time.perf_counter() - wall
+    with _timed(track, flow.runner.device):
+        made = flow.solve_each(requests)
     track.edits += len(requests)
     track.steps += sum(record.steps for _, record in made)
     return made
+
+
+@contextmanager
+def _timed(track: Track, device: torch.device) -> Iterator[None]:
+    """Add the seconds of the block to the track: of its own work, and on a GPU of all of it."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+    cpu, wall = time.process_time(), time.perf_counter()
+    yield
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+    track.process_seconds += time.process_time() - cpu
+    track.wall_seconds += time.perf_counter() - wall
 
 
 def _run_released(
@@ -321,24 +391,9 @@ def _run_released(
     counts: dict[tuple[int, int], tuple[int, int]],
 ) -> Delta:
     """One edit by the baseline; `counts` keeps the FLOPs of one and of two steps by the shape of the padded rows."""
-
-    def once(settings: ValueSettings) -> tuple[int, Delta]:
-        made = edit_as_released(
-            setup.model,
-            setup.tokenizer,
-            edit,
-            setup.contexts,
-            layer=setup.layer,
-            settings=settings,
-            factor=setup.factor,
-            method=setup.method,
-        )
-        return len(made.losses), made.delta
-
-    cpu, wall = time.process_time(), time.perf_counter()
-    steps, delta = once(setup.settings)
-    track.process_seconds += time.process_time() - cpu
-    track.wall_seconds += time.perf_counter() - wall
+    with _timed(track, setup.model.device):
+        made = _as_released(setup, edit, setup.settings)
+    steps = len(made.losses)
     track.edits += 1
     track.steps += steps
     # Every step costs the same: one evaluation, and the difference that a second one makes, tell the rest.
@@ -347,14 +402,27 @@ def _run_released(
         counted = []
         for few in (1, 2):
             with FlopCounter() as counter:
-                once(replace(setup.settings, steps=few))
+                _as_released(setup, edit, replace(setup.settings, steps=few))
             counted.append(counter.total)
         counts[shape] = (counted[0], counted[1])
     first, second = counts[shape]
     track.flops += first + (steps - 1) * (second - first)
     if quality:
-        track.add_quality(_quality(setup, edit, delta, base))
-    return delta
+        track.add_quality(_quality(setup, edit, made.delta, base))
+    return made.delta
+
+
+def _as_released(setup: Setup, edit: Edit, settings: ValueSettings) -> ReleasedEdit:
+    return edit_as_released(
+        setup.model,
+        setup.tokenizer,
+        edit,
+        setup.contexts,
+        layer=setup.layer,
+        settings=settings,
+        factor=setup.factor,
+        method=setup.method,
+    )
 
 
 def _difference(delta: Delta, wanted: Delta) -> float:

@@ -5,9 +5,10 @@ from transformers import PretrainedConfig
 from ..errors import ModelError
 from .base import Family
 from .gpt2 import GPT2
+from .gptj import GPTJ
 from .llama import LlamaLike
 
-FAMILIES: tuple[Family, ...] = (LlamaLike(), GPT2())
+FAMILIES: tuple[Family, ...] = (LlamaLike(), GPT2(), GPTJ())
 
 
 def known_model_types() -> tuple[str, ...]:

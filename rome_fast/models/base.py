@@ -16,6 +16,7 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     projection_path: ClassVar[str]  # dotted path of the down-projection module, `{}` is the layer
     transposed: ClassVar[bool] = False  # True where the weight is stored (d_ff, d), as Conv1D does
+    past_argument: ClassVar[str] = "past_key_values"  # what a layer calls attention keys and values of the past
 
     @abstractmethod
     def layers(self, model: Any) -> nn.ModuleList:

@@ -14,7 +14,7 @@ from .. import checkpoints
 from ..errors import ArgumentError, ModelError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
-from ..processes import Processes
+from ..processes import ALONE, Processes
 from ..runner import Runner, evaluating, watching
 from ..weights import align_
 from ..weights.files import check_writable
@@ -158,7 +158,7 @@ def collect(
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (budget, max_length)):
         raise ArgumentError(f"tokens, max_length: got {budget}, {max_length}, wanted whole numbers of at least 1")
     check_ridge(ridge)
-    processes = Processes.of_default_group(RESUME) if distributed else Processes()
+    processes = Processes.of_default_group(RESUME) if distributed else ALONE
     batch_tokens = _BATCH_TOKENS.get(runner.device.type, _BATCH_TOKENS["cpu"])
     reading = Reading(tokenizer, texts, field, budget, min(max_length, runner.max_length), batch_tokens)
 

@@ -31,8 +31,8 @@ Shown = Callable[[str, str], AbstractContextManager[tuple[Progress, object]]]
 """From (stage, unit) to a progress bar: what moves it, and what else it shows."""
 
 
-def run_statistics(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
-    """What the verb's arguments ask for; returns its report."""
+def run_statistics(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any] | None:
+    """What the verb's arguments ask for; returns its report, None in all but the first of several processes."""
     if arguments.list:
         return _list()
     if arguments.prune:
@@ -49,7 +49,7 @@ def run_statistics(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any
     return _collect(arguments, shown)
 
 
-def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
+def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any] | None:
     texts = _texts(arguments)
     with ExitStack() as stack:
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,11 +78,12 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any]:
             resumed=_tell_resumed,
         )
         width = runner.weight(0).shape[1]
+    if not first:
+        return None
     report = _report(arguments.model, statistics, out)
-    if first:
-        ratio = f"{report['tokens'] / width:.1f} per dimension of the keys"
-        print(f"{report['tokens']} tokens, {ratio}, layers {report['layers']} → {out}")
-        _tell_usable(statistics, report)
+    ratio = f"{report['tokens'] / width:.1f} per dimension of the keys"
+    print(f"{report['tokens']} tokens, {ratio}, layers {report['layers']} → {out}")
+    _tell_usable(statistics, report)
     return report
 
 

@@ -1,0 +1,142 @@
+"""Edits whose values several processes share, one of which may die."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, all_bits, changed, relative_error
+from rome_fast import Delta, Edit, apply_edits, flow
+from rome_fast.checkpoints import RECORD_FILE
+from rome_fast.errors import ArgumentError, RomeFastError
+from toys import save_toy, toy_model
+
+EDITS = (START, MIDDLE, END, Edit("The museum of {}", "Vienna", "Paris"))
+WEIGHT = f"transformer.h.{LAYER}.mlp.c_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def forkable(monkeypatch):
+    """One thread, because those of torch and of the tokenizer do not survive a fork."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def together(toy_tokenizers, tmp_path):
+    """A function that edits in forked processes; returns what each of them said, None of one that died."""
+    tokenizer = toy_tokenizers[False]
+    options = {"statistics": "identity", "layer": LAYER, "contexts": CONTEXTS, "settings": SETTINGS}
+    options |= {"guard": "off", "unconverged": "write", "measure": True}
+
+    def work(rank, dies, own):
+        model = toy_model("gpt2", dtype=torch.float64)
+        before = all_bits(model)
+        found, optimise = 0, flow.optimise_values
+
+        def counted(runner, rows, *arguments):
+            nonlocal found
+            if rank == dies:
+                os._exit(9)
+            found += len(rows)
+            return optimise(runner, rows, *arguments)
+
+        flow.optimise_values = counted
+        try:
+            result = apply_edits(model, EDITS, tokenizer=tokenizer, distributed=True, **options | own)
+        except RomeFastError as error:
+            return {"error": str(error), "changed": changed(model, before)}
+        result.delta.save(tmp_path / f"delta-{rank}.safetensors")
+        return {"found": found, "probabilities": [record.probability_after for record in result.records]}
+
+    def run(count, dies=None, differing=None, **given):
+        children = []
+        store = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
+        for rank in range(count):
+            said = store.with_name(f"{store.name}-said-{rank}.json")
+            child = os.fork()
+            if child == 0:
+                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+                said.write_text(json.dumps(work(rank, dies, given | (differing or {}).get(rank, {}))))
+                # Neither pytest nor torch.distributed is to end in a child.
+                os._exit(0)
+            children.append((child, said))
+        for child, _ in children:
+            os.waitpid(child, 0)
+        return [json.loads(said.read_text()) if said.exists() else None for _, said in children]
+
+    def alone(**given):
+        model = toy_model("gpt2", dtype=torch.float64)
+        result = apply_edits(model, EDITS, tokenizer=tokenizer, **options | given)
+        return result.delta.updates[WEIGHT].dense()
+
+    run.alone = alone
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("count", "own"), [(2, {}), (3, {"schedule": "sequential", "batch_size": 2}), (6, {})])
+def test_as_many_processes_as_you_like_make_the_same_edit(count, own, together, tmp_path):
+    """Also more than there are edits."""
+    said = together(count, **own)
+    assert sum(one["found"] for one in said) == len(EDITS)
+    assert max(one["found"] for one in said) <= -(-len(EDITS) // count) + bool(own)
+    deltas = [Delta.load(tmp_path / f"delta-{rank}.safetensors").updates[WEIGHT].dense() for rank in range(count)]
+    wanted = together.alone(**own)
+    for delta in deltas:
+        assert relative_error(delta, wanted) < 1e-10
+        assert torch.equal(delta, deltas[0])
+    # Measured once.
+    assert all(value > 0 for value in said[0]["probabilities"])
+    assert {value for one in said[1:] for value in one["probabilities"]} == {None}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_dies_ends_the_run_and_nothing_is_changed(dies, together):
+    said = together(2, dies)
+    assert said[dies] is None
+    living = said[1 - dies]
+    pattern = rf"process {1 - dies} of 2: another one has ended early .*; nothing was written: run the same command"
+    assert re.match(pattern, living["error"])
+    assert living["changed"] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_processes_with_different_options_are_told(together):
+    said = together(2, differing={1: {"contexts": CONTEXTS[:-1]}})
+    wanted = "model, edits, options: process(es) 1 of 2 got others than process 0; give all of them the same"
+    assert [one["error"] for one in said] == [wanted] * 2
+    assert [one["changed"] for one in said] == [[], []]
+
+
+def test_together_needs_a_process_group(toy_tokenizers):
+    with pytest.raises(ArgumentError, match="distributed: wanted an initialised torch"):
+        apply_edits(toy_model("gpt2"), END, tokenizer=toy_tokenizers[False], statistics="identity", distributed=True)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path, toy_tokenizers, monkeypatch):
+    """The documented command; ports are torchrun's to choose. One process writes, and one says what it did."""
+    monkeypatch.chdir(tmp_path)
+    save_toy("model", toy_model("gpt2"), toy_tokenizers[False])
+    lines = [{"prompt": e.prompt, "subject": e.subject, "target_new": e.target} for e in EDITS]
+    Path("edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "rome_fast", "edit", "model", "--edits", "edits.jsonl", "--identity", "--layer", str(LAYER)]
+    command += ["--unconverged", "write", "--guard", "off", "--out", "edited", "--json", "report.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("edited checkpoint: edited") == 1
+    assert json.loads(Path("report.json").read_text())["edits"]
+    assert (Path("edited") / RECORD_FILE).exists()

@@ -1,0 +1,76 @@
+"""Every architecture, run layer by layer, against transformers' own forward; which layers and settings it gets."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from helpers import CONTEXTS, relative_error
+from rome_fast import ValueSettings
+from rome_fast.defaults import default_layer, default_settings
+from rome_fast.past import ContextPast, Contexts, attention_mask
+from rome_fast.runner import Runner
+from toys import KINDS, LAYERS, SENTENCES, toy_model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_layers_and_head_are_those_of_the_models_own_forward(kind, toy_tokenizers):
+    """Rows of several lengths in one batch, against forwards of one row at a time."""
+    model, runner = toy_model(kind), Runner(toy_model(kind))
+    rows = [toy_tokenizers[False](sentence)["input_ids"] for sentence in SENTENCES[:3]]
+    packed = runner.pack(rows)
+    states = [runner.embed(packed.ids)]
+    for layer in range(LAYERS):
+        states.append(runner.run(states[-1], layer, layer + 1))
+    logits = runner.head(states[-1])
+    for index, row in enumerate(rows):
+        wanted = model(input_ids=torch.tensor([row]), output_hidden_states=True, use_cache=False)
+        # The last of transformers' hidden states is behind the final norm.
+        for mine, theirs in zip(states[:LAYERS], wanted.hidden_states[:LAYERS], strict=True):
+            assert relative_error(mine[index, : len(row)], theirs[0]) < 1e-6
+        assert relative_error(logits[index, : len(row)], wanted.logits[0]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_follows_a_recorded_past_is_what_follows_in_one_go(kind, toy_tokenizers):
+    model, tokenizer = toy_model(kind), toy_tokenizers[False]
+    runner = Runner(model)
+    contexts = Contexts.of(runner, tokenizer, CONTEXTS)
+    behind = tokenizer(" Rome was not built in a day")["input_ids"]
+    count, longest = len(CONTEXTS), int(contexts.lengths.max())
+    seen = torch.arange(longest) < contexts.lengths.unsqueeze(1)
+    ids = torch.tensor([behind] * count)
+    positions = contexts.lengths.unsqueeze(1) + torch.arange(len(behind))
+    hidden = runner.run(
+        runner.embed(ids, positions),
+        0,
+        LAYERS,
+        positions=positions,
+        mask=attention_mask(seen, len(behind), runner.dtype),
+        past=ContextPast(contexts, torch.arange(count)),
+    )
+    for index, before in enumerate(contexts.ids):
+        wanted = model(input_ids=torch.tensor([[*before, *behind]]), use_cache=False).logits[0, len(before) :]
+        assert relative_error(runner.head(hidden[index]), wanted) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "width", "layer", "steps"),
+    [
+        ("gpt2", 48, 1600, 17, 20),
+        ("gptj", 28, 4096, 5, 20),
+        ("llama", 32, 4096, 5, 25),
+        # Nobody published any for these.
+        ("gpt2", 12, 768, 4, 20),
+        ("gptj", 50, 4096, 9, 20),
+        ("qwen3", 36, 4096, 6, 25),
+    ],
+)
+def test_layers_and_settings_are_the_published_ones_or_like_them(kind, layers, width, layer, steps):
+    config = AutoConfig.for_model(kind, num_hidden_layers=layers, hidden_size=width)
+    assert default_layer(config) == layer
+    assert default_settings(config).steps == steps
+    if kind == "gptj":
+        wanted = ValueSettings(steps=20, learning_rate=0.5, clamp=4, weight_decay=0.5, kl_factor=0.0625)
+        assert default_settings(config) == wanted
