@@ -16,9 +16,10 @@ _SHARE = 0.5
 # More positions than this at a time do not make the products of a CPU faster, and leave its caches.
 _MOST_POSITIONS = {"cpu": 1024}
 _ENOUGH_POSITIONS = 16_384
-# What a step costs whatever a batch holds, in positions: the weights are read for few as for many. On a CPU measured (a
-# product with M rows takes the time of M + 21); on a GPU from its ratio of arithmetic to bandwidth, and not measured.
-_FIXED_POSITIONS = {"cpu": 20.0, "cuda": 500.0}
+# What a step costs whatever a batch holds, in positions: the weights are read for few as for many. On a CPU measured: a
+# product with M rows takes the time of M + 21, and all of a step some more. On a GPU from its ratio of arithmetic to
+# bandwidth, not measured.
+_FIXED_POSITIONS = {"cpu": 30.0, "cuda": 500.0}
 # Most steps are taken on some of the rows only.
 _SHARE_OF_ROWS = 0.5
 _PLANNED = 64  # requests that are looked at to find the next batch
@@ -62,9 +63,8 @@ class BatchSizer:
     def choose(self, waiting: Sequence[Shaped]) -> int:
         """How many of the waiting requests, in their order, to take into the next batch; at least one.
 
-        All requests of a batch have the same number of rows, and of rows with a target. Among the ways of parting the
-        requests into such batches, the one that costs least is taken: large batches pad, small ones read the weights
-        more often.
+        All requests of a batch have the same number of rows with a target. Among the ways of parting the requests into
+        such batches, the one that costs least is taken: large batches pad, small ones read the weights more often.
         """
         device, spare = self.runner.device, self.runner.spare_bytes
         if self._just_failed and device.type == "cuda":
@@ -74,7 +74,7 @@ class BatchSizer:
         budget = _SHARE * free_memory(device) if spare is None else spare
         budget = min(budget, _MOST_BYTES.get(device.type, budget))
         fixed = _FIXED_POSITIONS.get(device.type, _FIXED_POSITIONS["cpu"])
-        planned = [request for request in waiting[:_PLANNED] if _kind(request) == _kind(waiting[0])]
+        planned = [request for request in waiting[:_PLANNED] if request.scored == waiting[0].scored]
         costs = [0.0] * (len(planned) + 1)  # of all requests from a place on, at best
         sizes = [1] * len(planned)
         for place in reversed(range(len(planned))):
@@ -89,11 +89,11 @@ class BatchSizer:
     def _fitting(self, waiting: Sequence[Shaped], budget: float) -> Iterator[int]:
         """Positions, padded, of a batch of the first request, of the first two and so on, as long as it fits."""
         most = _MOST_POSITIONS.get(self.runner.device.type, _ENOUGH_POSITIONS)
-        suffix = before = middle = 0
+        rows = suffix = before = middle = 0
         for size, request in enumerate(waiting, 1):
             suffix, before = max(suffix, request.suffix), max(before, request.before)
             middle = max(middle, request.middle)
-            rows = size * len(request.rows)
+            rows += len(request.rows)
             needed = rows * self._row_bytes(suffix, before, middle)
             too_many = rows * suffix > most or needed > budget or (self.limit is not None and size > self.limit)
             if size > 1 and too_many:
@@ -102,7 +102,7 @@ class BatchSizer:
 
     def _bytes(self, batch: Sequence[Shaped]) -> int:
         longest = (max(getattr(r, name) for r in batch) for name in ("suffix", "before", "middle"))
-        return len(batch) * len(batch[0].rows) * self._row_bytes(*longest)
+        return sum(len(request.rows) for request in batch) * self._row_bytes(*longest)
 
     @contextmanager
     def halving(self, size: int) -> Iterator[None]:
@@ -140,14 +140,14 @@ class BatchSizer:
         return size * (running + self.layers * (suffix * hidden + middle * past))
 
 
-def _kind(request: Shaped) -> tuple[int, int]:
-    return len(request.rows), request.scored
+def in_order(group: Sequence[Shaped]) -> list[int]:
+    """Places in the group, so that requests of like shape, which share a batch with little padding, are neighbours."""
+    return sorted(range(len(group)), key=lambda i: (group[i].scored, group[i].suffix, group[i].before))
 
 
 def in_batches(sizer: BatchSizer, group: Sequence[Shaped]) -> Iterator[list[int]]:
     """Places in the group, batch by batch; a batch that `halving` found too large comes again, smaller."""
-    # Requests of like shape share a batch with little padding.
-    order = sorted(range(len(group)), key=lambda i: (_kind(group[i]), group[i].suffix, group[i].before))
+    order = in_order(group)
     start = 0
     while start < len(order):
         size = sizer.choose([group[i] for i in order[start:]])

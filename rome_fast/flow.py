@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import accumulate, count
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .batches import BatchSizer, in_batches
+from .batches import BatchSizer, in_batches, in_order
 from .delta import Delta, LowRank
 from .edits import Edit
 from .errors import ConvergenceError
@@ -206,7 +206,7 @@ class Flow:
         """
         if self.processes.count == 1:
             return self._find_own(group)
-        order = sorted(range(len(group)), key=lambda i: (len(group[i].rows), group[i].suffix, group[i].before))
+        order = in_order(group)
         own = [group[i] for number, i in enumerate(order) if self.processes.takes(number)]
         found = self._find_own(own) if own else []
         parts = self.processes.gather([solved.to(torch.device("cpu")) for solved in found])
@@ -249,9 +249,10 @@ class Flow:
         with self.clock("keys"):
             states = run_to_layer(self.runner, contexts, [row for r in batch for row in r.rows], self.layer)
             # An essence row, last of each request that has one, belongs to no mean.
-            scored = batch[0].scored
-            keys = states.keys.unflatten(0, (len(batch), -1))[:, :scored]
-            row_values = states.values.unflatten(0, (len(batch), -1))[:, :scored]
+            starts = accumulate((len(r.rows) for r in batch[:-1]), initial=0)
+            places = torch.tensor([list(range(start, start + batch[0].scored)) for start in starts])
+            places = places.to(self.runner.device)
+            keys, row_values = states.keys[places], states.values[places]
             mean_values = row_values.mean(1)
         with self.clock("values"):
             settings = self.settings

@@ -60,7 +60,7 @@ class Runner:
         if attention not in ("sdpa", "eager"):
             # The others take no additive mask, which says what of a past a row may see.
             raise ModelError(
-                f"model: got attn_implementation {attention!r}, wanted 'sdpa' or 'eager'; load it with one of these, or "
+                f"model: got attn_implementation {attention!r}, wanted 'sdpa' or 'eager'; load it so, or "
                 "switch by model.set_attn_implementation(…)"
             )
         self._eager = attention == "eager"

@@ -10,6 +10,7 @@ where a target token or the KL term needs them. The edits of a batch are indepen
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -90,26 +91,28 @@ def optimise_values(
     """Find δ for every edit of a batch.
 
     `rows[e]` are the rows of edit e, last of them the one that the KL term is taken in, if that is one without a target
-    (an essence row); otherwise it is taken in the first row. Either holds for all edits, which have the same number of
-    rows; `states` holds them one edit after the other. `base_values` (edits, d) are the v₀.
+    (an essence row); otherwise it is taken in the first row. All edits have the same number of rows with a target;
+    `states` holds all rows, one edit after the other. `base_values` (edits, d) are the v₀.
     """
     wide = torch.promote_types(runner.dtype, torch.float32)
     runner = runner.computing_in(compute_dtype(runner, settings))
     search = _Search(base_values.to(wide), settings)
-    edits, count = list(range(len(rows))), len(rows[0])
-    drafted = draft_rows(count, scored_rows(rows[0]), settings)
+    edits = list(range(len(rows)))
+    drafted = [draft_rows(group, settings) for group in rows]
     before = None
     with frozen_weights(runner.model):
-        if drafted:
-            every = torch.tensor([e * count + i for e in edits for i in drafted], device=runner.device)
-            some = [[group[i] for i in drafted] for group in rows]
-            draft = _Batch(runner, layer, states.rows(every), some, settings.kl_factor)
+        if drafted[0]:
+            starts = accumulate(map(len, rows[:-1]), initial=0)
+            places = [start + i for start, chosen in zip(starts, drafted, strict=True) for i in chosen]
+            some = [[group[i] for i in chosen] for group, chosen in zip(rows, drafted, strict=True)]
+            chosen_states = states.rows(torch.tensor(places, device=runner.device))
+            draft = _Batch(runner, layer, chosen_states, some, settings.kl_factor)
             search.run(draft, edits, settings.steps - 1, settings.margin, settle=False)
             before = draft.initial
-            del draft
+            del draft, chosen_states
         batch = _Batch(runner, layer, states, rows, settings.kl_factor, before)
         # A draft has had its margin of steps.
-        search.run(batch, edits, settings.steps, 0 if drafted else settings.margin, settle=True)
+        search.run(batch, edits, settings.steps, 0 if drafted[0] else settings.margin, settle=True)
     return search.values
 
 
@@ -127,15 +130,16 @@ def compute_dtype(runner: Runner, settings: ValueSettings) -> torch.dtype:
     return runner.compute_dtype
 
 
-def draft_rows(count: int, scored: int, settings: ValueSettings) -> list[int]:
-    """Which of an edit's `count` rows, `scored` of them with a target, the first steps are taken on; none for all.
+def draft_rows(rows: Sequence[Row], settings: ValueSettings) -> list[int]:
+    """Which of an edit's rows the first steps are taken on; none for all.
 
-    They are evenly spaced; the first row (unprefixed in some methods) and the essence row are among them.
+    They are evenly spaced; the first row (unprefixed in some methods) and an essence row are among them.
     """
+    scored = scored_rows(rows)
     drafted = settings.draft_rows if settings.stop == "argmax" and settings.steps > 1 else 0
     if not 0 < drafted < scored:
         return []
-    return [i * scored // drafted for i in range(drafted)] + list(range(scored, count))
+    return [i * scored // drafted for i in range(drafted)] + list(range(scored, len(rows)))
 
 
 class _Search:
@@ -232,9 +236,13 @@ class _Batch:
     ) -> None:
         self.runner, self.layer, self.kl_factor = runner, layer, kl_factor
         self.suffix, self.positions, self.past = states.suffix, states.positions, states.past
-        self.per_edit, self.scored = len(rows[0]), scored_rows(rows[0])
-        # Which row of an edit has the subject's last token behind nothing but the subject: the essence.
-        self.essence = self.scored if self.scored < self.per_edit else 0
+        self.edits, self.scored = len(rows), scored_rows(rows[0])
+        owner = [edit for edit, group in enumerate(rows) for _ in group]
+        self.owner = torch.tensor(owner, device=runner.device)  # (rows,) the edit of each
+        # (edits,) the row of each where the subject's last token stands behind nothing but the subject: its essence.
+        starts = accumulate(map(len, rows[:-1]), initial=0)
+        essence = [start + scored_rows(g) % len(g) for start, g in zip(starts, rows, strict=True)]
+        self.essence = torch.tensor(essence, device=runner.device)
         self.targets = _targets(rows, torch.promote_types(runner.dtype, torch.float32), runner.device)
         self.mask = attention_mask(self.past.seen, self.suffix.shape[1], self.suffix.dtype)
         # (edits, vocabulary) log-probabilities of the essence at δ = 0: of the edits left, and of all.
@@ -242,20 +250,16 @@ class _Batch:
         # fp16 gradients of a loss spread over many rows would vanish.
         self.scale = 1024.0 if torch.float16 in (self.suffix.dtype, runner.compute_dtype) else 1.0
 
-    @property
-    def edits(self) -> int:
-        return len(self.suffix) // self.per_edit
-
     def keep(self, kept: Tensor) -> None:
         """Go on with the edits at these places only."""
-        rows = (kept.unsqueeze(1) * self.per_edit + torch.arange(self.per_edit, device=kept.device)).flatten()
-        place = torch.full((self.edits,), -1, device=kept.device)
-        place[kept] = torch.arange(len(kept), device=kept.device)
+        place = _places(kept, self.edits)
+        rows = (place[self.owner] >= 0).nonzero().squeeze(1)
+        row_place = _places(rows, len(self.owner))
         old = self.targets
         stays = place[old.edit] >= 0
-        edit = place[old.edit[stays]]
-        row = old.row[stays] % self.per_edit + edit * self.per_edit
+        row, edit = row_place[old.row[stays]], place[old.edit[stays]]
         self.targets = _Targets(row, old.time[stays], old.label[stays], old.share[stays], edit)
+        self.edits, self.owner, self.essence = len(kept), place[self.owner[rows]], row_place[self.essence[kept]]
         # Positions that no remaining edit has are dropped with the edits that had them.
         width = int(self.targets.time.max()) + 1
         self.suffix, self.positions = self.suffix[rows, :width], self.positions[rows, :width]
@@ -272,14 +276,14 @@ class _Batch:
         chosen_targets = self.targets
         with torch.enable_grad():
             delta = delta.detach().requires_grad_()
-            added = delta.repeat_interleave(self.per_edit, 0).to(self.suffix.dtype)
+            added = delta.index_select(0, self.owner).to(self.suffix.dtype)
             hidden = torch.cat([self.suffix[:, :1] + added.unsqueeze(1), self.suffix[:, 1:]], 1)
             top = len(self.runner.layers)
             hidden = self.runner.run(
                 hidden, self.layer + 1, top, positions=self.positions, mask=self.mask, past=self.past
             )
             scored = hidden[chosen_targets.row, chosen_targets.time]
-            essence = hidden[self.essence :: self.per_edit, 0]
+            essence = hidden[self.essence, 0]
             loss, led, gradients = self._head(scored.detach(), essence.detach())
 
         def gradient() -> Tensor:
@@ -291,7 +295,7 @@ class _Batch:
         """Loss and its gradient at the positions that enter it, a bounded number of logits rows at a time."""
         t = self.targets
         loss = torch.zeros(self.edits, dtype=t.share.dtype, device=scored.device)
-        leads = torch.ones(len(self.suffix), dtype=loss.dtype, device=scored.device)
+        leads = torch.ones_like(self.owner, dtype=loss.dtype)
         scored_gradient, essence_gradient = torch.empty_like(scored), torch.empty_like(essence)
         rows = max(1, _HEAD_ELEMENTS // self.runner.model.config.vocab_size)
         for part in torch.arange(len(scored), device=scored.device).split(rows):
@@ -317,7 +321,17 @@ class _Batch:
             loss[part] += divergence.detach()
         if first:
             self.before = self.initial = torch.cat(before)
-        return loss, leads.unflatten(0, (self.edits, -1))[:, : self.scored].mean(1), [scored_gradient, essence_gradient]
+        # Of rows without a target each has one at most, its essence row, which counted as leading.
+        led = torch.zeros_like(loss).index_add_(0, self.owner, leads)
+        extra = torch.zeros_like(loss).index_add_(0, self.owner, torch.ones_like(leads)) - self.scored
+        return loss, (led - extra) / self.scored, [scored_gradient, essence_gradient]
+
+
+def _places(kept: Tensor, count: int) -> Tensor:
+    """(count,) where each of `count` things is among those kept; -1 for the others."""
+    place = torch.full((count,), -1, device=kept.device)
+    place[kept] = torch.arange(len(kept), device=kept.device)
+    return place
 
 
 def exact_head(runner: Runner, hidden: Tensor) -> Tensor:

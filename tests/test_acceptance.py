@@ -5,7 +5,6 @@ Needs development data in `../shared/data` beside the repository, and says so wh
 
 import json
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import oracle
 from helpers import delta_w, relative_error
 from rome_fast import Edit, Statistics, apply_edits, load_edits
 from rome_fast.assets import model_dir
@@ -136,7 +136,7 @@ def test_batches_equal_the_baseline(parts, count):
     edits = list(load_edits(DATA / "counterfact_dev.jsonl"))[:: 5000 // count][:count]
     compared = range(0, count, 8 if count > 7 else 1)
     ours, loop = {}, {}
-    for dtype, parameters in ((torch.float32, model), (torch.float64, deepcopy(model).double())):
+    for dtype, parameters in ((torch.float32, model), (torch.float64, oracle.double_copy(model))):
         setup = Setup(parameters, tokenizer, contexts[:2], layer, "c-rome", settings, factor, [])
         requests = [tokenise(Runner(parameters), tokenizer, e, setup.contexts, setup.flow.how) for e in edits]
         assert count == 1 or len({len(r.rows[0].row.inputs) for r in requests}) > 3

@@ -110,8 +110,7 @@ def test_an_edit_that_ran_out_of_memory_ends_the_same(small_memory, toy_tokenize
     wanted.revert()
     sizes, progress = small_memory(1), []
     got = edited(model, tokenizer, [START, MIDDLE, END], progress=lambda *now: progress.append(now))
-    # START is a batch of its own: its row without a context begins with its essence.
-    assert sizes == [1, 2, 1, 1]
+    assert sizes == [3, 1, 1, 1]
     assert relative_error(delta_w(got), delta_w(wanted)) < 1e-10
     assert [record.subject for record in got.records] == ["Chicago", "Istanbul", "Paris"]
     assert progress[-1] == (3, 3)
@@ -133,10 +132,11 @@ def test_free_memory_is_a_plausible_number():
     assert 1 << 20 < free_memory(torch.device("cpu")) < 1 << 50
 
 
-def test_rows_of_another_kind_are_another_batch(sizer):
-    """With an essence row of its own or without, an edit may have as many rows."""
+def test_other_numbers_of_rows_with_a_target_are_another_batch(sizer):
     assert sizer.choose([Shape(suffix=2)] * 2 + [Shape(suffix=2, scored=4)] * 3) == 2
-    assert list(in_batches(sizer, [Shape(2, scored=4), Shape(2), Shape(2, scored=4)])) == [[0, 2], [1]]
+    assert list(in_batches(sizer, [Shape(2), Shape(2, scored=4), Shape(2)])) == [[1], [0, 2]]
+    # An essence row is none of these.
+    assert list(in_batches(sizer, [Shape(2, rows=[0] * 6), Shape(2)])) == [[0, 1]]
 
 
 def test_the_batches_are_those_that_cost_least(sizer, monkeypatch):

@@ -116,7 +116,6 @@ def ideal_flops(
             middle, suffix = item.row.subject - shared, len(item.row.inputs) - item.row.subject
             total += passes(middle + suffix, shared, layer + 1) + passes(middle, shared, above)
         if record.drafted:
-            drafted = draft_rows(len(rows), request.scored, settings)
-            total += steps([rows[i] for i in drafted], record.drafted)
+            total += steps([rows[i] for i in draft_rows(rows, settings)], record.drafted)
         total += steps(rows, record.steps - record.drafted)
     return total
