@@ -43,6 +43,13 @@ ENOUGH_BARE = 0.4
 """Share of an edit that has to arrive without a context. Of those with less, none answered there (docs/collapse.md)."""
 
 
+_MOST_MISSED = 0.05  # share of an edit; more is said aloud
+
+
+class SharedKeyWarning(UserWarning):
+    """Edits that have one key, as those of one subject behind the same words, were met in part."""
+
+
 class ConvergenceWarning(UserWarning):
     """An edit was left out because its value was not found."""
 
@@ -172,6 +179,10 @@ class Flow:
                 factors = self.close(kept)
             judge_together(factors.joint_norm, [record for record in records if record.applied], self.guard)
             self.condition = max(self.condition, factors.condition)
+            applied = [record for record in records if record.applied]
+            for record, missed in zip(applied, factors.missed[: len(applied)].tolist(), strict=True):
+                record.missed = missed
+            _tell_missed(applied)
             return self.delta(factors), records
 
     def solve_each(self, group: Sequence[Request]) -> list[tuple[Delta, Record]]:
@@ -330,6 +341,7 @@ class Flow:
             numerator_norm=numerator_norm,
             update_norm=update_norm,
             weight_norm=weight_norm,
+            missed=0.0 if factors is None or index is None else float(factors.missed[index]),
             needs_prefix=needs_prefix,
             collapsed=predicts_collapse(update_norm, weight_norm, self.limit),
             applied=_is_finite(solved),
@@ -356,6 +368,19 @@ class Flow:
             record.applied = False
         rest = "; write those that are finite with unconverged='write'" if missed else ""
         warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=4)
+
+
+def _tell_missed(records: Sequence[Record]) -> None:
+    missed = [record for record in records if record.missed > _MOST_MISSED]
+    if missed:
+        lines = "\n".join(f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} left out" for r in missed)
+        warnings.warn(
+            f"{len(missed)} edit(s) have the key of another one, as those of one subject behind the same words do, and "
+            f"are met in part:\n{lines}\nno weight gives one key two values: keep one, or make the other at another "
+            "layer, in a call of its own",
+            SharedKeyWarning,
+            stacklevel=4,
+        )
 
 
 def unconverged_error(broken: Sequence[Record], missed: Sequence[Record] = ()) -> ConvergenceError:

@@ -21,6 +21,8 @@ class Record:
     numerator_norm: float  # ‖r uᵀ‖
     update_norm: float  # ‖Δ‖ of this edit alone
     weight_norm: float  # ‖W‖ before the edit
+    # Share of the edit that a joint update leaves out, ‖Δ k - r‖ / ‖r‖: where edits have one key, each is met in part.
+    missed: float
     # Whether the fact answers only behind some text: predicted from the keys, of dual measured with the rest.
     needs_prefix: bool
     collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured

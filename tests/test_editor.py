@@ -25,7 +25,7 @@ from helpers import (
 )
 from rome_fast import Edit, ValueSettings, flow
 from rome_fast.errors import ArgumentError, ConvergenceError
-from rome_fast.flow import ConvergenceWarning
+from rome_fast.flow import ConvergenceWarning, SharedKeyWarning
 from rome_fast.records import Record
 from rome_fast.rows import edit_rows
 from toys import LAYERS, toy_model
@@ -561,10 +561,18 @@ def test_requests_with_one_key_meet_halfway(toy_tokenizers):
         for edit in twice:
             result = edited(model, toy_tokenizers[True], edit)
             alone.append(delta_w(result))
+            assert result.records[0].missed < allowed
             result.revert()
-        joint = edited(model, toy_tokenizers[True], twice)
+        with pytest.warns(
+            SharedKeyWarning, match=r"2 edit\(s\) have the key of another one.*\n.*'Rome': \d+% left out"
+        ):
+            joint = edited(model, toy_tokenizers[True], twice)
         assert joint.condition > 1e6
         assert relative_error(delta_w(joint), (alone[0] + alone[1]) / 2) <= allowed
+        # ‖Δ‖ is that of r, as both have one u.
+        apart = (alone[0] - alone[1]).norm() / 2
+        for record, single in zip(joint.records, alone, strict=True):
+            assert record.missed == pytest.approx(float(apart / single.norm()), rel=1e-3)
 
 
 def test_the_essence_row_is_the_only_one_to_know_of_no_target(toy_tokenizers):

@@ -68,6 +68,7 @@ class Factors:
     denominators: Tensor  # (r,) uᵀ k_den of every edit alone
     numerator_norms: Tensor  # (r,) ‖r uᵀ‖
     update_norms: Tensor  # (r,) ‖r uᵀ / (uᵀ k_den)‖ of every edit alone
+    missed: Tensor  # (r,) ‖Δ k_den - r‖ / ‖r‖ of every edit: 0 to rounding, unless keys are linearly dependent
     joint_norm: float  # ‖Δ‖ of all of them together
     condition: float  # of Uᵀ K_den with its columns scaled to unit diagonal; 1 for one key
 
@@ -127,5 +128,6 @@ def close(
     else:
         left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ (scale[:, None] * r)
     left = scale[:, None] * left
+    missed = (gram.T @ left - r).norm(dim=1) / r.norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
     joint = float(((left @ left.T) * (u @ u.T)).sum().clamp(min=0).sqrt())
-    return Factors(left.T, u, denominators, numerators, numerators / denominators.abs(), joint, condition)
+    return Factors(left.T, u, denominators, numerators, numerators / denominators.abs(), missed, joint, condition)
