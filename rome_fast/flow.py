@@ -261,8 +261,8 @@ class Flow:
             states = run_to_layer(self.runner, contexts, [row for r in batch for row in r.rows], self.layer)
             # An essence row, last of each request that has one, belongs to no mean.
             starts = accumulate((len(r.rows) for r in batch[:-1]), initial=0)
-            places = torch.tensor([list(range(start, start + batch[0].scored)) for start in starts])
-            places = places.to(self.runner.device)
+            ranges = [list(range(start, start + batch[0].scored)) for start in starts]
+            places = torch.tensor(ranges, device=self.runner.device)
             keys, row_values = states.keys[places], states.values[places]
             mean_values = row_values.mean(1)
         with self.clock("values"):

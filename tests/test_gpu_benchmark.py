@@ -71,7 +71,7 @@ def test_a_part_that_takes_too_long_may_end_what_it_started_and_the_next_one_run
     monkeypatch.setattr(gpu, "_GRACE_SECONDS", 2.0)
     monkeypatch.setattr(gpu, "plot", lambda: None)
     start = time.monotonic()
-    assert gpu.run_all(0.15, [str(tmp_path)]) == status
+    assert gpu.run_all(0.08, [str(tmp_path)]) == status
     assert time.monotonic() - start < 30
     assert (tmp_path / "order").read_text().split() == [part for part in parts if part != "fails"]
     assert (tmp_path / "obeys").exists() == ("obeys" in parts)
@@ -105,6 +105,7 @@ def test_a_own(): ...
 """
 
 
+@pytest.mark.slow
 def test_tests_that_only_a_gpu_can_run_come_before_those_of_the_reference(tmp_path):
     (tmp_path / "test_reference_like.py").write_text(REFERENCE)
     (tmp_path / "test_own.py").write_text(OWN)

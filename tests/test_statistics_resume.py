@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import time
@@ -279,6 +280,29 @@ def test_a_full_disk_is_one_error_and_nothing_is_lost(interrupted, work, tmp_pat
             work(tmp_path)
     assert str(caught.value).count("No space left") == 1
     assert [file.read_bytes() for file in interrupted] == before
+    same(work(tmp_path), work(None))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_disk_that_is_really_full(interrupted, work, tmp_path, one_thread):
+    """The system itself refuses to write on, in the middle of a snapshot."""
+    before = [file.read_bytes() for file in interrupted]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[0]) // 2,) * 2)
+            work(tmp_path)
+        except CheckpointError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as said:
+        assert re.search(r"writing .*snapshot-.*File too large.*; nothing is lost: the same command", said.read())
+    assert [file.read_bytes() for file in interrupted] == before
+    assert not list(tmp_path.rglob("*.partial"))
     same(work(tmp_path), work(None))
 
 
