@@ -114,6 +114,7 @@ def test_a_model_that_cannot_fill_them_says_how_many_it_made(toy_tokenizers):
         sample_contexts(model, tokenizer)
 
 
+@pytest.mark.slow
 def test_two_processes_edit_to_the_same_bytes(tmp_path, toy_tokenizers):
     """Nothing may depend on the order of a set, an address in memory or the random state of the process."""
     save_toy(tmp_path / "toy", toy_model("llama"), toy_tokenizers[True])

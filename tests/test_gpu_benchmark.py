@@ -154,6 +154,7 @@ def running(pid):
         return False
 
 
+@pytest.mark.slow
 def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path):
     """`-S` leaves out the editable installation's hook; torch and the like are put back by hand."""
     packages = Path(torch.__file__).parents[1]

@@ -60,10 +60,10 @@ def truth(model, tokenizer, statistics):
 
 
 # The oracle takes ten seconds for a method of this model: `make acceptance` asks it of all four.
-SELDOM = [pytest.param(method, marks=pytest.mark.slow) for method in ("c-rome-released", "p-rome")]
+SELDOM = [pytest.param(method, marks=pytest.mark.slow) for method in ("rome", "c-rome-released", "p-rome")]
 
 
-@pytest.mark.parametrize("method", ["rome", "c-rome", *SELDOM])
+@pytest.mark.parametrize("method", ["c-rome", *SELDOM])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.float64, 1e-8)])
 def test_update_equals_the_oracle(model, tokenizer, statistics, truth, method, dtype, allowed):
     """ΔW; an fp64 model, its statistics and δ are fp64 throughout."""
@@ -89,7 +89,7 @@ def test_update_equals_the_oracle(model, tokenizer, statistics, truth, method, d
 
 def test_rome_collapses_the_model_and_c_rome_does_not(model, tokenizer, statistics):
     """The paper's finding and its cure, on a first-token subject; and every byte is back afterwards."""
-    sentences, runner, before = held_out_sentences(10), Runner(model), all_bits(model)
+    sentences, runner, before = held_out_sentences(6), Runner(model), all_bits(model)
     base = sentence_perplexity(runner, tokenizer, sentences)
     records, ratios = {}, {}
     for method in ("rome", "c-rome"):
