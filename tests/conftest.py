@@ -62,3 +62,13 @@ def empty_cache(tmp_path, monkeypatch):
     """An empty folder in place of the user's cache."""
     monkeypatch.setenv("ROME_FAST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Those of torch and of the tokenizer do not survive a fork."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

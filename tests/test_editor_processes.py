@@ -18,17 +18,9 @@ from rome_fast.errors import ArgumentError, RomeFastError
 from toys import save_toy, toy_model
 
 EDITS = (START, MIDDLE, END, Edit("The museum of {}", "Vienna", "Paris"))
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHT = f"transformer.h.{LAYER}.mlp.c_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def forkable(monkeypatch):
-    """One thread, because those of torch and of the tokenizer do not survive a fork."""
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

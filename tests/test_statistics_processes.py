@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from helpers import LAYER, relative_error
@@ -22,17 +21,12 @@ TOKENS = 700
 
 
 @pytest.fixture(autouse=True)
-def forkable(monkeypatch):
-    """Many small batches; one thread, because those of torch and of the tokenizer do not survive a fork."""
+def many_batches(monkeypatch, one_thread):
+    """Many small ones, and a snapshot after each."""
     monkeypatch.setattr(snapshots, "_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(snapshots, "_MOST_SHARE", float("inf"))
     monkeypatch.setitem(collect._BATCH_TOKENS, "cpu", 32)
     monkeypatch.setattr(reading, "_WINDOW_BATCHES", 4)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -35,16 +35,6 @@ def many_snapshots(monkeypatch):
 
 
 @pytest.fixture
-def one_thread(monkeypatch):
-    """Those of torch and of the tokenizer do not survive a fork."""
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def work(toy_tokenizers):
     """A function of (out, options) that collects."""
     model = toy_model("gpt2")
