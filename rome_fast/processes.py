@@ -83,7 +83,7 @@ class Processes:
         """Until all processes are here; DistributedError where one of them has died."""
         if self.count > 1:
             with self._all_alive():
-                _finish(dist.all_reduce(torch.zeros(1), group=self.group, async_op=True))
+                _finish(dist.all_reduce(torch.zeros(1, device="cpu"), group=self.group, async_op=True))
 
     @contextmanager
     def _all_alive(self) -> Iterator[None]:
