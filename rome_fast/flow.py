@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 from typing import Literal
 
@@ -26,7 +26,7 @@ from .processes import ALONE, Processes
 from .records import Record
 from .rows import edit_rows, essence_row, needs_prefix
 from .runner import Runner
-from .values import Value, ValueSettings, optimise_values, scored_rows
+from .values import Value, ValueSettings, optimise_values, scored_rows, search_runner
 
 Progress = Callable[[int, int], None]
 """Called with (edits done, edits in all)."""
@@ -151,6 +151,7 @@ class Flow:
     condition: float = 1.0  # worst of the closed forms so far
     largest_batch: int = 0  # of the edits optimised together so far
     processes: Processes = ALONE  # that share the values of a group; all of them call everything else as well
+    _contexts: Contexts | None = field(default=None, init=False, repr=False)  # as the model made of them last
 
     def solve(self, group: Sequence[Request]) -> tuple[Delta | None, list[Record]]:
         """One closed-form update for the group, as a Delta; None where every edit of it is left out.
@@ -230,25 +231,37 @@ class Flow:
 
     def _find_own(self, group: Sequence[Request]) -> list[Solved]:
         with self.clock("keys"):
-            contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts])
-        solved = self._find(contexts, group, None)
+            # Anew for every group: the weights may have changed since the last one.
+            above = search_runner(self.runner, self.settings)
+            if self._contexts is None:
+                texts = ["", *self.contexts]
+                contexts = Contexts.of(self.runner, self.tokenizer, texts, self.layer, above)
+            else:
+                contexts = self._contexts.after_edit(self.runner, above)
+            self._contexts = contexts
+        solved = self._find(contexts, above, group, None)
         twofold = [i for i, request in enumerate(group) if request.bare is not None]
         if twofold:
             # A first token's own value is many times as long (the attention sink), and no measure of what to add to it.
             bases = [solved[i].mean_value for i in twofold]
-            for i, bare in zip(twofold, self._find(contexts, bare_requests(group), bases), strict=True):
+            for i, bare in zip(twofold, self._find(contexts, above, bare_requests(group), bases), strict=True):
                 value = replace(bare.value, delta=BARE_SCALE * bare.value.delta)
                 solved[i] = replace(solved[i], bare=replace(bare, value=value))
         return solved
 
-    def _find(self, contexts: Contexts, group: Sequence[Request], bases: Sequence[Tensor] | None) -> list[Solved]:
-        """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only."""
+    def _find(
+        self, contexts: Contexts, above: Runner, group: Sequence[Request], bases: Sequence[Tensor] | None
+    ) -> list[Solved]:
+        """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only.
+
+        `above` runs the layers above the edit layer.
+        """
         sizer = BatchSizer(self.runner, self.layer)
         solved: dict[int, Solved] = {}
         for places in in_batches(sizer, group):
             with sizer.halving(len(places)):
                 base = None if bases is None else torch.stack([bases[i] for i in places])
-                found = self._solve_batch(contexts, [group[i] for i in places], base)
+                found = self._solve_batch(contexts, above, [group[i] for i in places], base)
                 solved.update(zip(places, found, strict=True))
                 self.done += 0 if bases is not None else len(places)
                 self.largest_batch = max(self.largest_batch, len(places))
@@ -256,9 +269,12 @@ class Flow:
                 self.progress(self.done, self.total)
         return [solved[i] for i in range(len(group))]
 
-    def _solve_batch(self, contexts: Contexts, batch: Sequence[Request], base: Tensor | None) -> list[Solved]:
+    def _solve_batch(
+        self, contexts: Contexts, above: Runner, batch: Sequence[Request], base: Tensor | None
+    ) -> list[Solved]:
         with self.clock("keys"):
-            states = run_to_layer(self.runner, contexts, [row for r in batch for row in r.rows], self.layer)
+            rows_of_batch = [row for r in batch for row in r.rows]
+            states = run_to_layer(self.runner, contexts, rows_of_batch, self.layer, above)
             # An essence row, last of each request that has one, belongs to no mean.
             starts = accumulate((len(r.rows) for r in batch[:-1]), initial=0)
             ranges = [list(range(start, start + batch[0].scored)) for start in starts]
@@ -273,7 +289,7 @@ class Flow:
                 # When the target leads in the hardest of many rows it is clear in most; a single row has to go on.
                 settings = replace(settings, margin=_BARE_MARGIN * settings.margin)
             rows = [[r.row for r in request.rows] for request in batch]
-            values = optimise_values(self.runner, rows, states, base, self.layer, settings)
+            values = optimise_values(above, rows, states, base, self.layer, settings)
         return [Solved(keys[i], row_values[i, 0], mean_values[i], value) for i, value in enumerate(values)]
 
     def close(self, solved: Sequence[Solved]) -> Factors:

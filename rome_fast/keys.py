@@ -41,10 +41,13 @@ class RowStates:
 
 
 @torch.no_grad()
-def run_to_layer(runner: Runner, contexts: Contexts, rows: Sequence[ContextRow], layer: int) -> RowStates:
+def run_to_layer(
+    runner: Runner, contexts: Contexts, rows: Sequence[ContextRow], layer: int, above: Runner | None = None
+) -> RowStates:
     """Run each row behind its context through layers 0 .. layer; above, only what lies before the subject's end.
 
-    The result of a row does not depend on the others, up to the rounding of differently shaped products.
+    `above` runs the layers above, where it is not to be the same runner. The result of a row does not depend on the
+    others, up to the rounding of differently shaped products.
     """
     device = runner.device
     shared = [contexts.shared_with(r.context, r.row) for r in rows]
@@ -81,7 +84,7 @@ def run_to_layer(runner: Runner, contexts: Contexts, rows: Sequence[ContextRow],
     middle = max(subjects)
     recorder = Recorder(context_past)
     if middle:
-        runner.run(
+        (above or runner).run(
             hidden[:, :middle],
             layer + 1,
             len(runner.layers),

@@ -5,7 +5,7 @@ for every request, so their keys and values are computed once per model and shar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,24 +80,42 @@ class Contexts:
     ids: tuple[tuple[int, ...], ...]
     lengths: Tensor  # (contexts,)
     recorded: Recorder  # (contexts, heads, longest, head size) by layer
+    layer: int  # the edit layer
+    entering: Tensor  # (contexts, longest, d): what enters it
 
     @classmethod
     @torch.no_grad()
-    def of(cls, runner: Runner, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[str]) -> "Contexts":
-        """Run every context through the model. A context without a token shares nothing and costs nothing."""
+    def of(
+        cls,
+        runner: Runner,
+        tokenizer: PreTrainedTokenizerBase,
+        contexts: Sequence[str],
+        layer: int,
+        above: Runner | None = None,
+    ) -> "Contexts":
+        """Run every context through the model. A context without a token shares nothing and costs nothing.
+
+        `above` runs the layers above the edit layer, where it is not to be the same runner.
+        """
         # The space a context ends in belongs to the prompt's first token.
         ids = tuple(tuple(e.ids) for e in encode(tokenizer, [context.rstrip() for context in contexts]))
         packed = runner.pack([row or (0,) for row in ids])
         recorder = Recorder()
-        runner.run(
-            runner.embed(packed.ids),
-            0,
-            len(runner.layers),
-            past=recorder,
-            mask=causal_mask(packed.ids.shape[1], runner.dtype, runner.device),
-        )
+        mask = causal_mask(packed.ids.shape[1], runner.dtype, runner.device)
+        entering = runner.run(runner.embed(packed.ids), 0, layer, past=recorder, mask=mask)
         lengths = torch.tensor([len(row) for row in ids], device=runner.device)
-        return cls(ids, lengths, recorder)
+        return cls(ids, lengths, recorder, layer, entering).after_edit(runner, above)
+
+    @torch.no_grad()
+    def after_edit(self, runner: Runner, above: Runner | None = None) -> "Contexts":
+        """The same contexts once the weight of the edit layer is another one, which the layers below do not see."""
+        recorder = Recorder()
+        for layer in range(self.layer):
+            recorder.keys[layer], recorder.values[layer] = self.recorded.keys[layer], self.recorded.values[layer]
+        mask = causal_mask(self.entering.shape[1], runner.dtype, runner.device)
+        hidden = runner.run(self.entering, self.layer, self.layer + 1, past=recorder, mask=mask)
+        (above or runner).run(hidden, self.layer + 1, len(runner.layers), past=recorder, mask=mask)
+        return replace(self, recorded=recorder)
 
     def shared_with(self, context: int, row: Row) -> int:
         """How many of the row's tokens are the context's, at most up to the subject's last token."""

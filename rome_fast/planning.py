@@ -125,7 +125,9 @@ def plan(
             stages["first tokens"] = (passes, passes * sum(sizes[: outline.layer + 1]))
         if measure:
             stages["measuring"] = (2, 2 * whole)
-        stages["keys"] = (len(groups) + batches, (len(groups) + batches) * sum(sizes[:-1]))
+        # Of the contexts, groups behind the first one run the edit layer again and those above.
+        again = (len(groups) - 1) * sum(sizes[outline.layer : -1])
+        stages["keys"] = (len(groups) + batches, (1 + batches) * sum(sizes[:-1]) + again)
         evaluations = settings.steps * batches
         stages["values"] = (2 * evaluations - batches, evaluations * (2 * above + sizes[-1]) - batches * above)
     rate = _reading_rate(outline.checkpoint)

@@ -40,15 +40,33 @@ def usual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
-def in_dtype(dtype: torch.dtype, weights: torch.dtype) -> AbstractContextManager[Any]:
-    """In this block, linear layers with weights of dtype `weights`, unless they are trained, multiply in `dtype`."""
-    return nullcontext() if dtype == weights else _Converted(dtype, weights)
+class Copies:
+    """Weights converted once, each at its first use; they must not change as long as this is used."""
+
+    def __init__(self) -> None:
+        # With the weight itself, so that its address stays its own.
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The whole weight in another dtype, laid out in memory as it is."""
+        key = weight.data_ptr()
+        if key not in self._kept:
+            self._kept[key] = weight, weight.to(dtype)
+        return self._kept[key][1]
+
+
+def in_dtype(dtype: torch.dtype, weights: torch.dtype, copies: Copies | None = None) -> AbstractContextManager[Any]:
+    """In this block, linear layers with weights of dtype `weights`, unless they are trained, multiply in `dtype`.
+
+    With `copies`, weights are converted at their first use; without, anew for every product. The results are the same.
+    """
+    return nullcontext() if dtype == weights else _Converted(dtype, weights, copies)
 
 
 class _Converted(TorchFunctionMode):
-    def __init__(self, dtype: torch.dtype, weights: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, weights: torch.dtype, copies: Copies | None) -> None:
         super().__init__()
-        self.dtype, self.weights = dtype, weights
+        self.dtype, self.weights, self.copies = dtype, weights, copies
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -64,27 +82,31 @@ class _Converted(TorchFunctionMode):
         trained = weight.requires_grad and torch.is_grad_enabled()
         if weight.dtype != self.weights or x.dtype != self.weights or trained:
             return function(*args)
-        out = _Product.apply(x, weight, self.dtype)
+        copy = None if self.copies is None else self.copies.of(weight, self.dtype)
+        out = _Product.apply(x, weight, self.dtype, copy)
         return out if bias is None else out + bias
 
 
 class _Product(torch.autograd.Function):
-    """x (…, n) times a frozen weight (n, m)."""
+    """x (…, n) times a frozen weight (n, m), of which `copy` is one in `dtype` if there is one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, copy: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight if copy is None else copy)
         ctx.dtype = dtype
-        return _multiply(x, weight, dtype)
+        return _multiply(x, weight if copy is None else copy, dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return _multiply(gradients[0], weight.t(), ctx.dtype), None, None
+        return _multiply(gradients[0], weight.t(), ctx.dtype), None, None, None
 
 
 def _multiply(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (…, n) times weight (n, m), multiplied and added in `dtype`; the result has the dtype of x."""
+    """x (…, n) times weight (n, m), multiplied and added in `dtype`; the result has the dtype of x.
+
+    Parts are the same whether the weight has to be converted or not, and with them the rounding.
+    """
     out = x.new_empty(*x.shape[:-1], weight.shape[1])
     step = max(1, (_PART_OF_CPU if x.device.type == "cpu" else _PART) // weight.shape[0])
     for rows, into in zip(x.reshape(-1, x.shape[-1]).split(step), out.view(-1, out.shape[-1]).split(step), strict=True):
@@ -96,7 +118,9 @@ def _multiply(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _converted(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in another dtype, laid out in memory as the matrix is; valid until the next one of that name."""
+    """The matrix in a dtype, laid out in memory as it is; valid until the next one of that name."""
+    if matrix.dtype == dtype:
+        return matrix
     transposed = matrix.stride(0) == 1
     across = matrix.t() if transposed else matrix
     copy = _room(name, across.shape, dtype, matrix.device).copy_(across)

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import ModelError
 from .models import family_of
-from .products import in_dtype, usual_dtype
+from .products import Copies, in_dtype, usual_dtype
 from .weights import Stream
 
 _UNPLANNED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -64,17 +64,22 @@ class Runner:
                 "switch by model.set_attn_implementation(…)"
             )
         self._eager = attention == "eager"
+        self._past_argument = self.family.past_argument(self.layers[0])
         self._compute_dtype: torch.dtype | None = None
+        self._copies: Copies | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """In which products with weights are taken, see `rome_fast.products`."""
         return self._compute_dtype or usual_dtype(self.device, self.dtype)
 
-    def computing_in(self, dtype: torch.dtype) -> "Runner":
-        """The same model, its products with weights taken in another dtype."""
+    def computing_in(self, dtype: torch.dtype, *, keep: bool = False) -> "Runner":
+        """The same model, its products with weights taken in another dtype.
+
+        `keep` converts every weight once for as long as the runner lives; until then the weights must not change.
+        """
         runner = copy(self)
-        runner._compute_dtype = dtype
+        runner._compute_dtype, runner._copies = dtype, Copies() if keep else None
         return runner
 
     def projection(self, layer: int) -> nn.Module:
@@ -160,12 +165,12 @@ class Runner:
         if start >= stop:
             return hidden
         arguments = self.family.position_arguments(self.model, hidden, self._positions(hidden.shape[1], positions))
-        arguments[self.family.past_argument] = past
+        arguments[self._past_argument] = past
         if mask is None and self._eager:
             mask = causal_mask(hidden.shape[1], hidden.dtype, hidden.device)
 
         def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
-            with in_dtype(self.compute_dtype, self.dtype), _any_shape(hidden):
+            with in_dtype(self.compute_dtype, self.dtype, self._copies), _any_shape(hidden):
                 out = layer(hidden, attention_mask=mask, use_cache=past is not None, **arguments)
             return out[0] if isinstance(out, tuple) else out
 
@@ -178,7 +183,7 @@ class Runner:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocabulary) of the last layer's hidden states (…, d)."""
-        with in_dtype(self.compute_dtype, self.dtype):
+        with in_dtype(self.compute_dtype, self.dtype, self._copies):
             return self.family.head(self.model, hidden)
 
     def _positions(self, time: int, positions: Tensor | None) -> Tensor:

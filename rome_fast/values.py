@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .batches import free_memory
 from .errors import ArgumentError
 from .keys import RowStates
 from .past import attention_mask
@@ -28,6 +29,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _HEAD_ELEMENTS = 1 << 25  # logits at a time, which bounds the memory of the head
 _HEAD_ROWS = 4  # at least; with fewer, 1e-4 of a gradient was rounding
+_SHARE_OF_COPIES = 0.25  # of the free memory, which converted weights may take
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,13 @@ def optimise_values(
     layer: int,
     settings: ValueSettings,
 ) -> list[Value]:
-    """Find δ for every edit of a batch.
+    """Find δ for every edit of a batch, by a runner of `search_runner`.
 
     `rows[e]` are the rows of edit e, last of them the one that the KL term is taken in, if that is one without a target
     (an essence row); otherwise it is taken in the first row. All edits have the same number of rows with a target;
     `states` holds all rows, one edit after the other. `base_values` (edits, d) are the v₀.
     """
     wide = torch.promote_types(runner.dtype, torch.float32)
-    runner = runner.computing_in(compute_dtype(runner, settings))
     search = _Search(base_values.to(wide), settings)
     edits = list(range(len(rows)))
     drafted = [draft_rows(group, settings) for group in rows]
@@ -128,6 +129,17 @@ def compute_dtype(runner: Runner, settings: ValueSettings) -> torch.dtype:
     if runner.dtype == torch.float32 and multiplies_fast(runner.device, torch.bfloat16):
         return torch.bfloat16
     return runner.compute_dtype
+
+
+def search_runner(runner: Runner, settings: ValueSettings) -> Runner:
+    """What runs the layers that only the search for values sees; the weights must not change while it is used.
+
+    It keeps converted weights where the memory allows it, since every step uses all of them.
+    """
+    dtype = compute_dtype(runner, settings)
+    size = sum(p.numel() for p in runner.model.parameters()) * dtype.itemsize
+    fits = runner.stream is None and size <= _SHARE_OF_COPIES * free_memory(runner.device)
+    return runner.computing_in(dtype, keep=fits)
 
 
 def draft_rows(rows: Sequence[Row], settings: ValueSettings) -> list[int]:
@@ -296,35 +308,38 @@ class _Batch:
         t = self.targets
         loss = torch.zeros(self.edits, dtype=t.share.dtype, device=scored.device)
         leads = torch.ones_like(self.owner, dtype=loss.dtype)
-        scored_gradient, essence_gradient = torch.empty_like(scored), torch.empty_like(essence)
+        both = torch.cat([scored, essence])
+        gradient = torch.empty_like(both)
+        first: list[Tensor] = []
         rows = max(1, _HEAD_ELEMENTS // self.runner.model.config.vocab_size)
-        for part in torch.arange(len(scored), device=scored.device).split(rows):
-            hidden = scored[part].requires_grad_()
-            logits = exact_head(self.runner, hidden)
-            label = t.label[part].unsqueeze(1)
-            own = logits.gather(1, label)
-            nll = (logits.logsumexp(1, keepdim=True) - own).squeeze(1) * t.share[part]
-            (scored_gradient[part],) = torch.autograd.grad(nll.sum() * self.scale, [hidden])
-            loss.index_add_(0, t.edit[part], nll.detach())
-            leads.scatter_reduce_(0, t.row[part], (logits.argmax(1) == label.squeeze(1)).to(leads.dtype), "amin")
-        first = self.before is None
-        before = [] if self.before is None else list(self.before.split(rows))
-        for index, part in enumerate(torch.arange(len(essence), device=scored.device).split(rows)):
-            hidden = essence[part].requires_grad_()
+        for start in range(0, len(both), rows):
+            hidden = both[start : start + rows].requires_grad_()
             logits = exact_head(self.runner, hidden)
             # Unlike log_softmax, logsumexp adds in pairs, which over a vocabulary is several times as exact.
-            after = logits - logits.logsumexp(1, keepdim=True)
-            if first:
-                before.append(after.detach())
-            divergence = (after.exp() * (after - before[index])).sum(1) * self.kl_factor
-            (essence_gradient[part],) = torch.autograd.grad(divergence.sum() * self.scale, [hidden])
-            loss[part] += divergence.detach()
-        if first:
-            self.before = self.initial = torch.cat(before)
+            total = logits.logsumexp(1, keepdim=True)
+            count = max(0, min(len(scored) - start, rows))  # of the rows here that have a target; an essence is behind
+            part = slice(start, start + count)
+            label = t.label[part].unsqueeze(1)
+            nll = (total[:count] - logits[:count].gather(1, label)).squeeze(1) * t.share[part]
+            after = logits[count:] - total[count:]
+            part_of_essence = slice(start + count - len(scored), start + len(hidden) - len(scored))
+            if self.before is None:
+                first.append(after.detach())
+            before = first[-1] if self.before is None else self.before[part_of_essence]
+            divergence = (after.exp() * (after - before)).sum(1) * self.kl_factor
+            (gradient[start : start + rows],) = torch.autograd.grad(
+                (nll.sum() + divergence.sum()) * self.scale, [hidden]
+            )
+            loss.index_add_(0, t.edit[part], nll.detach())
+            loss[part_of_essence] += divergence.detach()
+            right = (logits[:count].argmax(1) == label.squeeze(1)).to(leads.dtype)
+            leads.scatter_reduce_(0, t.row[part], right, "amin")
+        if self.before is None:
+            self.before = self.initial = torch.cat(first)
         # Of rows without a target each has one at most, its essence row, which counted as leading.
         led = torch.zeros_like(loss).index_add_(0, self.owner, leads)
         extra = torch.zeros_like(loss).index_add_(0, self.owner, torch.ones_like(leads)) - self.scored
-        return loss, (led - extra) / self.scored, [scored_gradient, essence_gradient]
+        return loss, (led - extra) / self.scored, list(gradient.split([len(scored), len(essence)]))
 
 
 def _places(kept: Tensor, count: int) -> Tensor:

@@ -20,10 +20,12 @@ def seed():
     return 0
 
 
-@pytest.fixture(autouse=True)
-def products_in_fp32(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def products_in_fp32():
     """Values of fp32 models are optimised in fp32 by default, also on machines that multiply bfloat16 faster."""
-    monkeypatch.setattr("rome_fast.values.multiplies_fast", lambda device, dtype: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rome_fast.values.multiplies_fast", lambda device, dtype: False)
+        yield
 
 
 @pytest.fixture(scope="session")

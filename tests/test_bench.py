@@ -159,7 +159,7 @@ def test_ideal_count_is_what_unpadded_work_costs(stop, toy_tokenizers):
     with FlopCounter() as counter:
         ((_, record),) = setup.flow.solve_each([request])
     assert (record.drafted > 0) == (stop == "argmax")
-    shared = Contexts.of(Runner(model), tokenizer, ["", *contexts])
+    shared = Contexts.of(Runner(model), tokenizer, ["", *contexts], LAYER)
     ideal = ideal_flops(Runner(model), shared, [request], [record], LAYER, settings)
     # The essence row has one position, and is padded to as many as the others.
     suffix = request.suffix

@@ -405,8 +405,8 @@ def one_broken(monkeypatch, toy_tokenizers):
     run_to_layer, optimise_values = flow.run_to_layer, flow.optimise_values
     broken = toy_tokenizers[False](" museum")["input_ids"][-1]
 
-    def keys_of(runner, contexts, rows, layer):
-        states = run_to_layer(runner, contexts, rows, layer)
+    def keys_of(runner, contexts, rows, *arguments):
+        states = run_to_layer(runner, contexts, rows, *arguments)
         states.keys[[broken in each.row.ids for each in rows]] = math.nan
         return states
 

@@ -36,7 +36,7 @@ def test_layers_and_head_are_those_of_the_models_own_forward(kind, toy_tokenizer
 def test_what_follows_a_recorded_past_is_what_follows_in_one_go(kind, toy_tokenizers):
     model, tokenizer = toy_model(kind), toy_tokenizers[False]
     runner = Runner(model)
-    contexts = Contexts.of(runner, tokenizer, CONTEXTS)
+    contexts = Contexts.of(runner, tokenizer, CONTEXTS, 1)
     behind = tokenizer(" Rome was not built in a day")["input_ids"]
     count, longest = len(CONTEXTS), int(contexts.lengths.max())
     seen = torch.arange(longest) < contexts.lengths.unsqueeze(1)

@@ -61,6 +61,26 @@ def test_products_in_bfloat16_of_fp32_weights():
     assert 1e-4 < error < 0.01
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize(("dtype", "weights"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_weights_converted_once_give_the_same_bits(kind, dtype, weights, monkeypatch):
+    monkeypatch.setattr(products, "_PART_OF_CPU", 48 * 30)
+    layer, x = layer_of(kind, weights), torch.randn(7, 48).to(weights).requires_grad_()
+    upstream, copies, results = torch.randn(7, 80).to(weights), products.Copies(), []
+    for kept in (None, copies, copies):
+        with products.in_dtype(dtype, weights, kept):
+            out = layer(x)
+        results.append((out, *torch.autograd.grad(out, [x], upstream)))
+    converted = copies.of(layer.weight if kind == "conv1d" else layer.weight.t(), dtype)
+    assert converted.dtype == dtype
+    converted.zero_()
+    with products.in_dtype(dtype, weights, copies):
+        assert torch.equal(layer(x), layer.bias.expand(7, -1))
+    for out, gradient in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
 def test_no_converted_weight_is_kept_for_the_backward_pass():
     layer, x = layer_of("linear", torch.bfloat16), torch.randn(7, 48).bfloat16().requires_grad_()
     with products.in_dtype(torch.float32, torch.bfloat16):
@@ -120,7 +140,9 @@ def test_an_edit_with_products_in_bfloat16(kind, toy_tokenizers):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_an_edit_of_a_bfloat16_model_multiplies_in_fp32_by_itself(kind, toy_tokenizers):
+def test_an_edit_of_a_bfloat16_model_multiplies_in_fp32_by_itself(kind, toy_tokenizers, monkeypatch):
+    """On a CPU without instructions for bfloat16."""
+    monkeypatch.setattr(products, "multiplies_fast", lambda device, dtype: False)
     model = toy_model(kind, dtype=torch.bfloat16)
     result = edited(model, toy_tokenizers[False], [START])
     assert result.report()["compute_dtype"] == "float32"

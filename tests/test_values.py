@@ -37,7 +37,7 @@ def values_of(model, tokenizer, edits, settings=SETTINGS, layer=LAYER, contexts=
     if own_essence:
         groups = [[*group, essence_row(tokenizer, edit)] for group, edit in zip(groups, edits, strict=True)]
     flat = [ContextRow(row, i if i <= len(contexts) else 0) for group in groups for i, row in enumerate(group)]
-    states = run_to_layer(runner, Contexts.of(runner, tokenizer, ["", *contexts]), flat, layer)
+    states = run_to_layer(runner, Contexts.of(runner, tokenizer, ["", *contexts], layer), flat, layer)
     base = states.values[:: len(groups[0])]
     return optimise_values(runner, groups, states, base, layer, settings)
 
@@ -158,16 +158,19 @@ def test_an_edit_that_is_done_leaves_the_batch_without_a_trace(toy_tokenizers):
         assert relative_error(together.delta, wanted.delta) < 1e-9
 
 
-# Arithmetic with 8 or 11 bits per number through three layers; measured: at most 0.075 and 0.009 for δ.
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+# Arithmetic with 8 or 11 bits per number through three layers. Adam's first step has the length of the learning rate
+# however small a gradient is, so that a component with next to none may go the other way (one of fp16 does on a CPU with
+# AVX-512), and the norm of the difference would speak of that one alone. Measured of the median: at most 0.0033 for
+# bf16, 0.0005 for fp16, and 0.0094 where that component went.
+@pytest.mark.parametrize(("dtype", "of_losses"), [(torch.bfloat16, 0.005), (torch.float16, 7e-4)])
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
-def test_half_precision_follows_the_oracle_on_the_same_weights(kind, bos, dtype, allowed, toy_tokenizers):
+def test_half_precision_follows_the_oracle_on_the_same_weights(kind, bos, dtype, of_losses, toy_tokenizers):
     model, tokenizer = toy_model(kind, dtype=dtype), toy_tokenizers[bos]
     value = values_of(model, tokenizer, MIXED[:2])[0]
     wanted = oracle_of(model, tokenizer, MIXED[0], SETTINGS.steps)
     assert value.delta.dtype == torch.float32
-    assert relative_error(value.delta, wanted.delta) < allowed
-    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=allowed / 30, atol=0)
+    assert (value.delta - wanted.delta).abs().median() < 0.02 * wanted.delta.abs().median()
+    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=of_losses, atol=0)
 
 
 def test_weights_get_no_gradient_and_ask_for_one_as_before(toy_tokenizers):

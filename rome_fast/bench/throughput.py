@@ -434,7 +434,7 @@ def _difference(delta: Delta, wanted: Delta) -> float:
 def ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) -> float:
     """FLOPs of these edits in a program that computes nothing twice; see `flops`."""
     runner = Runner(setup.model)
-    contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts])
+    contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts], setup.layer)
     return ideal_flops(runner, contexts, requests, records, setup.layer, setup.settings)
 
 

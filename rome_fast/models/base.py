@@ -1,6 +1,7 @@
 """What the rest of the package needs to know of an architecture."""
 
 from abc import ABC, abstractmethod
+from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,7 +17,11 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     projection_path: ClassVar[str]  # dotted path of the down-projection module, `{}` is the layer
     transposed: ClassVar[bool] = False  # True where the weight is stored (d_ff, d), as Conv1D does
-    past_argument: ClassVar[str] = "past_key_values"  # what a layer calls attention keys and values of the past
+
+    def past_argument(self, layer: nn.Module) -> str:
+        """What a layer calls attention keys and values of the past; releases of transformers differ."""
+        known = signature(layer.forward).parameters
+        return next(name for name in ("cache", "past_key_values", "layer_past") if name in known)
 
     @abstractmethod
     def layers(self, model: Any) -> nn.ModuleList:

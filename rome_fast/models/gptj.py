@@ -1,4 +1,4 @@
-"""GPT-J: attention and MLP side by side, rotary positions inside every layer, and a head with a bias."""
+"""GPT-J: attention and MLP side by side, rotary positions, and a head with a bias."""
 
 from typing import Any
 
@@ -10,7 +10,6 @@ from .base import Family
 class GPTJ(Family):
     model_types = ("gptj",)
     projection_path = "transformer.h.{}.mlp.fc_out"
-    past_argument = "layer_past"
 
     def layers(self, model: Any) -> nn.ModuleList:
         return model.transformer.h
@@ -19,7 +18,11 @@ class GPTJ(Family):
         return model.transformer.wte(ids)
 
     def position_arguments(self, model: Any, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        return {"position_ids": positions}
+        arguments: dict[str, Any] = {"position_ids": positions}
+        # Earlier releases of transformers rotate inside every layer, by the positions alone.
+        if hasattr(model.transformer, "rotary_emb"):
+            arguments["position_embeddings"] = model.transformer.rotary_emb(hidden, position_ids=positions)
+        return arguments
 
     def head(self, model: Any, hidden: Tensor) -> Tensor:
         return model.lm_head(model.transformer.ln_f(hidden))
