@@ -28,6 +28,7 @@ from rome_fast.flow import Clock, Flow, Request, Solved, tokenise
 from rome_fast.methods import variant
 from rome_fast.rows import edit_rows, needs_prefix
 from rome_fast.runner import Runner
+from rome_fast.values import compute_dtype
 
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"
 FIGURE = RESULTS.with_suffix(".png")
@@ -43,6 +44,7 @@ class Study:
         self.model, self.tokenizer, _ = checkpoints.load(model_dir(print))
         self.runner = Runner(self.model)
         self.layer = default_layer(self.model.config)
+        self.settings = default_settings(self.model.config)
         self.statistics = Statistics.load(statistics_dir(print))
         self.contexts = sample_contexts(self.model, self.tokenizer)
         self.sentences = held_out_sentences(50)
@@ -62,7 +64,6 @@ class Study:
 
     def flow(self) -> Flow:
         factor = self.statistics.for_layer(self.runner, self.layer).factor(self.runner.device)
-        settings = default_settings(self.model.config)
         how = variant(METHOD)
         return Flow(
             self.runner,
@@ -71,7 +72,7 @@ class Study:
             how,
             self.contexts,
             factor,
-            settings,
+            self.settings,
             "off",
             "write",
             Clock(),
@@ -171,6 +172,7 @@ def record(
         "process_seconds": round(seconds, 1),
         "model": "SmolLM2-135M-Instruct",
         "dtype": "float32",
+        "compute_dtype": str(compute_dtype(study.runner, study.settings)).removeprefix("torch."),
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "layer": study.layer,

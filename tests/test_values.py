@@ -159,9 +159,9 @@ def test_an_edit_that_is_done_leaves_the_batch_without_a_trace(toy_tokenizers):
 
 
 # Arithmetic with 8 or 11 bits per number through three layers. Adam's first step has the length of the learning rate
-# however small a gradient is, so that a component with next to none may go the other way (one of fp16 does on a CPU with
-# AVX-512), and the norm of the difference would speak of that one alone. Measured of the median: at most 0.0033 for
-# bf16, 0.0005 for fp16, and 0.0094 where that component went.
+# however small a gradient is, so that a component with next to none may go the other way (one of fp16 does on a CPU
+# with AVX-512), and the norm of the difference would speak of that one alone. Measured of the median: at most 0.0033
+# for bf16, 0.0005 for fp16, and 0.0094 where that component went.
 @pytest.mark.parametrize(("dtype", "of_losses"), [(torch.bfloat16, 0.005), (torch.float16, 7e-4)])
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
 def test_half_precision_follows_the_oracle_on_the_same_weights(kind, bos, dtype, of_losses, toy_tokenizers):
