@@ -20,6 +20,9 @@ _HALF = (torch.bfloat16, torch.float16)
 # Elements of a factor converted at a time; on a CPU they should stay in its cache until they are multiplied.
 _PART, _PART_OF_CPU = 1 << 27, 1 << 22
 
+# Of torch 2.8 and newer.
+_WIDE_RESULTS = "dtype_out" in torch.ops.aten.mm.overloads()
+
 _rooms = threading.local()
 
 
@@ -55,18 +58,24 @@ class Copies:
         return self._kept[key][1]
 
 
-def in_dtype(dtype: torch.dtype, weights: torch.dtype, copies: Copies | None = None) -> AbstractContextManager[Any]:
+def in_dtype(
+    dtype: torch.dtype, weights: torch.dtype, copies: Copies | None = None, result: torch.dtype | None = None
+) -> AbstractContextManager[Any]:
     """In this block, linear layers with weights of dtype `weights`, unless they are trained, multiply in `dtype`.
 
-    With `copies`, weights are converted at their first use; without, anew for every product. The results are the same.
+    With `copies`, weights are converted at their first use; without, anew for every product: the results are the same.
+    They have the dtype of the weights, or `result`, without having been rounded to a narrower one in between.
     """
-    return nullcontext() if dtype == weights else _Converted(dtype, weights, copies)
+    plain = dtype == weights and result in (None, weights)
+    return nullcontext() if plain else _Converted(dtype, weights, copies, result)
 
 
 class _Converted(TorchFunctionMode):
-    def __init__(self, dtype: torch.dtype, weights: torch.dtype, copies: Copies | None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, weights: torch.dtype, copies: Copies | None, result: torch.dtype | None
+    ) -> None:
         super().__init__()
-        self.dtype, self.weights, self.copies = dtype, weights, copies
+        self.dtype, self.weights, self.copies, self.result = dtype, weights, copies, result
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -82,38 +91,56 @@ class _Converted(TorchFunctionMode):
         trained = weight.requires_grad and torch.is_grad_enabled()
         if weight.dtype != self.weights or x.dtype != self.weights or trained:
             return function(*args)
-        copy = None if self.copies is None else self.copies.of(weight, self.dtype)
-        out = _Product.apply(x, weight, self.dtype, copy)
+        forward = self.dtype
+        if self.result is not None and x.device.type == "cpu" and self.result.itemsize > forward.itemsize:
+            # A CPU rounds the results of a product to the dtype of its factors.
+            forward = self.result
+        out = _Product.apply(x, weight, forward, self.dtype, self.copies, self.result or self.weights)
         return out if bias is None else out + bias
 
 
 class _Product(torch.autograd.Function):
-    """x (…, n) times a frozen weight (n, m), of which `copy` is one in `dtype` if there is one."""
+    """x (…, n) times a frozen weight (n, m), in one dtype forward and perhaps another one backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, copy: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight if copy is None else copy)
-        ctx.dtype = dtype
-        return _multiply(x, weight if copy is None else copy, dtype)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        forward: torch.dtype,
+        backward: torch.dtype,
+        copies: Copies | None,
+        result: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype, ctx.copies, ctx.result = backward, copies, x.dtype
+        return _multiply(x, _kept(weight, forward, copies), forward, result)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return _multiply(gradients[0], weight.t(), ctx.dtype), None, None, None
+        weight = _kept(weight, ctx.dtype, ctx.copies)
+        return _multiply(gradients[0], weight.t(), ctx.dtype, ctx.result), *(None,) * 5
 
 
-def _multiply(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (…, n) times weight (n, m), multiplied and added in `dtype`; the result has the dtype of x.
+def _kept(weight: Tensor, dtype: torch.dtype, copies: Copies | None) -> Tensor:
+    return weight if copies is None or weight.dtype == dtype else copies.of(weight, dtype)
+
+
+def _multiply(x: Tensor, weight: Tensor, dtype: torch.dtype, result: torch.dtype) -> Tensor:
+    """x (…, n) times weight (n, m) in `dtype`, the result in another one.
 
     Parts are the same whether the weight has to be converted or not, and with them the rounding.
     """
-    out = x.new_empty(*x.shape[:-1], weight.shape[1])
+    # What a GPU adds up in fp32 need not be rounded to 16 bits.
+    wide = {"out_dtype": result} if x.is_cuda and result.itemsize > dtype.itemsize and _WIDE_RESULTS else {}
+    out = x.new_empty(*x.shape[:-1], weight.shape[1], dtype=result)
     step = max(1, (_PART_OF_CPU if x.device.type == "cpu" else _PART) // weight.shape[0])
     for rows, into in zip(x.reshape(-1, x.shape[-1]).split(step), out.view(-1, out.shape[-1]).split(step), strict=True):
         converted = _converted("rows", rows, dtype)
         for part, piece in zip(weight.split(step, 1), into.split(step, 1), strict=True):
-            product = _room("product", piece.shape, dtype, x.device)
-            piece.copy_(torch.mm(converted, _converted("part", part, dtype), out=product))
+            product = _room("product", piece.shape, result if wide else dtype, x.device)
+            piece.copy_(torch.mm(converted, _converted("part", part, dtype), **wide, out=product))
     return out
 
 

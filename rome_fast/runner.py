@@ -186,6 +186,12 @@ class Runner:
         with in_dtype(self.compute_dtype, self.dtype, self._copies):
             return self.family.head(self.model, hidden)
 
+    def exact_logits(self, hidden: Tensor) -> Tensor:
+        """The same in fp32 (fp64 for an fp64 model), not rounded to the dtype that products are taken in."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        with in_dtype(self.compute_dtype, self.dtype, self._copies, wide):
+            return self.family.head(self.model, hidden).to(wide)
+
     def _positions(self, time: int, positions: Tensor | None) -> Tensor:
         return torch.arange(time, device=self.device).unsqueeze(0) if positions is None else positions
 

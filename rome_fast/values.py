@@ -350,13 +350,12 @@ def _places(kept: Tensor, count: int) -> Tensor:
 
 
 def exact_head(runner: Runner, hidden: Tensor) -> Tensor:
-    """Logits (n, vocabulary) in at least fp32 of hidden states (n, d), with a gradient to the precision of `hidden`.
+    """Logits (n, vocabulary), not rounded below fp32, of hidden states (n, d), with a gradient to their precision.
 
     BLAS multiplies fewer than four rows by adding one token of the vocabulary after the other; rows of zeros avoid it.
     """
     added = max(0, _HEAD_ROWS - len(hidden))
-    logits = runner.head(torch.nn.functional.pad(hidden, (0, 0, 0, added)))[: len(hidden)]
-    return logits.to(torch.promote_types(runner.dtype, torch.float32))
+    return runner.exact_logits(torch.nn.functional.pad(hidden, (0, 0, 0, added)))[: len(hidden)]
 
 
 class _Adam:

@@ -15,6 +15,7 @@ from rome_fast.values import compute_dtype
 from toys import toy_model
 
 HALF = (torch.bfloat16, torch.float16)
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def layer_of(kind, dtype, *, bias=True):
@@ -79,6 +80,24 @@ def test_weights_converted_once_give_the_same_bits(kind, dtype, weights, monkeyp
     for out, gradient in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_result_in_fp32_is_not_rounded_to_the_dtype_of_its_product(weights, kept, device):
+    layer, x = layer_of("linear", weights).to(device), torch.randn(7, 48, device=device).to(weights).requires_grad_()
+    with products.in_dtype(torch.bfloat16, weights, products.Copies() if kept else None, torch.float32):
+        out = layer(x)
+    # On a GPU the factors of an fp32 model are rounded.
+    factors = layer if weights == torch.bfloat16 or device == "cpu" else layer.bfloat16()
+    wanted, weight = exact("linear", factors, x.to(factors.weight.dtype))
+    assert out.dtype == torch.float32
+    assert relative_error(out, wanted) < 1e-6
+    upstream = torch.randn(7, 80, device=device)
+    (gradient,) = torch.autograd.grad(out, [x], upstream)
+    assert gradient.dtype == weights
+    assert relative_error(gradient, upstream.double() @ weight.T) < 0.01
 
 
 def test_no_converted_weight_is_kept_for_the_backward_pass():
