@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import ArgumentError, RomeFastError
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 _EXAMPLES = """examples:
   rome-fast demo
   rome-fast statistics ./model --corpus text.txt --layers 9
@@ -141,14 +143,20 @@ def _parser() -> argparse.ArgumentParser:
         "rome-fast bench --baseline --count 8 --threads 1 --json bench.json",
     )
     _measured(bench, count=None)
-    bench.add_argument("--batch", type=int, default=16, help="edits per call (default: 16)")
+    bench.add_argument(
+        "--dtype", choices=_DTYPES, nargs="+", help="of the weights; several in turn (default: as stored)"
+    )
+    bench.add_argument(
+        "--batch", type=int, nargs="+", default=[16], help="edits per call; several in turn (default: 16)"
+    )
     bench.add_argument("--baseline", action="store_true", help="also make the edits as the released editors do")
     bench.add_argument("--sentences", type=Path, help="sentences for perplexity, one a line (default: the demo's)")
     bench.add_argument("--no-quality", action="store_true", help="leave quality figures out")
     bench.add_argument(
         "--keep", type=Path, help="keep each batch's figures in this file; a batch in it is not run again"
     )
-    bench.add_argument("--csv", type=Path, help="append a row to this CSV file")
+    bench.add_argument("--csv", type=Path, help="append a row for each batch size and dtype to this CSV file")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw where the time goes, as .png, .svg or .pdf")
 
     study = verb(
         "study",
@@ -175,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "rome-fast profile ./model --edits edits.jsonl --count 4 --out profile",
     )
     _measured(profile, count=4)
+    profile.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as stored)")
     profile.add_argument("--out", type=Path, default=Path("profile"), help="folder for the files (default: profile)")
     profile.set_defaults(sentences=None, no_quality=True)
 
@@ -202,7 +211,8 @@ def _measured(sub: argparse.ArgumentParser, count: int | None) -> None:
     sub.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
     sub.add_argument("--method", default="c-rome")
     sub.add_argument("--layer", type=int)
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    compute = "of products while values are searched (default: auto)"
+    sub.add_argument("--compute-dtype", choices=("auto", *_DTYPES), default="auto", help=compute)
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 

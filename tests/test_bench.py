@@ -1,6 +1,8 @@
 """The baseline equals the oracle, the fast path equals the baseline, and the benchmark counts what it says."""
 
+import csv
 import json
+import re
 from dataclasses import replace
 from math import prod
 
@@ -19,6 +21,7 @@ from rome_fast.cli import main
 from rome_fast.errors import ArgumentError
 from rome_fast.flow import Flow, tokenise
 from rome_fast.past import Contexts
+from rome_fast.report.bench import bench_figure
 from rome_fast.runner import Runner
 from toys import save_toy, toy_model, toy_tokenizer
 
@@ -338,3 +341,63 @@ def test_command(tmp_path):
     assert {"process_time_ratio", "flops_ratio", "seconds_per_edit", "quality"} <= figures.keys()
     assert figures["edits"] == 1
     assert main([*arguments, "--batch", "0"]) == 2
+
+
+def test_several_batch_sizes_and_dtypes(tmp_path, capsys, known_roofline):
+    """One run after the other, with the same requests: a row of the CSV each, and a figure."""
+    directory = save_toy(tmp_path / "toy", toy_model("llama"), toy_tokenizer(False))
+    edits = tmp_path / "edits.jsonl"
+    lines = [{"prompt": e.prompt, "subject": e.subject, "target_new": e.target} for e in (START, MIDDLE)]
+    edits.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report, table, plot = tmp_path / "bench.json", tmp_path / "bench.csv", tmp_path / "bench.png"
+    arguments = ["bench", str(directory), "--edits", str(edits), "--identity", "--layer", "1", "--no-quality"]
+    arguments += ["--batch", "1", "2", "--dtype", "float32", "bfloat16", "--compute-dtype", "float32"]
+    assert main([*arguments, "--json", str(report), "--csv", str(table), "--plot", str(plot)]) == 0
+    runs = json.loads(report.read_text())["runs"]
+    wanted = [(dtype, "float32", batch) for dtype in ("float32", "bfloat16") for batch in (1, 2)]
+    assert [(run["dtype"], run["compute_dtype"], run["batch"]) for run in runs] == wanted
+    assert all(run["edits"] == 2 for run in runs)
+    with table.open(newline="") as rows:
+        written = [(row["dtype"], row["compute_dtype"], int(row["batch"])) for row in csv.DictReader(rows)]
+    assert written == wanted
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    for wrong, said in (
+        (["--keep", str(tmp_path / "kept.jsonl")], "keep: wanted with one batch size"),
+        (["--plot", str(tmp_path / "bench.txt")], "plot: got .*bench.txt, wanted a name that ends in .png"),
+        (["--plot", str(tmp_path / "no" / "bench.png")], "plot: there is no folder"),
+    ):
+        capsys.readouterr()
+        assert main([*arguments, *wrong]) == 2
+        assert re.search(said, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_the_figure_has_a_bar_for_every_track_that_was_measured(tmp_path, monkeypatch):
+    pyplot, drawn = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    run = {
+        "model": "models/toy",
+        "dtype": "float32",
+        "compute_dtype": "float32",
+        "device": "cpu",
+        "processor": "a processor",
+        "threads": 1,
+        "layer": 1,
+        "method": "c-rome",
+        "statistics": "identity",
+        "contexts": 3,
+        "batch": 2,
+        "edits": 4,
+        "seconds_by_stage": {"keys": 4.0, "values": 8.0},
+        "seconds_per_edit": 3.0,
+        "process_seconds_per_edit": 3.0,
+        "flops_per_edit": 2e9,
+        "ideal_flops_per_edit": 1.5e9,
+        "as_released": {"process_seconds_per_edit": 60.0},
+    }
+    bench_figure([run, run | {"batch": 4}], tmp_path / "bench.svg")
+    (figure,) = drawn
+    left, middle, right = ([bar.get_width() for bar in axes.patches] for axes in figure.axes)
+    assert left == [1, 1, 2, 2]
+    assert middle == [2, 2]
+    assert right == [3, 3, 60, 60]
+    assert "bench.svg" in [file.name for file in tmp_path.iterdir()]

@@ -19,6 +19,7 @@ from ..edits import Edit, load_edits
 from ..errors import ArgumentError
 from ..methods import hold_first_tokens, variant
 from ..report import print_table
+from ..report.bench import TRACKS, bench_figure, check_figure
 from ..runner import Runner
 from ..statistics import Statistics, first_token_statistics
 from .shapes import repeated
@@ -26,38 +27,58 @@ from .throughput import Setup, bench, shape_setup
 
 REQUESTS = Path(__file__).with_name("requests.jsonl")
 _SENTENCES = 20
-_TRACKS = {
-    "rome_fast, products in float32": "products_in_float32",
-    "rome_fast, without drafts": "without_drafts",
-    "rome_fast, released stop rule": "released_stop_rule",
-    "as released": "as_released",
-}
 
 
 def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print a table, append the CSV row; returns the report."""
-    if arguments.batch < 1:
-        raise ArgumentError(f"batch: got {arguments.batch}, wanted at least 1")
-    one_batch = arguments.shape is not None and arguments.count is None
-    setup, edits, extra = prepare(arguments, arguments.batch if one_batch else arguments.count)
+    """Measure every batch size in every dtype, print tables, append CSV rows, draw the figure.
 
+    Returns the report; of several batch sizes or dtypes {"runs": [report, …]}.
+    """
+    batches, dtypes = arguments.batch, arguments.dtype or [None]
+    if min(batches) < 1:
+        raise ArgumentError(f"batch: got {min(batches)}, wanted at least 1")
+    several = len(batches) * len(dtypes) > 1
+    if several and arguments.keep:
+        raise ArgumentError("keep: wanted with one batch size and one dtype, which the file is of")
+    if arguments.plot:
+        check_figure(arguments.plot)
+    one_batch = arguments.shape is not None and arguments.count is None
+    runs = []
+    for dtype in dtypes:
+        # The same model and requests for all batch sizes.
+        prepared = prepare(arguments, max(batches) if one_batch else arguments.count, dtype)
+        for batch in batches:
+            setup, edits, extra = prepared
+            runs.append(_run(arguments, setup, edits[:batch] if one_batch else edits, batch) | extra)
+            print_table(_table(runs[-1]))
+        del prepared, setup  # before the next one is loaded
+    if several:
+        print_table(_overview(runs))
+    if arguments.csv:
+        append_rows(arguments.csv, runs)
+    if arguments.plot:
+        bench_figure(runs, arguments.plot)
+    return {"runs": runs} if several else runs[0]
+
+
+def _run(arguments: argparse.Namespace, setup: Setup, edits: Sequence[Edit], batch: int) -> dict[str, Any]:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    report = (
-        bench(setup, edits, arguments.batch, arguments.baseline, bool(setup.sentences), say, arguments.keep) | extra
-    )
-    report["versions"] = checkpoints.versions()
-    report["date"] = datetime.now(UTC).date().isoformat()
-    report["processor"] = processor(setup.model.device)
-    print_table(_table(report))
-    if arguments.csv:
-        append_row(arguments.csv, report)
-    return report
+    return bench(setup, edits, batch, arguments.baseline, bool(setup.sentences), say, arguments.keep) | {
+        "versions": checkpoints.versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": processor(setup.model.device),
+    }
 
 
-def prepare(arguments: argparse.Namespace, count: int | None) -> tuple[Setup, list[Edit], dict[str, Any]]:
-    """Model and `count` requests (None: all) as the arguments say, and what the report must say of a random model."""
+def prepare(
+    arguments: argparse.Namespace, count: int | None, dtype: str | None
+) -> tuple[Setup, list[Edit], dict[str, Any]]:
+    """Model in a dtype (None: as stored) and `count` requests (None: all) as the arguments say.
+
+    And what the report must say of a random model.
+    """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     edits = load_edits(arguments.edits or REQUESTS)
@@ -66,29 +87,31 @@ def prepare(arguments: argparse.Namespace, count: int | None) -> tuple[Setup, li
         raise ArgumentError(f"count: got {count}, wanted at least 1")
     device = torch.device(arguments.device)
     if arguments.shape:
-        setup, extra = _random_setup(arguments, device, edits)
-        return setup, edits, extra
-    return _real_setup(arguments, device), edits, {}
+        setup, extra = _random_setup(arguments, device, dtype, edits)
+    else:
+        setup, extra = _real_setup(arguments, device, dtype), {}
+    settings = replace(setup.settings, compute_dtype=arguments.compute_dtype)
+    return replace(setup, settings=settings), edits, extra
 
 
 def _random_setup(
-    arguments: argparse.Namespace, device: torch.device, edits: Sequence[Edit]
+    arguments: argparse.Namespace, device: torch.device, dtype: str | None, edits: Sequence[Edit]
 ) -> tuple[Setup, dict[str, Any]]:
     """A shape with random weights, and what the report must say of it."""
     if arguments.model is not None or arguments.statistics or arguments.sentences:
         raise ArgumentError("shape: wanted without a model, statistics or sentences, which a shape does not have")
-    dtype = getattr(torch, arguments.dtype or "float32")
-    setup, tokens = shape_setup(arguments.shape, device, dtype, edits, identity=arguments.identity)
+    stored = getattr(torch, dtype or "float32")
+    setup, tokens = shape_setup(arguments.shape, device, stored, edits, identity=arguments.identity)
     layer = setup.layer if arguments.layer is None else arguments.layer
     statistics = "identity" if arguments.identity else "random, of the right size"
     return replace(setup, layer=layer, method=arguments.method), {"statistics": statistics, "tokenizer": tokens}
 
 
-def _real_setup(arguments: argparse.Namespace, device: torch.device) -> Setup:
+def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str | None) -> Setup:
     own = arguments.model is None
     model, tokenizer, _ = checkpoints.load(assets.model_dir(print) if own else arguments.model)
-    if arguments.dtype:
-        model.to(getattr(torch, arguments.dtype))
+    if dtype:
+        model.to(getattr(torch, dtype))
     module: torch.nn.Module = model
     module.to(device).eval()
     runner = Runner(model)
@@ -132,20 +155,22 @@ def processor(device: torch.device | None = None) -> str:
         return platform.processor() or platform.machine()
 
 
-def append_row(file: Path, report: dict[str, Any]) -> None:
+def append_rows(file: Path, reports: Sequence[dict[str, Any]]) -> None:
     """One flat row per run; nested tables become dotted columns. A file with other columns is refused."""
-    row = _flat(report)
+    rows = [_flat(report) for report in reports]
+    # A run may have a column that another has not: a share of its own dtype.
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     exists = file.exists() and file.stat().st_size > 0
     if exists:
         with file.open(newline="", encoding="utf-8") as lines:
             header = next(csv.reader(lines))
-        if header != list(row):
+        if header != columns:
             raise ArgumentError(f"csv: {file} has other columns than this run; give another file")
     with file.open("a", newline="", encoding="utf-8") as lines:
-        writer = csv.DictWriter(lines, list(row))
+        writer = csv.DictWriter(lines, columns)
         if not exists:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
 def _flat(report: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -158,8 +183,36 @@ def _flat(report: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _overview(runs: Sequence[dict[str, Any]]) -> Table:
+    """A line for each batch size and dtype."""
+    table = Table(header_style="bold")
+    stages = list(dict.fromkeys(stage for run in runs for stage in run["seconds_by_stage"]))
+    columns = ["weights", "products", "batch", "CPU s/edit", "s/edit", *stages, "GFLOP/edit", "over ideal", "rate"]
+    columns += ["peak GiB", "efficacy", "perplexity ratio", "baseline / ours"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for run in runs:
+        quality = run["quality"]
+        table.add_row(
+            run["dtype"],
+            run["compute_dtype"],
+            str(run["batch"]),
+            f"{run['process_seconds_per_edit']:.3g}",
+            f"{run['seconds_per_edit']:.3g}",
+            *(f"{run['seconds_by_stage'].get(stage, 0.0) / run['edits']:.3g}" for stage in stages),
+            f"{run['flops_per_edit'] / 1e9:.0f}",
+            f"{run['flops_over_ideal']:.2f}",
+            f"{run['share_of_matrix_rate']:.0%}",
+            f"{run['peak_memory_bytes'] / 2**30:.2f}",
+            *(f"{quality[key]:.3f}" if key in quality else "" for key in ("efficacy", "perplexity_ratio")),
+            f"{run['process_time_ratio']:.1f}" if "process_time_ratio" in run else "",
+        )
+    table.caption = "stages in s/edit; rate: FLOP/s as a share of that of a large product in the same dtype"
+    return table
+
+
 def _table(report: dict[str, Any]) -> Table:
-    tracks = {"rome_fast": report} | {name: report[key] for name, key in _TRACKS.items() if key in report}
+    tracks = {"rome_fast": report} | {name: report[key] for name, key in TRACKS.items() if key in report}
     table = Table(header_style="bold")
     for column in (
         "",

@@ -109,7 +109,7 @@ def run_profile(arguments: argparse.Namespace) -> dict[str, Any]:
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
         raise ArgumentError(f"out: {out} is a file; wanted a folder, which may be new")
-    setup, edits, extra = prepare(arguments, arguments.count)
+    setup, edits, extra = prepare(arguments, arguments.count, arguments.dtype)
     runner = Runner(setup.model)
     requests = [tokenise(runner, setup.tokenizer, edit, setup.contexts, setup.flow.how) for edit in edits]
     out.mkdir(parents=True, exist_ok=True)

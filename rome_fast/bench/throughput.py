@@ -210,7 +210,7 @@ def bench(
         "perplexity_before": base,
     }
     known = _read_kept(kept, conditions | {"baseline": baseline})
-    roofline = measure_roofline(setup.model.device, setup.model.dtype)
+    roofline = measure_roofline(setup.model.device, compute_dtype(runner, setup.settings))
     on_gpu = is_gpu(runner.device)
     groups = [list(edits[start : start + batch]) for start in range(0, len(edits), batch)]
     if on_gpu:
