@@ -16,6 +16,7 @@ TRACKS = {
 
 _FORMATS = (".png", ".svg", ".pdf")
 _STAGES = {"keys": "#7fb3d5", "values": "#2471a3", "update": "#e0a030"}
+_LEGEND = {"frameon": False, "fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1)}
 _OTHERS = ("#2471a3", "#5499c7", "#7fb3d5", "#e0a030", "#c0392b")
 
 
@@ -40,7 +41,7 @@ def bench_figure(runs: Sequence[dict[str, Any]], file: Path) -> None:
 
     with_baseline = any("as_released" in run for run in runs)
     count = 3 if with_baseline else 2
-    figure, panels = plt.subplots(1, count, figsize=(5 * count, 1.9 + 0.5 * len(runs)), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 2.3 + 0.6 * len(runs)), sharey=True, squeeze=False)
     left, middle = panels[0][:2]
     places = range(len(runs))
     start = [0.0] * len(runs)
@@ -54,7 +55,7 @@ def bench_figure(runs: Sequence[dict[str, Any]], file: Path) -> None:
     left.invert_yaxis()
     left.margins(x=0.45)
     left.set_xlabel("seconds an edit")
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.legend(**_LEGEND, ncols=3)
 
     flops = [run["flops_per_edit"] / 1e9 for run in runs]
     middle.barh(places, flops, 0.6, color="#7fb3d5")
@@ -85,7 +86,7 @@ def _draw_tracks(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
     axes.set_xscale("log")
     axes.margins(x=0.2)
     axes.set_xlabel("process seconds an edit")
-    axes.legend(frameon=False, fontsize=7, loc="upper right")
+    axes.legend(**_LEGEND, ncols=2)
 
 
 def _name(run: dict[str, Any]) -> str:
