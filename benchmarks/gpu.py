@@ -46,6 +46,7 @@ TOKENS = (110_000, 1_000_000)
 _OP_SECONDS = 1.5  # of timing per case
 _REPEATS = 3  # of what is short; of anything longer, one
 _SHORT_BATCH, _SHORT_TOKENS = 16, 200_000
+_GPU_TESTS = [ROOT / "tests" / name for name in ("test_kernels_gpu.py", "test_products.py")]
 _SHARES = {"correctness": 0.45, "ops": 0.45, "values": 0.55, "statistics": 0.5, "sanitizer": 1.0}
 """How much of the time that is left a part may take. The first takes about 200 s on a machine that compiles anew."""
 _GRACE_SECONDS = 5.0  # between asking a part to end and killing it
@@ -111,8 +112,8 @@ def run_all(minutes: float, argv: Sequence[str]) -> int:
     return worst
 
 
-def correctness(device: torch.device, file: Path = ROOT / "tests" / "test_kernels_gpu.py") -> int:
-    """The tests that are marked gpu, one row each; those that the file imports, which a CPU runs too, come last."""
+def correctness(device: torch.device, *files: Path) -> int:
+    """The tests that are marked gpu, one row each; those that a file imports, which a CPU runs too, come last."""
     import pytest
 
     table = Table(results() / "gpu_correctness.csv", origin(device))
@@ -133,7 +134,7 @@ def correctness(device: torch.device, file: Path = ROOT / "tests" / "test_kernel
                 table.add({"check": name, "outcome": report.outcome, "seconds": report.duration, "detail": detail})
 
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default", "--tb=short", f"--rootdir={ROOT}"]
-    code = int(pytest.main([*options, str(file)], plugins=[Rows()]))
+    code = int(pytest.main([*options, *map(str, files or _GPU_TESTS)], plugins=[Rows()]))
     say(f"correctness: {count}")
     return code
 

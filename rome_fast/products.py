@@ -133,7 +133,8 @@ def _multiply(x: Tensor, weight: Tensor, dtype: torch.dtype, result: torch.dtype
     Parts are the same whether the weight has to be converted or not, and with them the rounding.
     """
     # What a GPU adds up in fp32 need not be rounded to 16 bits.
-    wide = {"out_dtype": result} if x.is_cuda and result.itemsize > dtype.itemsize and _WIDE_RESULTS else {}
+    unrounded = x.is_cuda and dtype in _HALF and result == torch.float32 and _WIDE_RESULTS
+    wide = {"out_dtype": result} if unrounded else {}
     out = x.new_empty(*x.shape[:-1], weight.shape[1], dtype=result)
     step = max(1, (_PART_OF_CPU if x.device.type == "cpu" else _PART) // weight.shape[0])
     for rows, into in zip(x.reshape(-1, x.shape[-1]).split(step), out.view(-1, out.shape[-1]).split(step), strict=True):
