@@ -151,7 +151,8 @@ class Flow:
     condition: float = 1.0  # worst of the closed forms so far
     largest_batch: int = 0  # of the edits optimised together so far
     processes: Processes = ALONE  # that share the values of a group; all of them call everything else as well
-    _contexts: Contexts | None = field(default=None, init=False, repr=False)  # as the model made of them last
+    _above: Runner | None = field(default=None, init=False, repr=False)  # for the layers above the edit layer
+    _contexts: Contexts | None = field(default=None, init=False, repr=False)  # what the model made of them last
 
     def solve(self, group: Sequence[Request]) -> tuple[Delta | None, list[Record]]:
         """One closed-form update for the group, as a Delta; None where every edit of it is left out.
@@ -231,8 +232,8 @@ class Flow:
 
     def _find_own(self, group: Sequence[Request]) -> list[Solved]:
         with self.clock("keys"):
-            # Anew for every group: the weights may have changed since the last one.
-            above = search_runner(self.runner, self.settings)
+            # From group to group the edit layer's weight may change; those above it do not, nor what is below.
+            above = self._above = self._above or search_runner(self.runner, self.settings)
             if self._contexts is None:
                 texts = ["", *self.contexts]
                 contexts = Contexts.of(self.runner, self.tokenizer, texts, self.layer, above)

@@ -48,11 +48,11 @@ class Copies:
 
     def __init__(self) -> None:
         # With the weight itself, so that its address stays its own.
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The whole weight in another dtype, laid out in memory as it is."""
-        key = weight.data_ptr()
+        key = weight.data_ptr(), weight.shape, weight.stride(), dtype
         if key not in self._kept:
             self._kept[key] = weight, weight.to(dtype)
         return self._kept[key][1]
