@@ -272,11 +272,17 @@ def test_sequential_is_one_after_the_other_by_hand(dtype, toy_tokenizers, toy_st
     assert changed(model, now) == []
 
 
-def test_sequential_in_batches(toy_tokenizers):
-    tokenizer, model, by_hand = toy_tokenizers[True], *(toy_model("llama", dtype=torch.float64) for _ in range(2))
-    result = edited(model, tokenizer, SEVERAL, schedule="sequential", batch_size=2)
-    steps = [edited(by_hand, tokenizer, SEVERAL[i : i + 2]) for i in (0, 2, 4)]
-    assert relative_error(delta_w(result), sum(map(delta_w, steps))) < 1e-10
+@pytest.mark.parametrize(("dtype", "products", "allowed"), [("float64", "auto", 1e-10), ("float32", "bfloat16", 2e-3)])
+def test_sequential_in_batches(dtype, products, allowed, toy_tokenizers):
+    """Also where converted weights are kept from one batch to the next.
+
+    One Delta is rounded once, three are thrice: of the third batch, products in bfloat16 make 7e-4 of that.
+    """
+    tokenizer, settings = toy_tokenizers[True], replace(SETTINGS, compute_dtype=products)
+    model, by_hand = (toy_model("llama", dtype=getattr(torch, dtype)) for _ in range(2))
+    result = edited(model, tokenizer, SEVERAL, schedule="sequential", batch_size=2, settings=settings)
+    steps = [edited(by_hand, tokenizer, SEVERAL[i : i + 2], settings=settings) for i in (0, 2, 4)]
+    assert relative_error(delta_w(result), sum(map(delta_w, steps))) < allowed
 
 
 def test_sequential_and_joint_differ_and_one_edit_makes_them_equal(toy_tokenizers):
