@@ -56,17 +56,24 @@ def source(tmp_path, toy_tokenizers):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("dtype", "tie", "shards"),
-    [(torch.float32, False, True), (torch.bfloat16, True, False), (torch.float16, False, True)],
+    ("dtype", "tie", "shards", "products"),
+    [
+        (torch.float32, False, True, "auto"),
+        (torch.bfloat16, True, False, "auto"),
+        (torch.float16, False, True, "auto"),
+        # Of a resident model weights are converted once, of a streamed one for every product.
+        (torch.float32, True, False, "bfloat16"),
+    ],
 )
-def test_a_streamed_edit_has_the_bytes_of_a_resident_one(kind, dtype, tie, shards, tmp_path, toy_tokenizers):
+def test_a_streamed_edit_has_the_bytes_of_a_resident_one(kind, dtype, tie, shards, products, tmp_path, toy_tokenizers):
     """With next to nothing in memory; joint, with every figure of the records."""
+    usual = USUAL | {"settings": replace(USUAL["settings"], compute_dtype=products)}
     source = save(tmp_path / "source", kind, toy_tokenizers[True], dtype=dtype, tie=tie, shards=shards)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     resident = apply_edits(
-        model, [START, MIDDLE, END], tokenizer=AutoTokenizer.from_pretrained(source), out=tmp_path / "resident", **USUAL
+        model, [START, MIDDLE, END], tokenizer=AutoTokenizer.from_pretrained(source), out=tmp_path / "resident", **usual
     )
-    streamed = apply_edits(source, [START, MIDDLE, END], out=tmp_path / "streamed", memory=least(source), **USUAL)
+    streamed = apply_edits(source, [START, MIDDLE, END], out=tmp_path / "streamed", memory=least(source), **usual)
     assert torch.equal(edited_bits(tmp_path / "streamed", streamed), edited_bits(tmp_path / "resident", resident))
     assert [r.to_json() for r in streamed.records] == [r.to_json() for r in resident.records]
 
