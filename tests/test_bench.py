@@ -21,7 +21,7 @@ from rome_fast.cli import main
 from rome_fast.errors import ArgumentError
 from rome_fast.flow import Flow, tokenise
 from rome_fast.past import Contexts
-from rome_fast.report.bench import bench_figure
+from rome_fast.report.bench import bench_figure, check_figure
 from rome_fast.runner import Runner
 from toys import save_toy, toy_model, toy_tokenizer
 
@@ -369,6 +369,12 @@ def test_several_batch_sizes_and_dtypes(tmp_path, capsys, known_roofline):
         capsys.readouterr()
         assert main([*arguments, *wrong]) == 2
         assert re.search(said, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("rome_fast.report.bench.find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match="plot: wants matplotlib"):
+        check_figure(tmp_path / "bench.png")
 
 
 def test_the_figure_has_a_bar_for_every_track_that_was_measured(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The figure of `rome-fast bench`: where the time of an edit goes, by batch size and dtype."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,8 @@ def check_figure(file: Path) -> None:
         raise ArgumentError(f"plot: got {file}, wanted a name that ends in {', '.join(_FORMATS)}")
     if not file.parent.is_dir():
         raise ArgumentError(f"plot: there is no folder {file.parent}")
-    try:
-        import matplotlib  # noqa: F401  whether it is there
-    except ImportError as error:
-        raise ArgumentError("plot: wants matplotlib, which `pip install matplotlib` installs") from error
+    if find_spec("matplotlib") is None:
+        raise ArgumentError("plot: wants matplotlib, which `pip install matplotlib` installs")
 
 
 def bench_figure(runs: Sequence[dict[str, Any]], file: Path) -> None:
