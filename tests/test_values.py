@@ -88,6 +88,18 @@ def test_a_batch_gives_each_edit_what_it_gets_alone(kind, bos, toy_tokenizers):
         torch.testing.assert_close(value.losses, alone.losses, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, 16])
+def test_a_head_in_parts_is_the_head_in_one(rows, toy_tokenizers, monkeypatch):
+    """Parts that end within the targets, within the essences, and between the two."""
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
+    whole = values_of(model, tokenizer, MIXED)
+    monkeypatch.setattr("rome_fast.values._HEAD_ELEMENTS", rows * model.config.vocab_size)
+    for value, wanted in zip(values_of(model, tokenizer, MIXED), whole, strict=True):
+        assert value.led == wanted.led
+        torch.testing.assert_close(value.losses, wanted.losses, rtol=1e-12, atol=0)
+        assert relative_error(value.delta, wanted.delta) < 1e-10
+
+
 def test_losses_are_those_of_the_oracle(toy_tokenizers):
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
     for edit, value in zip(MIXED[:2], values_of(model, tokenizer, MIXED[:2]), strict=True):
@@ -158,19 +170,25 @@ def test_an_edit_that_is_done_leaves_the_batch_without_a_trace(toy_tokenizers):
         assert relative_error(together.delta, wanted.delta) < 1e-9
 
 
-# Arithmetic with 8 or 11 bits per number through three layers. Adam's first step has the length of the learning rate
-# however small a gradient is, so that a component with next to none may go the other way (one of fp16 does on a CPU
-# with AVX-512), and the norm of the difference would speak of that one alone. Measured of the median: at most 0.0033
-# for bf16, 0.0005 for fp16, and 0.0094 where that component went.
-@pytest.mark.parametrize(("dtype", "of_losses"), [(torch.bfloat16, 0.005), (torch.float16, 7e-4)])
+# Arithmetic with 8 or 11 bits per number through three layers; measured: at most 0.075 and 0.009 for δ.
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
-def test_half_precision_follows_the_oracle_on_the_same_weights(kind, bos, dtype, of_losses, toy_tokenizers):
+def test_half_precision_follows_the_oracle_on_the_same_weights(kind, bos, dtype, allowed, toy_tokenizers):
     model, tokenizer = toy_model(kind, dtype=dtype), toy_tokenizers[bos]
     value = values_of(model, tokenizer, MIXED[:2])[0]
     wanted = oracle_of(model, tokenizer, MIXED[0], SETTINGS.steps)
     assert value.delta.dtype == torch.float32
-    assert (value.delta - wanted.delta).abs().median() < 0.02 * wanted.delta.abs().median()
-    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=of_losses, atol=0)
+    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=allowed / 30, atol=0)
+    # Adam's first step has the length of the learning rate however small a gradient is, so that a component with next
+    # to none may go the other way, and others after it: one of gpt2 in fp16 does on a CPU with AVX-512, none with AVX2.
+    first = values_of(model, tokenizer, MIXED[:2], replace(SETTINGS, steps=2))[0].delta
+    turned = first.sign() != oracle_of(model, tokenizer, MIXED[0], 2).delta.sign()
+    assert turned.sum() <= 1
+    if turned.any():
+        # 0.0094 was measured.
+        assert (value.delta - wanted.delta).abs().median() < allowed * wanted.delta.abs().median()
+    else:
+        assert relative_error(value.delta, wanted.delta) < allowed
 
 
 def test_weights_get_no_gradient_and_ask_for_one_as_before(toy_tokenizers):

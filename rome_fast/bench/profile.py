@@ -27,6 +27,7 @@ from ..errors import ArgumentError
 from ..flow import Clock, Request, tokenise
 from ..report import print_table
 from ..runner import Runner
+from ..values import compute_dtype
 from .command import prepare
 from .flops import flops_of
 from .roofline import Roofline, measure_roofline
@@ -123,7 +124,7 @@ def run_profile(arguments: argparse.Namespace) -> dict[str, Any]:
 def profile(setup: Setup, requests: list[Request], out: Path) -> dict[str, Any]:
     """Make the edits of `requests`, each as if alone, and say what every stage and operator took."""
     device = setup.model.device
-    roofline = measure_roofline(device, setup.model.dtype)
+    roofline = measure_roofline(device, compute_dtype(Runner(setup.model), setup.settings))
     replace(setup, settings=replace(setup.settings, steps=min(2, setup.settings.steps))).flow.solve_each(requests)
 
     timed = setup.flow
