@@ -73,7 +73,7 @@ class Study:
             self.contexts,
             factor,
             self.settings,
-            "off",
+            "warn",
             "write",
             Clock(),
             lambda done, total: print(f"  {done} values", flush=True) if done % 16 < 4 else None,
@@ -96,7 +96,7 @@ def joint(study: Study, edits: Sequence[Edit], counts: Sequence[int]) -> None:
     for count in counts:
         start = time.process_time()
         solved += flow.find(requests[len(solved) : count])
-        factors = flow.close(solved)
+        factors = flow.close(solved, study.weight_norm)
         delta = flow.delta(factors)
         seconds += time.process_time() - start
         delta.apply(study.model)

@@ -134,7 +134,8 @@ def apply_edits(
         contexts: prefix contexts, each ending in a space; default 20 sampled with `seed`.
         settings: how δ is optimised; default by model.
         guard: what to do with an edit predicted to collapse the model, before anything is written: "raise",
-            "warn", "skip" (leave that edit out) or "off".
+            "warn", "skip" (leave that edit out) or "off". Unless it is "off", edits made together whose keys are too
+            near to be told apart without harm are met in part (`Record.missed`), with a SharedKeyWarning.
         unconverged: what to do with an edit whose target leads in less than half of its rows at the end: "skip"
             (leave it out, with a warning), "write" or "raise". One whose loss is not finite is never written.
         measure: whether to fill the records' probabilities (two forward passes over each edit's texts).

@@ -17,7 +17,7 @@ from .batches import BatchSizer, in_batches, in_order
 from .delta import Delta, LowRank
 from .edits import Edit
 from .errors import ConvergenceError
-from .guard import Guard, judge, judge_together, predicts_collapse
+from .guard import Guard, judge, largest_harmless, predicts_collapse
 from .kernels import prefixed_solve
 from .keys import ContextRow, run_to_layer
 from .methods import Factors, RomeVariant, close, residual
@@ -44,10 +44,11 @@ ENOUGH_BARE = 0.4
 
 
 _MOST_MISSED = 0.05  # share of an edit; more is said aloud
+_TOLD = 10  # edits that a warning names
 
 
 class SharedKeyWarning(UserWarning):
-    """Edits that have one key, as those of one subject behind the same words, were met in part."""
+    """Edits that have one key, as those of one subject behind the same words, or nearly, were met in part."""
 
 
 class ConvergenceWarning(UserWarning):
@@ -163,9 +164,9 @@ class Flow:
         with self.clock("update"):
             # Keys and values of the others may be numbers as well, but one that is none would spoil the closed form.
             finite = [i for i, s in enumerate(solved) if _is_finite(s)]
-            factors = self.close([solved[i] for i in finite]) if finite else None
-            columns = dict(zip(finite, range(len(finite)), strict=True))
             weight_norm = self._weight_norm()
+            factors = self.close([solved[i] for i in finite], weight_norm) if finite else None
+            columns = dict(zip(finite, range(len(finite)), strict=True))
             records = [
                 self._record(request, s, factors, columns.get(i), weight_norm)
                 for i, (request, s) in enumerate(zip(group, solved, strict=True))
@@ -178,8 +179,7 @@ class Flow:
             if not kept:
                 return None, records
             if factors is None or len(kept) < len(finite):
-                factors = self.close(kept)
-            judge_together(factors.joint_norm, [record for record in records if record.applied], self.guard)
+                factors = self.close(kept, weight_norm)
             self.condition = max(self.condition, factors.condition)
             applied = [record for record in records if record.applied]
             for record, missed in zip(applied, factors.missed[: len(applied)].tolist(), strict=True):
@@ -293,9 +293,9 @@ class Flow:
             values = optimise_values(above, rows, states, base, self.layer, settings)
         return [Solved(keys[i], row_values[i, 0], mean_values[i], value) for i, value in enumerate(values)]
 
-    def close(self, solved: Sequence[Solved]) -> Factors:
-        """The closed form for these edits together."""
-        return close(*self._columns(solved))
+    def close(self, solved: Sequence[Solved], weight_norm: float) -> Factors:
+        """The closed form for these edits together, held where that would be too large, unless the guard is off."""
+        return close(*self._columns(solved), harmless=largest_harmless(self.guard, weight_norm, self.limit))
 
     def _columns(self, solved: Sequence[Solved]) -> tuple[Tensor, Tensor, Tensor]:
         """u (columns, d_ff), k_den (columns, d_ff) and what must be added to the values there (columns, d).
@@ -342,7 +342,9 @@ class Flow:
         needs_prefix = request.needs_prefix
         if factors is not None and index is not None:
             denominator, numerator_norm = float(factors.denominators[index]), float(factors.numerator_norms[index])
-            update_norm = float(factors.update_norms[index] if solved.bare is None else self.close([solved]).joint_norm)
+            update_norm = float(factors.update_norms[index])
+            if solved.bare is not None:
+                update_norm = close(*self._columns([solved])).joint_norm
             needs_prefix = not answers_bare if needs_prefix else self._share_bare(solved, factors) < ENOUGH_BARE
         return Record(
             prompt=request.edit.prompt,
@@ -388,13 +390,17 @@ class Flow:
 
 
 def _tell_missed(records: Sequence[Record]) -> None:
-    missed = [record for record in records if record.missed > _MOST_MISSED]
+    missed = sorted((r for r in records if r.missed > _MOST_MISSED), key=lambda r: -r.missed)
     if missed:
-        lines = "\n".join(f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} left out" for r in missed)
+        named = [f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} off" for r in missed[:_TOLD]]
+        if len(missed) > _TOLD:
+            named.append(f"  and {len(missed) - _TOLD} more, see missed in their records")
+        listed = "\n".join(named)
         warnings.warn(
-            f"{len(missed)} edit(s) have the key of another one, as those of one subject behind the same words do, and "
-            f"are met in part:\n{lines}\nno weight gives one key two values: keep one, or make the other at another "
-            "layer, in a call of its own",
+            f"{len(missed)} edit(s) are met in part, as they have the key of another one (those of one subject behind "
+            f"the same words do) or nearly:\n{listed}\nno weight gives one key two values, and one that tells near "
+            "keys apart is large: make fewer edits, make some at another layer, in a call of its own, or have all of "
+            "them met as far as they can be, whatever that does to the model, with guard='off'",
             SharedKeyWarning,
             stacklevel=4,
         )

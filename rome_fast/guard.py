@@ -2,8 +2,12 @@
 
 An update that destroys a model is large beside the weight it changes: measured on real models, healthy rank-one
 edits stay near 0.1 – 0.9 of ‖W‖ and collapsing ones start above 2. The check costs nothing and needs no forward pass.
+
+Healthy edits that are made together can collapse a model as well, when it takes a large update to tell their keys
+apart. `largest_harmless` is where the closed form stops doing so.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -15,10 +19,6 @@ Guard = Literal["raise", "warn", "skip", "off"]
 
 UPDATE_RATIO_LIMIT = 1.5
 """‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted, unless a study of the model has found its own limit."""
-
-
-_JOINT_EXCESS = 2.0
-"""Healthy edits add up like independent vectors; beyond this multiple of that, they fight each other."""
 
 
 class CollapseWarning(UserWarning):
@@ -33,6 +33,11 @@ def check_guard(guard: str) -> None:
 def predicts_collapse(update_norm: float, weight_norm: float, limit: float | None = None) -> bool:
     limit = UPDATE_RATIO_LIMIT if limit is None else limit
     return not update_norm <= limit * weight_norm  # also true for NaN
+
+
+def largest_harmless(guard: Guard, weight_norm: float, limit: float | None = None) -> float:
+    """‖Δ‖ up to which edits made together are met exactly, whatever they have in common; infinite for guard="off"."""
+    return math.inf if guard == "off" else (UPDATE_RATIO_LIMIT if limit is None else limit) * weight_norm
 
 
 def judge(records: Sequence[Record], guard: Guard) -> list[bool]:
@@ -51,23 +56,3 @@ def judge(records: Sequence[Record], guard: Guard) -> list[bool]:
             raise CollapseError(f"{what}\nnothing was written; {remedy}")
         warnings.warn(f"{what}\n{remedy}", CollapseWarning, stacklevel=3)
     return [guard != "skip" or not record.collapsed for record in records]
-
-
-def judge_together(joint_norm: float, records: Sequence[Record], guard: Guard) -> None:
-    """The same for edits made together: harmless ones can collapse a model when they contradict each other.
-
-    Raises CollapseError, also for guard="skip", since none of them is to blame alone; or warns (guard="warn").
-    """
-    weight_norm = records[0].weight_norm
-    independent = sum(record.update_norm**2 for record in records) ** 0.5
-    if guard == "off" or not predicts_collapse(joint_norm, weight_norm) or joint_norm <= _JOINT_EXCESS * independent:
-        return
-    what = (
-        f"{len(records)} edits together would collapse the model: ‖Δ‖ = {joint_norm:.3g} against ‖W‖ = "
-        f"{weight_norm:.3g}, where independent edits of these sizes make {independent:.3g}; "
-        "some ask for different things of one subject"
-    )
-    remedy = "make them one after another with schedule='sequential', or drop some"
-    if guard != "warn":
-        raise CollapseError(f"{what}\nnothing was written; {remedy}")
-    warnings.warn(f"{what}\n{remedy}", CollapseWarning, stacklevel=4)

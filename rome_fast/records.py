@@ -21,7 +21,8 @@ class Record:
     numerator_norm: float  # ‖r uᵀ‖
     update_norm: float  # ‖Δ‖ of this edit alone
     weight_norm: float  # ‖W‖ before the edit
-    # Share of the edit that a joint update leaves out, ‖Δ k - r‖ / ‖r‖: where edits have one key, each is met in part.
+    # How far a joint update stays off, ‖Δ k - r‖ / ‖r‖: where edits have one key, or nearly, each is met in part. Above
+    # 1 where others move the value of this one by more than it asks for.
     missed: float
     # Whether the fact answers only behind some text: predicted from the keys, of dual measured with the rest.
     needs_prefix: bool

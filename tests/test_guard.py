@@ -1,6 +1,7 @@
 """Edits that would destroy the model: found before anything is written, and what is done about them."""
 
 import copy
+import math
 import warnings
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, all_bits, changed, d
 from rome_fast import Edit, Statistics
 from rome_fast.errors import ArgumentError, CollapseError
 from rome_fast.fingerprint import Fingerprint
-from rome_fast.guard import UPDATE_RATIO_LIMIT, CollapseWarning, judge, predicts_collapse
+from rome_fast.flow import SharedKeyWarning
+from rome_fast.guard import UPDATE_RATIO_LIMIT, CollapseWarning, judge, largest_harmless, predicts_collapse
 from rome_fast.runner import Runner
 from rome_fast.statistics import LayerStatistics
 from toys import toy_model
@@ -132,21 +134,34 @@ def test_skip_of_everything_changes_nothing(collapsing, tokenizer):
     assert changed(model, before) == []
 
 
-def test_edits_that_only_together_collapse_the_model_are_found(tokenizer):
+def test_edits_that_only_together_collapse_the_model_are_met_in_part(tokenizer):
     """Two values for keys that are all but equal: one update alone is an eighth of ‖W‖, both together twice ‖W‖."""
     model = toy_model(KIND)
-    before = all_bits(model)
     pair = [
         Edit("Snow fell in Berlin and snow fell in Paris and in the city of {}", "Chicago", "Rome"),
         Edit("Snow fell in Vienna and snow fell in Paris and in the city of {}", "Chicago", "Paris"),
     ]
     alone = [edited(copy.deepcopy(model), tokenizer, edit, layer=0).records[0] for edit in pair]
-    together = edited(copy.deepcopy(model), tokenizer, pair, layer=0)
-    assert all(record.update_norm < 0.5 * record.weight_norm for record in alone)
-    assert float(delta_w(together).norm()) > UPDATE_RATIO_LIMIT * alone[0].weight_norm
-    with pytest.raises(CollapseError):
-        edited(model, tokenizer, pair, layer=0, guard="raise")
-    assert changed(model, before) == []
+    weight_norm = alone[0].weight_norm
+    assert all(record.update_norm < 0.5 * weight_norm for record in alone)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact = edited(copy.deepcopy(model), tokenizer, pair, layer=0, guard="off")
+    assert float(delta_w(exact).norm()) > UPDATE_RATIO_LIMIT * weight_norm
+    assert all(record.missed < 1e-3 for record in exact.records)
+
+    with pytest.warns(SharedKeyWarning, match=r"(?s)2 edit\(s\) are met in part.*'Rome': \d+% off.*guard='off'"):
+        held = edited(model, tokenizer, pair, layer=0, guard="raise")
+    assert float(delta_w(held).norm()) == pytest.approx(UPDATE_RATIO_LIMIT * weight_norm, rel=1e-5)
+    assert all(0.05 < record.missed < 0.5 and record.applied for record in held.records)
+
+
+@pytest.mark.parametrize("guard", ["raise", "warn", "skip"])
+def test_a_studys_limit_holds_for_edits_together_as_well(guard):
+    assert largest_harmless(guard, 8.0) == UPDATE_RATIO_LIMIT * 8
+    assert largest_harmless(guard, 8.0, 0.5) == 4
+    assert largest_harmless("off", 8.0, 0.5) == math.inf
 
 
 # The rules themselves

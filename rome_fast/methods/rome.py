@@ -12,6 +12,7 @@ first tokens have nearly one direction, so that C alone would give the second va
 (C + λ C₁)⁻¹ k, with C₁ the second moment of the keys of all tokens at position 0.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,8 +39,9 @@ class RomeVariant:
 FIRST_TOKEN_WEIGHT = 0.3
 """λ above; see docs/dual.md for what other weights do."""
 
-# Of the edits' keys, beyond which equality constraints would cost an update that is large and mostly noise.
+# Of the edits' keys, beyond which they are linearly dependent, and what tells them apart is rounding.
 _WORST_CONDITION = 1e6
+_HALVINGS = 40  # of the search for a limit on ‖Δ‖: to rounding
 
 METHODS: dict[str, RomeVariant] = {
     v.name: v
@@ -69,6 +71,7 @@ class Factors:
     numerator_norms: Tensor  # (r,) ‖r uᵀ‖
     update_norms: Tensor  # (r,) ‖r uᵀ / (uᵀ k_den)‖ of every edit alone
     missed: Tensor  # (r,) ‖Δ k_den - r‖ / ‖r‖ of every edit: 0 to rounding, unless keys are linearly dependent
+    # or the update is held
     joint_norm: float  # ‖Δ‖ of all of them together
     condition: float  # of Uᵀ K_den with its columns scaled to unit diagonal; 1 for one key
 
@@ -106,11 +109,18 @@ def close(
     solved: Tensor,  # (r, d_ff): rows u = C⁻¹ k_left
     k_den: Tensor,  # (r, d_ff)
     residuals: Tensor,  # (r, d)
+    *,
+    harmless: float = math.inf,
 ) -> Factors:
     """The closed form, solved in fp64.
 
     Edits of one subject behind the same words have one key, which cannot have two values: where keys are linearly
     dependent, to `_WORST_CONDITION`, the least-squares update of least norm is taken, which meets such edits halfway.
+
+    Keys that are nearly dependent can be told apart, at the price of an update that hurts the model and the other edits
+    more than equality is worth. Where ‖Δ‖ exceeds both `harmless` and that of as many edits with nothing in common, the
+    smallest singular values of Uᵀ K_den are raised until it does not: a regularised least squares, as MEMIT's, but one
+    that is exact in all other directions.
     Raises EditError when a denominator is zero.
     """
     u, keys, r = (t.to(torch.float64) for t in (solved, k_den, residuals))
@@ -123,11 +133,39 @@ def close(
     scaled = scale[:, None] * gram * scale
     # Σ_i left_i (u_i · k_j) = r_j for every j, i.e. Gᵀ left = r; the unit diagonal keeps the solve well conditioned.
     condition = float(torch.linalg.cond(scaled)) if len(gram) > 1 else 1.0
+    wanted, directions = scale[:, None] * r, scale[:, None] * u
     if condition < _WORST_CONDITION:
-        left = torch.linalg.solve(scaled.T, scale[:, None] * r)
+        left = torch.linalg.solve(scaled.T, wanted)
     else:
-        left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ (scale[:, None] * r)
+        left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ wanted
+    most = max(harmless, float((numerators / denominators).norm()))
+    if _norm(left, directions) > most:
+        left = _held(scaled.T, wanted, directions, most)
     left = scale[:, None] * left
     missed = (gram.T @ left - r).norm(dim=1) / r.norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
-    joint = float(((left @ left.T) * (u @ u.T)).sum().clamp(min=0).sqrt())
-    return Factors(left.T, u, denominators, numerators, numerators / denominators.abs(), missed, joint, condition)
+    update_norms = numerators / denominators.abs()
+    return Factors(left.T, u, denominators, numerators, update_norms, missed, _norm(left, u), condition)
+
+
+def _norm(left: Tensor, right: Tensor) -> float:
+    """‖leftᵀ right‖ of factors (r, d) and (r, d_ff)."""
+    return float(((left @ left.T) * (right @ right.T)).sum().clamp(min=0).sqrt())
+
+
+def _held(gram: Tensor, wanted: Tensor, directions: Tensor, most: float) -> Tensor:
+    """x of gram x = wanted with small singular values raised by as little as makes ‖xᵀ directions‖ at most `most`."""
+    outer, singular, inner = torch.linalg.svd(gram)
+    along, directions = outer.T @ wanted, inner @ directions
+    # ‖Δ‖² = sᵀ (along alongᵀ ∘ directions directionsᵀ) s, with s the inverse singular values.
+    products = (along @ along.T) * (directions @ directions.T)
+    independent = singular > singular[0] / _WORST_CONDITION
+
+    def inverse(floor: float) -> Tensor:
+        return torch.where(independent, 1 / singular.clamp(min=floor), 0)
+
+    low, high = float(singular[0]) / _WORST_CONDITION, float(singular[0])
+    for _ in range(_HALVINGS):
+        middle = math.sqrt(low * high)
+        s = inverse(middle)
+        low, high = (middle, high) if float(s @ products @ s) > most**2 else (low, middle)
+    return inner.T @ (inverse(high)[:, None] * along)

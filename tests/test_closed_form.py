@@ -1,0 +1,90 @@
+"""The closed form of edits whose keys cannot all be told apart, against eigenvectors of their Gram matrix."""
+
+import math
+
+import pytest
+import torch
+
+from rome_fast.methods import close
+
+D, D_FF = 12, 40
+
+
+def keys_and_residuals(count, own, seed=0):
+    """Keys (count, D_FF) that share most of a direction, and residuals (count, D), in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(D_FF, generator=generator, dtype=torch.float64)
+    keys = shared + own * torch.randn(count, D_FF, generator=generator, dtype=torch.float64)
+    return keys, torch.randn(count, D, generator=generator, dtype=torch.float64)
+
+
+def independent_norm(keys, residuals):
+    """‖Δ‖ of edits with nothing in common, C = I: of Δᵢ = r kᵀ / (k · k) each."""
+    return float((residuals.norm(dim=1) / keys.norm(dim=1)).norm())
+
+
+def dense(factors):
+    return factors.left @ factors.right
+
+
+def test_equality_while_the_update_is_not_larger_than_what_is_harmless():
+    keys, residuals = keys_and_residuals(5, 0.05)
+    exact = close(keys, keys, residuals)
+    wanted = residuals.T @ torch.linalg.pinv(keys.T)
+    assert exact.joint_norm > 2 * independent_norm(keys, residuals)
+    torch.testing.assert_close(dense(exact), wanted, rtol=1e-9, atol=1e-12)
+    assert exact.joint_norm == pytest.approx(float(wanted.norm()), rel=1e-9)
+    same = close(keys, keys, residuals, harmless=1.001 * exact.joint_norm)
+    assert torch.equal(dense(same), dense(exact))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_larger_one_is_held_in_the_directions_that_tell_keys_apart(share):
+    """One floor for the Gram matrix's eigenvalues, as low as the limit on ‖Δ‖ allows; equality above it."""
+    keys, residuals = keys_and_residuals(6, 0.05)
+    exact = close(keys, keys, residuals)
+    most = max(share * exact.joint_norm, independent_norm(keys, residuals))
+    held = close(keys, keys, residuals, harmless=share * exact.joint_norm)
+    assert held.joint_norm == pytest.approx(most, rel=1e-6)
+    assert float(dense(held).norm()) == pytest.approx(most, rel=1e-6)
+
+    units = keys / keys.norm(dim=1, keepdim=True)
+    values, vectors = torch.linalg.eigh(units @ units.T)
+    # Δ = Xᵀ units, with V Xᵀ the coefficients along the eigenvectors, wanted / eigenvalue where nothing is held.
+    wanted = vectors.T @ (residuals / keys.norm(dim=1, keepdim=True))
+    found = vectors.T @ (held.left.T * keys.norm(dim=1, keepdim=True))
+    divisors = (wanted * wanted).sum(1) / (wanted * found).sum(1)
+    torch.testing.assert_close(found, wanted / divisors[:, None], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(divisors, values.clamp(min=float(divisors.min())), rtol=1e-6, atol=0)
+    assert float(divisors.min()) > 1.01 * float(values.min())
+    missed = (keys @ dense(held).T - residuals).norm(dim=1) / residuals.norm(dim=1)
+    torch.testing.assert_close(held.missed, missed, rtol=1e-9, atol=1e-12)
+
+
+def test_one_key_twice_is_met_halfway_whatever_is_harmless():
+    keys, residuals = keys_and_residuals(4, 1.0)
+    keys[3], residuals[3] = keys[0], -2 * residuals[0]
+    for harmless in (math.inf, 0.0):
+        factors = close(keys, keys, residuals, harmless=harmless)
+        added = keys @ dense(factors).T
+        assert factors.condition > 1e6
+        torch.testing.assert_close(added[0], -residuals[0] / 2, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(added[1:3], residuals[1:3], rtol=1e-6, atol=1e-9)
+
+
+def test_a_single_edit_is_never_held():
+    keys, residuals = keys_and_residuals(1, 1.0)
+    factors = close(keys, keys / 1000, residuals, harmless=0.0)
+    torch.testing.assert_close(keys / 1000 @ dense(factors).T, residuals, rtol=1e-9, atol=0)
+
+
+def test_keys_on_both_sides_may_differ():
+    """As in the released ROME: the Gram matrix is not symmetric then."""
+    keys, residuals = keys_and_residuals(6, 0.1)
+    left = keys + 0.02 * keys_and_residuals(6, 1.0, seed=1)[0]
+    exact = close(left, keys, residuals)
+    torch.testing.assert_close(keys @ dense(exact).T, residuals, rtol=1e-7, atol=1e-9)
+    held = close(left, keys, residuals, harmless=0.5 * exact.joint_norm)
+    independent = float(exact.update_norms.norm())
+    assert held.joint_norm == pytest.approx(max(independent, 0.5 * exact.joint_norm), rel=1e-6)
+    assert held.joint_norm < 0.95 * exact.joint_norm
