@@ -75,6 +75,7 @@ def test_one_key_twice_is_met_halfway_whatever_is_harmless():
 def test_a_single_edit_is_never_held():
     keys, residuals = keys_and_residuals(1, 1.0)
     factors = close(keys, keys / 1000, residuals, harmless=0.0)
+    assert torch.equal(dense(factors), dense(close(keys, keys / 1000, residuals)))
     torch.testing.assert_close(keys / 1000 @ dense(factors).T, residuals, rtol=1e-9, atol=0)
 
 

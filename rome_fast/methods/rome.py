@@ -70,8 +70,8 @@ class Factors:
     denominators: Tensor  # (r,) uᵀ k_den of every edit alone
     numerator_norms: Tensor  # (r,) ‖r uᵀ‖
     update_norms: Tensor  # (r,) ‖r uᵀ / (uᵀ k_den)‖ of every edit alone
-    missed: Tensor  # (r,) ‖Δ k_den - r‖ / ‖r‖ of every edit: 0 to rounding, unless keys are linearly dependent
-    # or the update is held
+    # (r,) ‖Δ k_den - r‖ / ‖r‖ of every edit: 0 to rounding, unless keys are linearly dependent or the update is held
+    missed: Tensor
     joint_norm: float  # ‖Δ‖ of all of them together
     condition: float  # of Uᵀ K_den with its columns scaled to unit diagonal; 1 for one key
 
@@ -139,7 +139,7 @@ def close(
     else:
         left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ wanted
     most = max(harmless, float((numerators / denominators).norm()))
-    if _norm(left, directions) > most:
+    if len(gram) > 1 and _norm(left, directions) > most:
         left = _held(scaled.T, wanted, directions, most)
     left = scale[:, None] * left
     missed = (gram.T @ left - r).norm(dim=1) / r.norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
