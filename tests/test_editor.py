@@ -581,6 +581,18 @@ def test_requests_with_one_key_meet_halfway(toy_tokenizers):
             assert record.missed == pytest.approx(float(apart / single.norm()), rel=1e-3)
 
 
+def test_a_warning_names_no_more_edits_than_one_reads(toy_tokenizers):
+    verbs = ("is", "has", "was", "had", "can", "will", "may", "must", "did", "does", "says", "said")
+    targets = ("Rome", "Paris") * 6
+    edits = [Edit("The city of {} " + verb, "Chicago", target) for verb, target in zip(verbs, targets, strict=True)]
+    with pytest.warns(SharedKeyWarning, match=r"12 edit\(s\) are met in part") as caught:
+        result = edited(toy_model("llama"), toy_tokenizers[True], edits)
+    lines = str(caught[0].message).splitlines()[1:-1]
+    worst = sorted((record.missed for record in result.records), reverse=True)
+    assert [line.split()[-2] for line in lines[:-1]] == [f"{missed:.0%}" for missed in worst[:10]]
+    assert lines[-1] == "  and 2 more, see missed in their records"
+
+
 def test_the_essence_row_is_the_only_one_to_know_of_no_target(toy_tokenizers):
     """The subject of the KL row stands at the very front, where its key is another one than in the prompt."""
     model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]

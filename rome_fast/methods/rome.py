@@ -129,6 +129,7 @@ def close(
     if not bool(torch.isfinite(gram).all()) or bool((denominators == 0).any()):
         raise EditError("the denominator uᵀk of an edit is zero or not finite; check the statistics")
     numerators = r.norm(dim=1) * u.norm(dim=1)
+    update_norms = numerators / denominators.abs()
     scale = denominators.abs().rsqrt()
     scaled = scale[:, None] * gram * scale
     # Σ_i left_i (u_i · k_j) = r_j for every j, i.e. Gᵀ left = r; the unit diagonal keeps the solve well conditioned.
@@ -138,12 +139,11 @@ def close(
         left = torch.linalg.solve(scaled.T, wanted)
     else:
         left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ wanted
-    most = max(harmless, float((numerators / denominators).norm()))
+    most = max(harmless, float(update_norms.norm()))
     if len(gram) > 1 and _norm(left, directions) > most:
         left = _held(scaled.T, wanted, directions, most)
     left = scale[:, None] * left
     missed = (gram.T @ left - r).norm(dim=1) / r.norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
-    update_norms = numerators / denominators.abs()
     return Factors(left.T, u, denominators, numerators, update_norms, missed, _norm(left, u), condition)
 
 
