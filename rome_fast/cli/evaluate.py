@@ -1,0 +1,57 @@
+"""Measure requests on a model."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .shared import progress, read_text
+
+NAME = "evaluate"
+SUMMARY = "measure requests on a model"
+EXAMPLE = "rome-fast evaluate ./edited --edits edits.jsonl --perplexity sentences.txt"
+
+_EVALUATED_TOGETHER = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="directory or hub id of the model")
+    parser.add_argument("--edits", type=Path, required=True)
+    parser.add_argument("--delta", type=Path, help="apply this delta in memory first")
+    parser.add_argument("--perplexity", type=Path, metavar="FILE", help="sentences, one a line")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .. import checkpoints
+    from ..delta import Delta
+    from ..edits import load_edits
+    from ..evaluation import evaluate, sentence_perplexity, summarise
+    from ..report import metrics_table, print_table
+    from ..runner import Runner
+
+    edits = load_edits(arguments.edits)
+    sentences = [s for s in read_text(arguments.perplexity).splitlines() if s.strip()] if arguments.perplexity else []
+    model, tokenizer, directory = checkpoints.load(arguments.model)
+    record = directory / checkpoints.RECORD_FILE
+    contexts = checkpoints.read_record(directory).get("contexts", []) if record.exists() else []
+    if arguments.delta:
+        delta = Delta.load(arguments.delta)
+        delta.apply(model)
+        contexts = json.loads(delta.metadata.get("contexts", "[]"))
+    metrics = []
+    with progress("evaluating", "edits") as (advance, _):
+        for start in range(0, len(edits), _EVALUATED_TOGETHER):
+            metrics += evaluate(model, tokenizer, edits[start : start + _EVALUATED_TOGETHER], contexts)
+            advance(len(metrics), len(edits))
+    report: dict[str, Any] = {
+        "model": arguments.model,
+        "edits": [m.to_json() for m in metrics],
+        "summary": summarise(metrics),
+    }
+    if arguments.perplexity:
+        report["perplexity"] = sentence_perplexity(Runner(model), tokenizer, sentences)
+    print_table(metrics_table(metrics))
+    print("  ".join(f"{name} {value:.3f}" for name, value in report["summary"].items()))
+    if "perplexity" in report:
+        print(f"perplexity {report['perplexity']:.2f}")
+    return report

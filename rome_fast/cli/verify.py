@@ -1,0 +1,23 @@
+"""Check a checkpoint to the last byte."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+NAME = "verify"
+SUMMARY = "read a checkpoint to the last byte and check it, and what rome-fast needs to undo its edit"
+EXAMPLE = "rome-fast verify ./edited"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .. import checkpoints
+
+    report = checkpoints.verify(arguments.directory)
+    print(f"{arguments.directory}: {report['tensors']} tensors, {report['bytes']:,} bytes, all in order")
+    if report["edited"]:
+        print(f"edited: {', '.join(report['edited'])}; the original bytes are there")
+    return report
