@@ -28,7 +28,7 @@ Stop = Literal["argmax", "loss"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _HEAD_ELEMENTS = 1 << 25  # logits at a time, which bounds the memory of the head
-_HEAD_ROWS = 4  # at least; with fewer, 1e-4 of a gradient was rounding
+_HEAD_ROWS = 8  # at least; with fewer, 1e-4 of a gradient was rounding
 _SHARE_OF_COPIES = 0.25  # of the free memory, which converted weights may take
 
 
@@ -352,7 +352,8 @@ def _places(kept: Tensor, count: int) -> Tensor:
 def exact_head(runner: Runner, hidden: Tensor) -> Tensor:
     """Logits (n, vocabulary), not rounded below fp32, of hidden states (n, d), with a gradient to their precision.
 
-    BLAS multiplies fewer than four rows by adding one token of the vocabulary after the other; rows of zeros avoid it.
+    BLAS multiplies few rows, below four with AVX2 and below eight in its plain code, by adding one token of the
+    vocabulary after the other; rows of zeros avoid it.
     """
     added = max(0, _HEAD_ROWS - len(hidden))
     return runner.exact_logits(torch.nn.functional.pad(hidden, (0, 0, 0, added)))[: len(hidden)]
