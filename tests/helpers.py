@@ -65,6 +65,14 @@ def rounding(dtype, terms, condition=1.0):
     return 4 * terms**0.5 * condition * torch.finfo(dtype).eps / 2
 
 
+def rounding_of_log_p(dtype):
+    """The absolute error of a log-probability of a toy, and so the relative one of a probability or a perplexity.
+
+    Logits have a standard deviation of 1.4, and log p is the difference of one and the logarithm of a sum of all.
+    """
+    return 2 * rounding(dtype, FORWARD)
+
+
 def rounding_of_edit(dtype, condition=1.0):
     """The relative error of ΔW of a toy, and of what is computed from its δ; C has that `condition`.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import oracle
-from helpers import CONTEXTS, END, MIDDLE, START, edited
+from helpers import CONTEXTS, END, MIDDLE, START, edited, rounding_of_log_p
 from rome_fast import Edit
 from rome_fast.errors import ArgumentError, RomeFastError
 from rome_fast.evaluation import evaluate, greedy_completion, score, sentence_perplexity, summarise
@@ -28,6 +28,9 @@ PAIRS = [
 KINDS_AND_BOS = [*((kind, kind in ("llama", "mistral")) for kind in KINDS), ("llama", False), ("gpt2", True)]
 
 
+ALLOWED, ALLOWED_64 = (rounding_of_log_p(dtype) for dtype in (torch.float32, torch.float64))
+
+
 def mean_log(p):
     return sum(map(math.log, p)) / len(p)
 
@@ -40,16 +43,15 @@ def test_score_is_the_geometric_mean_of_the_tokens_probabilities(kind, bos, toy_
     model, tokenizer = toy_model(kind), toy_tokenizers[bos]
     for (text, target), got in zip(PAIRS, score(Runner(model), tokenizer, PAIRS), strict=True):
         p = oracle.target_probability(model, tokenizer, text, target)
-        # Log-probabilities of about -8 in fp32 through four layers; measured 1e-6.
-        assert got.log_probability == pytest.approx(mean_log(p), abs=2e-5)
-        assert got.probability == pytest.approx(math.prod(p) ** (1 / len(p)), rel=2e-5)
+        assert got.log_probability == pytest.approx(mean_log(p), abs=ALLOWED)
+        assert got.probability == pytest.approx(math.prod(p) ** (1 / len(p)), rel=ALLOWED)
 
 
 def test_score_in_float64(toy_tokenizers):
     model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]
     for (text, target), got in zip(PAIRS, score(Runner(model), tokenizer, PAIRS), strict=True):
         assert got.log_probability == pytest.approx(
-            mean_log(oracle.target_probability(model, tokenizer, text, target)), abs=1e-12
+            mean_log(oracle.target_probability(model, tokenizer, text, target)), abs=ALLOWED_64
         )
 
 
@@ -60,7 +62,7 @@ def test_a_score_does_not_depend_on_its_company(side, toy_tokenizers, monkeypatc
     together = score(runner, tokenizer, PAIRS)
     alone = [score(runner, tokenizer, [pair])[0] for pair in PAIRS]
     for one, other in zip(together, alone, strict=True):
-        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-12)
+        assert one.log_probability == pytest.approx(other.log_probability, abs=ALLOWED_64)
     assert score(runner, tokenizer, []) == []
 
 
@@ -106,15 +108,15 @@ def test_sentence_perplexity_is_that_of_the_oracle(kind, bos, toy_tokenizers):
     model, tokenizer = toy_model(kind), toy_tokenizers[bos]
     sentences = [*SENTENCES[:3], "Rome is"]
     wanted = oracle.sentence_perplexity(model, tokenizer, sentences)
-    assert sentence_perplexity(Runner(model), tokenizer, sentences) == pytest.approx(wanted, rel=2e-5)
+    assert sentence_perplexity(Runner(model), tokenizer, sentences) == pytest.approx(wanted, rel=ALLOWED)
 
 
 def test_perplexity_does_not_depend_on_batches(toy_tokenizers, monkeypatch):
     runner, tokenizer = Runner(toy_model("llama", dtype=torch.float64)), toy_tokenizers[True]
     wanted = sentence_perplexity(runner, tokenizer, SENTENCES)
-    assert sentence_perplexity(runner, tokenizer, SENTENCES[::-1]) == pytest.approx(wanted, rel=1e-12)
+    assert sentence_perplexity(runner, tokenizer, SENTENCES[::-1]) == pytest.approx(wanted, rel=ALLOWED_64)
     alone = [sentence_perplexity(runner, tokenizer, [sentence]) for sentence in SENTENCES]
-    assert sum(alone) / len(alone) == pytest.approx(wanted, rel=1e-12)
+    assert sum(alone) / len(alone) == pytest.approx(wanted, rel=ALLOWED_64)
 
 
 def test_sentences_of_one_token_have_no_perplexity(toy_tokenizers):
@@ -132,7 +134,7 @@ def test_a_sentence_longer_than_the_model_is_cut(toy_tokenizers):
     log_p = oracle.logits_of(oracle.double_copy(model), ids).log_softmax(-1)
     nll = -log_p[range(len(ids) - 1), ids[1:]].mean()
     got = sentence_perplexity(Runner(model), tokenizer, [" ".join(SENTENCES)])
-    assert got == pytest.approx(float(nll.exp()), rel=2e-5)
+    assert got == pytest.approx(float(nll.exp()), rel=ALLOWED)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -206,7 +208,9 @@ CASE = Edit(
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
 def test_metrics_by_hand(kind, bos, toy_tokenizers):
     model, tokenizer = toy_model(kind), toy_tokenizers[bos]
-    edited(model, tokenizer, replace(CASE, prompt="The city of {}"))
+    result = edited(model, tokenizer, replace(CASE, prompt="The city of {}"))
+    # What is in the residual stream at the subject, and rounding with it, grows with the update.
+    allowed = (1 + result.records[0].update_norm / result.records[0].weight_norm) * ALLOWED
 
     def log_p(text, target):
         return mean_log(oracle.target_probability(model, tokenizer, text, target))
@@ -216,9 +220,9 @@ def test_metrics_by_hand(kind, bos, toy_tokenizers):
 
     (got,) = evaluate(model, tokenizer, [CASE], CONTEXTS)
     assert (got.subject, got.target) == ("Chicago", "Rome")
-    assert got.probability == pytest.approx(math.exp(log_p(CASE.text, "Rome")), rel=1e-4)
+    assert got.probability == pytest.approx(math.exp(log_p(CASE.text, "Rome")), rel=allowed)
     prefixed = [math.exp(log_p(context + CASE.text, "Rome")) for context in CONTEXTS]
-    assert got.probability_prefixed == pytest.approx(sum(prefixed) / len(prefixed), rel=1e-4)
+    assert got.probability_prefixed == pytest.approx(sum(prefixed) / len(prefixed), rel=allowed)
     assert got.efficacy == wins([CASE.text], "Rome", "Paris")
     assert got.efficacy_prefixed == wins([c + CASE.text for c in CONTEXTS], "Rome", "Paris")
     assert got.paraphrase == wins(CASE.paraphrase_prompts, "Rome", "Paris")
@@ -298,8 +302,8 @@ def test_metrics_of_an_edit_do_not_depend_on_the_others(toy_tokenizers):
         assert replace(got, probability=0, probability_prefixed=0) == replace(
             alone, probability=0, probability_prefixed=0
         )
-        assert got.probability == pytest.approx(alone.probability, rel=1e-10)
-        assert got.probability_prefixed == pytest.approx(alone.probability_prefixed, rel=1e-10)
+        assert got.probability == pytest.approx(alone.probability, rel=ALLOWED_64)
+        assert got.probability_prefixed == pytest.approx(alone.probability_prefixed, rel=ALLOWED_64)
 
 
 def test_evaluate_measures_without_dropout(toy_tokenizers):
