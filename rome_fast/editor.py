@@ -28,7 +28,7 @@ from .guard import Guard, check_guard
 from .methods import hold_first_tokens, variant
 from .processes import ALONE, Processes
 from .records import Record
-from .rows import check_tokenizer
+from .rows import asked, check_tokenizer
 from .runner import Runner, evaluating
 from .statistics import LayerStatistics, Statistics, first_token_statistics
 from .values import ValueSettings, compute_dtype
@@ -396,7 +396,7 @@ def _check_contexts(contexts: Sequence[str]) -> None:
 
 
 def _probabilities(runner: Runner, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> list[float]:
-    return [s.probability for s in score(runner, tokenizer, [(e.text, e.target) for e in edits])]
+    return [s.probability for s in score(runner, tokenizer, [asked(tokenizer, edit) for edit in edits])]
 
 
 def _fill_probabilities(
@@ -407,7 +407,7 @@ def _fill_probabilities(
     records: Sequence[Record],
     before: Sequence[float],
 ) -> None:
-    pairs = [(context + edit.text, edit.target) for edit in edits for context in ("", *contexts)]
+    pairs = [asked(tokenizer, edit, context) for edit in edits for context in ("", *contexts)]
     scores = score(runner, tokenizer, pairs)
     per_edit = 1 + len(contexts)
     for i, record in enumerate(records):

@@ -92,13 +92,16 @@ class Contexts:
         contexts: Sequence[str],
         layer: int,
         above: Runner | None = None,
+        head: str | None = None,
     ) -> "Contexts":
         """Run every context through the model. A context without a token shares nothing and costs nothing.
 
-        `above` runs the layers above the edit layer, where it is not to be the same runner.
+        `head` is what a chat template puts before each of them. `above` runs the layers above the edit layer, where it
+        is not to be the same runner.
         """
         # The space a context ends in belongs to the prompt's first token.
-        ids = tuple(tuple(e.ids) for e in encode(tokenizer, [context.rstrip() for context in contexts]))
+        texts = [(head or "") + context.rstrip() for context in contexts]
+        ids = tuple(tuple(e.ids) for e in encode(tokenizer, texts, special=head is None))
         packed = runner.pack([row or (0,) for row in ids])
         recorder = Recorder()
         mask = causal_mask(packed.ids.shape[1], runner.dtype, runner.device)

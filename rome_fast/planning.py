@@ -13,7 +13,7 @@ from . import checkpoints
 from .batches import BatchSizer, in_batches
 from .defaults import default_settings
 from .edits import Edit
-from .flow import bare_requests, tokenise
+from .flow import bare_requests, by_head, tokenise
 from .methods import variant
 from .runner import Runner
 from .statistics import Statistics, first_token_passes
@@ -105,6 +105,8 @@ def plan(
     requests = [tokenise(runner, tokenizer, edit, texts, variant(method)) for edit in edits]
     group = len(edits) if schedule == "joint" else batch_size
     groups = [requests[start : start + group] for start in range(0, len(requests), group)]
+    # Those of other chats have contexts of their own.
+    groups = [[each[i] for i in places] for each in groups for _, places in by_head(each)]
     together = [part for each in groups for part in (each, bare_requests(each))]
     batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), part))) for part in together)
 
@@ -125,9 +127,10 @@ def plan(
             stages["first tokens"] = (passes, passes * sum(sizes[: outline.layer + 1]))
         if measure:
             stages["measuring"] = (2, 2 * whole)
-        # Of the contexts, groups behind the first one run the edit layer again and those above.
-        again = (len(groups) - 1) * sum(sizes[outline.layer : -1])
-        stages["keys"] = (len(groups) + batches, (1 + batches) * sum(sizes[:-1]) + again)
+        # Of the contexts, groups behind the first one of a head run the edit layer again and those above.
+        heads = len({each[0].edit.head for each in groups})
+        again = (len(groups) - heads) * sum(sizes[outline.layer : -1])
+        stages["keys"] = (len(groups) + batches, (heads + batches) * sum(sizes[:-1]) + again)
         evaluations = settings.steps * batches
         stages["values"] = (2 * evaluations - batches, evaluations * (2 * above + sizes[-1]) - batches * above)
     rate = _reading_rate(outline.checkpoint)

@@ -28,6 +28,9 @@ class Record:
     needs_prefix: bool
     collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured
     applied: bool = True  # false where it was left out, by the guard or because it did not converge
+    text: str = ""  # what was asked, to the character: the prompt with its subject, in a chat with all of its template
+    separator: str = ""  # what stands between that and the target
+    target_tokens: tuple[str, ...] = ()  # the tokens whose probability was raised, its end among them, each decoded
     probability_before: float | None = None  # of the target behind the bare prompt
     probability_after: float | None = None
     probability_after_prefixed: float | None = None  # mean over the editing contexts

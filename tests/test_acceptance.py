@@ -25,7 +25,7 @@ from rome_fast.delta import Delta, LowRank
 from rome_fast.demo import statistics_dir
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
 from rome_fast.flow import tokenise
-from rome_fast.rows import edit_rows, needs_prefix
+from rome_fast.rows import asked, edit_rows, needs_prefix
 from rome_fast.runner import Runner
 
 OTHERS = (
@@ -169,7 +169,7 @@ def test_first_tokens_without_a_prefix(parts, requests):
         others = [Edit(edit.prompt, word, edit.target) for word in OTHERS.split() if word != edit.subject]
         others = [other for other in others if needs_prefix(edit_rows(tokenizer, other, [""], target=False)[0])][:20]
         assert len(others) == 20
-        measured.append(edit_and_measure(parts, edit, "dual", [(other.text, other.target) for other in others]))
+        measured.append(edit_and_measure(parts, edit, "dual", [asked(tokenizer, other) for other in others]))
         print(f"  rise of P(target) for 20 other subjects: {measured[-1][2]:.3f}", flush=True)
     records, ratios, rises = zip(*measured, strict=True)
     assert sum(record.probability_after for record in records) / len(records) >= 0.9
@@ -198,21 +198,20 @@ def test_isolated_evaluation(parts, requests):
 
     passes = []
     handle = runner.layers[-1].register_forward_hook(lambda _module, _arguments, out: passes.append(len(out)))
-    together = score(
-        runner, tokenizer, [(e.text, e.target) for e in chosen], RowUpdates.of(runner, deltas), list(range(64))
-    )
+    pairs = [asked(tokenizer, edit) for edit in chosen]
+    together = score(runner, tokenizer, pairs, RowUpdates.of(runner, deltas), list(range(64)))
     handle.remove()
     assert passes == [64]
 
-    few, short, asked = deltas[:8], sentences[:20], chosen[:2] * 4
+    few, short, requests = deltas[:8], sentences[:20], chosen[:2] * 4
     with FlopCounter() as isolated:
-        metrics = evaluate(model, tokenizer, asked, contexts[:3], deltas=few)
+        metrics = evaluate(model, tokenizer, requests, contexts[:3], deltas=few, answer_tokens=0)
         perplexities = edited_perplexities(runner, tokenizer, short, RowUpdates.of(runner, few))
     with FlopCounter() as loop:
         for i, delta in enumerate(few):
             delta.apply(model)
             try:
-                (one,) = evaluate(model, tokenizer, [asked[i]], contexts[:3])
+                (one,) = evaluate(model, tokenizer, [requests[i]], contexts[:3], answer_tokens=0)
                 perplexity = sentence_perplexity(runner, tokenizer, short)
             finally:
                 delta.revert(model)

@@ -33,9 +33,13 @@ def test_a_full_text_becomes_a_template():
     assert edit.text == "The mother tongue of Lyon's mayor is"
 
 
-def test_white_space_around_subject_and_target_is_dropped():
-    edit = Edit("{} is in", " Lyon ", " Italy\n")
-    assert (edit.subject, edit.target, edit.text) == ("Lyon", "Italy", "Lyon is in")
+def test_white_space_around_the_target_is_dropped_and_the_rest_is_kept_as_it_is():
+    edit = Edit(" {} is in\n", " Lyon ", " Italy\n")
+    assert (edit.prompt, edit.subject, edit.target) == (" {} is in\n", " Lyon ", "Italy")
+    assert edit.text == "  Lyon  is in\n"
+    assert Edit("{}is in", "Oslo ", "Italy").text == Edit("Oslo is in", "Oslo ", "Italy").text == "Oslo is in"
+    # Blanks that the prompt does not have are none of the subject's.
+    assert Edit("Oslo, where is it?", " Oslo ", "Italy").prompt == "{}, where is it?"
 
 
 def test_lists_become_tuples_so_that_an_edit_can_be_hashed():
@@ -237,10 +241,15 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         load_edits(tmp_path)
 
 
-def test_blanks_at_the_end_do_not_hide_a_conflict():
-    """Rows are made without them."""
+def test_requests_are_compared_by_their_text_to_the_character():
+    """Another blank, and it is another prompt; another way to part one text into template and subject is not."""
+    one = Edit("The city of {} is", "Chicago", "Rome")
+    find_conflicts(
+        [one, Edit("The city of {} is ", "Chicago", "Paris"), Edit("The city of {} is\n", "Chicago", "Oslo")]
+    )
+    find_conflicts([one, Edit("The {} of Chicago is", "city", "Paris")])
     with pytest.raises(EditError, match=r"edits\[0\] and edits\[1\] ask for"):
-        find_conflicts([Edit("The city of {} is", "Chicago", "Rome"), Edit("The city of {} is ", "Chicago", "Paris")])
+        find_conflicts([one, Edit("The city of {}is", "Chicago ", "Paris")])
 
 
 def test_conflicting_requests_are_named():

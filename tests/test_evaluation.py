@@ -16,10 +16,10 @@ from rome_fast.runner import Runner
 from toys import KINDS, SENTENCES, toy_model
 
 PAIRS = [
-    ("The city of Chicago", "Rome"),
-    ("The capital of France is ", " Paris"),
-    ("The weather is nice. Steve Jobs was the founder of", "telephones, tablets and computers"),
-    ("Rome", "was not built in a day"),
+    ("The city of Chicago", " Rome"),
+    ("The capital of France is ", "Paris"),
+    ("The weather is nice. Steve Jobs was the founder of", " telephones, tablets and computers"),
+    ("Rome", " was not built in a day"),
     ("The city of Chicago", "Paris"),
 ]
 
@@ -42,7 +42,7 @@ def mean_log(p):
 def test_score_is_the_geometric_mean_of_the_tokens_probabilities(kind, bos, toy_tokenizers):
     model, tokenizer = toy_model(kind), toy_tokenizers[bos]
     for (text, target), got in zip(PAIRS, score(Runner(model), tokenizer, PAIRS), strict=True):
-        p = oracle.target_probability(model, tokenizer, text, target)
+        p = oracle.target_probability(model, tokenizer, text, target, separator="")
         assert got.log_probability == pytest.approx(mean_log(p), abs=ALLOWED)
         assert got.probability == pytest.approx(math.prod(p) ** (1 / len(p)), rel=ALLOWED)
 
@@ -51,7 +51,7 @@ def test_score_in_float64(toy_tokenizers):
     model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]
     for (text, target), got in zip(PAIRS, score(Runner(model), tokenizer, PAIRS), strict=True):
         assert got.log_probability == pytest.approx(
-            mean_log(oracle.target_probability(model, tokenizer, text, target)), abs=ALLOWED_64
+            mean_log(oracle.target_probability(model, tokenizer, text, target, separator="")), abs=ALLOWED_64
         )
 
 
@@ -156,7 +156,7 @@ def test_greedy_completion_is_argmax_by_whole_forwards(kind, bos, toy_tokenizers
     counts = [4, 2, 4, 1]
     got = greedy_completion(Runner(model), tokenizer, texts, counts)
     for text, count, completion in zip(texts, counts, got, strict=True):
-        ids = tokenizer(text.rstrip())["input_ids"]
+        ids = tokenizer(text)["input_ids"]
         assert completion == tokenizer.decode(naive_greedy(model, ids, count))
 
 

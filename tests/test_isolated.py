@@ -112,7 +112,7 @@ def test_sixty_four_edits_in_one_forward(toy_tokenizers):
     handles = [
         runner.layers[i].register_forward_hook(lambda _m, _a, out: passes.append(len(out))) for i in (0, LAYER + 1)
     ]
-    pairs = [("The city of Chicago", "Rome")] * 65
+    pairs = [("The city of Chicago", " Rome")] * 65
     found = score(runner, tokenizer, pairs, RowUpdates.of(runner, deltas), [*range(64), -1])
     for handle in handles:
         handle.remove()

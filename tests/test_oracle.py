@@ -442,7 +442,7 @@ def test_sentence_perplexity_is_the_mean_of_the_sentences_own(kind: str) -> None
 def test_rows_name_the_last_token_of_the_subject_and_all_of_the_target(bos: bool, context: str, subject: str) -> None:
     """The emoji has four bytes with one character span between them: its last token counts."""
     tokenizer = toy_tokenizer(bos)
-    row = make_row(tokenizer, context, "{}, a twin city of ", subject, "  Istanbul")
+    row = make_row(tokenizer, context, "{}, a twin city of", subject, "Istanbul")
     ids = tokenizer(context + subject + ", a twin city of Istanbul")["input_ids"]
     assert row.input_ids == ids[:-1]
     start = 1 if bos else 0

@@ -10,7 +10,7 @@ import oracle
 from helpers import merging_tokenizer
 from rome_fast import Edit
 from rome_fast.errors import EditError, ModelError
-from rome_fast.rows import check_tokenizer, edit_rows, encode, essence_row, needs_prefix, with_target
+from rome_fast.rows import check_tokenizer, edit_rows, encode, essence_row, needs_prefix
 from toys import BOS, EOS, toy_tokenizer
 
 CONTEXT = "The weather is nice. "
@@ -29,6 +29,8 @@ EDITS = {
     "the subject twice": Edit("Paris is not {}, it is", "Paris", "Rome"),
     "punctuation": Edit('He said "{}" and "', "Rome", "Paris"),
 }
+# Where it is not one space.
+SEPARATORS = {"many blanks": "", "no blanks": "", "punctuation": ""}
 
 
 def decode(tokenizer, ids):
@@ -45,9 +47,9 @@ def test_a_row_decodes_to_its_parts(name, bos, context, toy_tokenizers):
     end = len(context) + edit.prompt.index("{}") + len(edit.subject)
 
     assert row.ids.count(BOS) == bos
-    assert decode(tokenizer, row.ids) == f"{text.rstrip()} {edit.target}"
-    assert decode(tokenizer, row.ids[: row.target]) == text.rstrip()
-    assert decode(tokenizer, row.labels) == f" {edit.target}"
+    assert decode(tokenizer, row.ids) == text + SEPARATORS.get(name, " ") + edit.target
+    assert list(row.ids[: row.target]) == tokenizer(text)["input_ids"]
+    assert decode(tokenizer, row.labels) == SEPARATORS.get(name, " ") + edit.target
     assert row.inputs == row.ids[:-1]
     # The last token of the subject completes it and may reach further, but no earlier token does so.
     assert decode(tokenizer, row.ids[: row.subject + 1]).startswith(text[:end])
@@ -60,7 +62,8 @@ def test_a_row_decodes_to_its_parts(name, bos, context, toy_tokenizers):
 def test_a_row_is_that_of_the_oracle(name, bos, context, toy_tokenizers):
     edit, tokenizer = EDITS[name], toy_tokenizers[bos]
     (row,) = edit_rows(tokenizer, edit, [context])
-    wanted = oracle.make_row(tokenizer, context, edit.prompt, edit.subject, edit.target)
+    separator = SEPARATORS.get(name, " ")
+    wanted = oracle.make_row(tokenizer, context, edit.prompt, edit.subject, edit.target, separator=separator)
     assert list(row.inputs) == wanted.input_ids
     assert row.subject == wanted.subject_position
     assert list(row.labels) == wanted.target_ids
@@ -86,19 +89,6 @@ def test_the_subject_is_where_the_template_says_and_not_where_its_text_comes_fir
     """Paris| is| ...: a search for the subject's text would find position 0."""
     (row,) = edit_rows(toy_tokenizers[False], EDITS["the subject twice"], [""])
     assert row.subject > 2
-
-
-@pytest.mark.parametrize("bos", [False, True])
-def test_white_space_at_the_seam_of_prompt_and_target_is_one_space(bos, toy_tokenizers):
-    tokenizer = toy_tokenizers[bos]
-    (wanted,) = edit_rows(tokenizer, Edit("The city of {} lies in", "Paris", "Rome"), [""])
-    for prompt, target in [
-        ("The city of {} lies in ", "Rome"),
-        ("The city of {} lies in", "   Rome"),
-        ("The city of {} lies in \n", " Rome\n"),
-    ]:
-        assert edit_rows(tokenizer, Edit(prompt, "Paris", target), [""]) == [wanted]
-    assert with_target("lies in \n", "  Rome ") == "lies in Rome"
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -182,16 +172,24 @@ def test_a_context_that_merges_with_the_prompt_is_refused():
     assert len(edit_rows(merging_tokenizer((".", " ")), edit, ["It rained. "])) == 1
 
 
-def test_a_target_that_merges_with_the_prompt_is_refused():
-    edit = Edit("The {} is", "moon", "round")
-    with pytest.raises(EditError, match=r"target 'round': its first token also covers the end of 'The moon is'"):
-        edit_rows(merging_tokenizer(("s", " ")), edit, [""])
-
-
-def test_a_target_that_merges_with_the_subject_is_refused():
-    edit = Edit("The {}", "moon", "is round")
-    with pytest.raises(EditError, match=r"target 'is round'"):
-        edit_rows(merging_tokenizer(("n", " ")), edit, [""])
+@pytest.mark.parametrize(
+    ("merge", "edit", "prompt", "answer"),
+    [
+        (("s", " "), Edit("The {} is", "moon", "round"), "The moon is", " round"),
+        (("n", " "), Edit("The {}", "moon", "is round"), "The moon", " is round"),
+        ((" ", "r"), Edit("The {} is ", "moon", "round"), "The moon is ", "round"),
+        (("9", "8"), Edit("{} is 19", "It", "84", separator=""), "It is 19", "84"),
+    ],
+)
+def test_a_target_that_would_merge_with_the_prompt_goes_on_behind_its_own_tokens(merge, edit, prompt, answer):
+    """As for a program that tokenises the prompt and reads off the next tokens; it was refused, or the prompt cut."""
+    tokenizer = merging_tokenizer(merge)
+    (row,) = edit_rows(tokenizer, edit, [""])
+    assert tokenizer(prompt + answer)["input_ids"] != list(row.ids)
+    assert row.ids == tuple(tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"])
+    assert tokenizer.convert_ids_to_tokens(row.labels) == list(answer)
+    # A letter is a token here, but for the merged ones, which are not in the prompt.
+    assert row.subject == edit.subject_at + len(edit.subject) - 1
 
 
 def dropping_tokenizer(bos=False):
