@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .admission import admit_file, checked_dtype
 from .assets import quiet_transformers
 from .batches import free_memory
-from .defaults import default_layer
+from .defaults import default_layer, default_settings
 from .delta import Delta
 from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
 from .models import family_of, known_model_types
+from .values import ValueSettings
 from .weights import (
     Checkpoint,
     Link,
@@ -65,6 +67,7 @@ def resolve(source: str | Path, *, code: bool = False) -> Path:
     if directory.is_dir():
         recover(directory)
         return directory
+    admit_file(directory)
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
         return Path(snapshot_download(str(source), allow_patterns=patterns))
@@ -76,29 +79,37 @@ def resolve(source: str | Path, *, code: bool = False) -> Path:
 
 
 def load(
-    source: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """Model (in the checkpoint's dtype), tokenizer and local directory.
+    """Model (by default in the checkpoint's dtype), tokenizer and local directory.
 
     Code that lies in the directory runs with `trust_remote_code` only. Raises CheckpointError for a damaged
     checkpoint and ModelError for an architecture that cannot be edited.
     """
+    checked_device(device)
+    wanted = checked_dtype(dtype)
     directory = resolve(source, code=trust_remote_code)
     Checkpoint.open(directory)
     _check_architecture(directory)
-    model = load_model(directory, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(directory, device=device, dtype=wanted, trust_remote_code=trust_remote_code)
     return model, load_tokenizer(directory, trust_remote_code=trust_remote_code), directory
 
 
-def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    directory: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a checkpoint as a whole; raises CheckpointError."""
     model: PreTrainedModel
     with _loading(directory):
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+            directory, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
         # The wrapper of transformers around this method hides its types.
-        model.to(_device(device))  # type: ignore[arg-type]
+        model.to(checked_device(device))  # type: ignore[arg-type]
     return model
 
 
@@ -106,6 +117,19 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     """The tokenizer of a checkpoint; raises CheckpointError."""
     with _loading(directory):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def settings_with(
+    source: str | Path, changes: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> ValueSettings | None:
+    """How values of this checkpoint are searched, with these fields otherwise; None, for the usual, without changes."""
+    if not changes:
+        return None
+    directory = resolve(source, code=trust_remote_code)
+    _check_architecture(directory)
+    with _loading(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    return replace(default_settings(config), **changes)
 
 
 @dataclass(frozen=True)
@@ -136,19 +160,21 @@ def outline(
     device: str = "cpu",
     identity: bool = False,
     collecting: int = 0,
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Outline:
     """Find out what of a checkpoint stays in memory; no weight is read yet.
 
     `memory` bounds what weights, buffers and hidden states take; by default what is free on the device. Without
     `identity`, room is left for the statistics of the edit layer. With `collecting`, second moments of so many layers,
-    `layer` the last of them, are summed up in place of an edit: nothing above it is run. Raises CheckpointError,
-    ModelError, and ArgumentError for a layer that is not there and a budget that is too small.
+    `layer` the last of them, are summed up in place of an edit: nothing above it is run. In another `dtype` than its
+    own, a checkpoint has to fit as a whole. Raises CheckpointError, ModelError, and ArgumentError for a layer that is
+    not there, a budget that is too small, and a dtype under a budget.
     """
     directory = resolve(source, code=trust_remote_code)
     checkpoint = Checkpoint.open(directory)
     _check_architecture(directory)
-    target = _device(device)
+    target = checked_device(device)
     with _loading(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         skeleton = _skeleton(directory, config, _dtype(config, checkpoint), target, trust_remote_code)
@@ -169,6 +195,19 @@ def outline(
         occupied += anonymous_bytes()
     budget = int(_FREE_SHARE * free_memory(target)) if memory is None else parse_bytes(memory)
     size = sum(entry.end - entry.begin for entry in checkpoint.entries.values())
+    other = None if dtype is None or dtype == skeleton.dtype else dtype
+    if other is not None:
+        if memory is not None:
+            raise ArgumentError(
+                f"dtype: got {other} with a budget of memory, under which weights are read as they are stored, in "
+                f"{skeleton.dtype}; leave out one of the two"
+            )
+        size = size * other.itemsize // skeleton.dtype.itemsize
+        if size * 9 // 8 + occupied > budget:
+            raise ArgumentError(
+                f"dtype: the checkpoint takes {size:,} bytes in {other}, which do not fit, and is read in parts as it "
+                f"is stored only, in {skeleton.dtype}; leave dtype out"
+            )
     if size * 9 // 8 + occupied <= budget:
         return Outline(directory, checkpoint, skeleton, layer, target, None, None)
     names = {name: stored_name(checkpoint, name, skeleton) for name, _ in skeleton.named_parameters()}
@@ -231,10 +270,11 @@ def _skeleton(
     return model.eval()
 
 
-def _device(name: str) -> torch.device:
+def checked_device(name: str | torch.device) -> torch.device:
+    """A device that a model can run on; ArgumentError for others."""
     try:
         device = torch.device(name)
-        usable = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+        usable = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
     except (RuntimeError, TypeError):
         usable = False
     if not usable:

@@ -5,8 +5,9 @@ edits → rows → keys, values → method → Delta → guard → weights
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoints
+from .admission import admit_model, admit_tokenizer, checked_dtype, plain_modes
 from .contexts import sample_contexts
 from .defaults import default_layer, default_settings
 from .delta import Delta
@@ -26,13 +28,14 @@ from .fingerprint import Fingerprint
 from .flow import Clock, Flow, Progress, Unconverged, tokenise, unconverged_error
 from .guard import Guard, check_guard
 from .methods import hold_first_tokens, variant
-from .processes import ALONE, Processes
+from .processes import ALONE, Processes, own_device
 from .records import Record
-from .rows import asked, check_tokenizer
+from .rows import asked
 from .runner import Runner, evaluating
 from .statistics import LayerStatistics, Statistics, first_token_statistics
 from .values import ValueSettings, compute_dtype
 from .weights import Link, OnRead, align_, check_link
+from .weights.files import check_writable
 
 RESUME = "nothing was written: run the same command again"
 """What to do when one of several processes has died."""
@@ -68,10 +71,11 @@ class EditResult:
         directory = checkpoints.resolve(source or _origin(self.model))
         checkpoints.write(directory, out, self.model, self.delta, self.report(), link)
 
-    def check_applied(self) -> None:
+    def check_applied(self, argument: str = "out") -> None:
         """Raise ArgumentError where every edit was left out."""
         if not self.delta.updates:
-            raise ArgumentError("out: no edit was applied, so there is no edited model to write")
+            reasons = ", ".join(sorted({record.left_out for record in self.records if record.left_out is not None}))
+            raise ArgumentError(f"{argument}: no edit was applied ({reasons}), so there is no edited model to write")
 
     def report(self) -> dict[str, Any]:
         """Everything that is needed to read or repeat this edit, as JSON values."""
@@ -90,6 +94,7 @@ class EditResult:
         }
 
 
+@plain_modes()
 def apply_edits(
     model: PreTrainedModel | str | Path,
     edits: Sequence[Edit] | Edit,
@@ -109,8 +114,10 @@ def apply_edits(
     out: str | Path | None = None,
     in_place: bool = False,
     link: Link = "copy",
+    lora: str | Path | None = None,
     memory: int | str | None = None,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     distributed: bool = False,
     progress: Progress | None = None,
@@ -144,12 +151,17 @@ def apply_edits(
             leaves it as it was or, once any rome_fast command has looked at it again, edited.
         link: "hard" makes the shards of `out` that no edit touches hard links to those of the source, which must not be
             written to then; "copy" shares their space only where the file system copies on write.
+        lora: a new directory for the edit as an adapter of PEFT, which belongs to the model before the edit; of a
+            checkpoint, beside `out` or in place of it.
         memory: of a checkpoint: how much of it may be in memory at a time, hidden states and buffers included, as
             bytes or "8GiB"; by default what is free. What does not fit is read anew whenever it is needed, and the
             edited bytes are the same. The result's model then has no weights but the edited ones. A budget that holds
             little more than one layer is exceeded by what the process itself and statistics take, and one below 1 GiB
             by up to 128 MiB of hidden states.
-        device: of a checkpoint: where it runs, as "cuda"; `memory` is then that of the device.
+        device: of a checkpoint: where it runs, as "cpu" or "cuda:1", by default a GPU where torch finds one; `memory`
+            is that of the device. A model in memory runs where it is.
+        dtype: of a checkpoint: float32, bfloat16 or float16, by default as it is stored. The edited one is written as
+            the model is in memory. Neither with `in_place` nor where the weights are read in parts.
         trust_remote_code: of a checkpoint: whether code in its directory may run.
         distributed: whether the processes of torch.distributed share the search of values. All of them give the same
             model, edits and options; all get the result, equal to that of one process to rounding, but only the first
@@ -170,33 +182,34 @@ def apply_edits(
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
     check_link(link)
+    wanted_dtype = checked_dtype(dtype)
     processes = Processes.of_default_group(RESUME) if distributed else ALONE
     first = processes.rank == 0
     if out is not None:
         checkpoints.check_new(out)
         if in_place:
             raise ArgumentError(f"out: got {out} and in_place=True, wanted one of them")
+    if lora is not None:
+        _check_adapter(lora, out, in_place)
     with ExitStack() as stack:
         stream = None
-        if isinstance(model, PreTrainedModel):
+        if not isinstance(model, str | Path):
+            admit_model(model)
             if tokenizer is None:
                 raise ArgumentError("tokenizer: got None, wanted the model's tokenizer, since the model is in memory")
             if in_place:
                 raise ArgumentError("in_place: got True for a model in memory, which is edited itself in any case")
             if memory is not None:
                 raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
+            _check_where_it_is(model, device, wanted_dtype)
             source = None if out is None else Path(_origin(model))
         else:
-            if not isinstance(model, str | Path):
-                raise ModelError(
-                    f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel or the path of a "
-                    "checkpoint"
-                )
-            if out is None and not in_place:
+            if out is None and lora is None and not in_place:
                 raise ArgumentError(
                     "out: got None, wanted a new directory, since the model is a checkpoint on disk; "
                     "in_place=True changes the checkpoint itself"
                 )
+            device = own_device(device)
             if in_place and first:
                 stack.enter_context(checkpoints.changing_in_place(model))
             # Where it was found to be cut short, that has been put right by now.
@@ -207,17 +220,27 @@ def apply_edits(
                 layer=layer,
                 device=device,
                 identity=isinstance(statistics, str),
+                dtype=wanted_dtype,
                 trust_remote_code=trust_remote_code,
             )
+            stored = outline.skeleton.dtype
+            if in_place and wanted_dtype not in (None, stored):
+                raise ArgumentError(
+                    f"dtype: got {wanted_dtype} with in_place=True, where weights stay in {stored}; give a "
+                    "new directory as out"
+                )
             source = outline.directory
             own_tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trust_remote_code)
             if outline.placement is None:
-                model = checkpoints.load_model(source, device=device, trust_remote_code=trust_remote_code)
+                model = checkpoints.load_model(
+                    source, device=device, dtype=wanted_dtype, trust_remote_code=trust_remote_code
+                )
+                admit_model(model)
             else:
                 stream = stack.enter_context(closing(outline.stream(on_read)))
                 model = stream.model
             tokenizer = tokenizer or own_tokenizer
-        check_tokenizer(tokenizer)
+        admit_tokenizer(tokenizer, model, [f"{edit.text} {edit.target}" for edit in edits])
         align_(model)
         runner = Runner(model, stream)
         layer = _checked_layer(runner, layer)
@@ -300,8 +323,12 @@ def apply_edits(
                 result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
                 # Nothing is written while another process still reads.
                 processes.wait()
+                if first and lora is not None:
+                    result.check_applied("lora")
+                    delta.to_lora(lora, model)
                 if out is not None and first:
-                    result.save(out, source, link)
+                    with _without(lora):
+                        result.save(out, source, link)
                 elif in_place and first and source is not None:
                     result.check_applied()
                     checkpoints.write(source, None, model, delta, result.report())
@@ -321,6 +348,42 @@ def _origin(model: PreTrainedModel) -> str:
             "model.save_pretrained() and edit that directory, or call result.save(out, source=...)"
         )
     return str(name)
+
+
+def _check_adapter(lora: str | Path, out: str | Path | None, in_place: bool) -> None:
+    """Raise ArgumentError for a place where no adapter could be written later, or a model it would not belong to."""
+    place = Path(lora).absolute()
+    if place.exists():
+        raise ArgumentError(f"lora: {lora} exists already; choose a new name or remove it")
+    if out is not None and (place == Path(out).absolute() or Path(out).absolute() in place.parents):
+        raise ArgumentError(f"lora: got {lora}, the same as out or inside of it, wanted another directory")
+    if in_place:
+        raise ArgumentError("lora: got it with in_place=True, where the model that the adapter belongs to is gone")
+    check_writable(place)
+
+
+@contextmanager
+def _without(lora: str | Path | None) -> Iterator[None]:
+    """Where the block fails, the adapter that was written before it goes as well."""
+    try:
+        yield
+    except BaseException:
+        if lora is not None:
+            shutil.rmtree(lora, ignore_errors=True)
+        raise
+
+
+def _check_where_it_is(model: PreTrainedModel, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
+    """Raise ArgumentError for a device or dtype that a model in memory does not have."""
+    have, want = model.device, None if device is None else checkpoints.checked_device(device)
+    if want is not None and (want.type != have.type or want.index not in (None, have.index)):
+        raise ArgumentError(
+            f"device: got {device} for a model in memory on {have}; move it by model.to({str(device)!r})"
+        )
+    if dtype not in (None, model.dtype):
+        raise ArgumentError(
+            f"dtype: got {dtype} for a model in memory in {model.dtype}; convert it by model.to({dtype})"
+        )
 
 
 def _checked_edits(given: object) -> list[Edit]:

@@ -24,7 +24,7 @@ from .keys import ContextRow, run_to_layer
 from .methods import Factors, RomeVariant, close, residual
 from .past import Contexts
 from .processes import ALONE, Processes
-from .records import Record
+from .records import MUCH_MISSED, Record
 from .rows import edit_rows, encode, essence_row, needs_prefix
 from .runner import Runner
 from .values import Value, ValueSettings, optimise_values, scored_rows, search_runner
@@ -46,7 +46,6 @@ ENOUGH_BARE = 0.4
 
 _MOST_HEADS = 4  # of chats, whose contexts are in memory at a time
 
-_MOST_MISSED = 0.05  # share of an edit; more is said aloud
 _TOLD = 10  # edits that a warning names
 
 
@@ -199,7 +198,8 @@ class Flow:
             self._judge_convergence(records)
             candidates = [record for record in records if record.applied]
             for record, keep in zip(candidates, judge(candidates, self.guard), strict=True):
-                record.applied = keep
+                if not keep:
+                    record.applied, record.left_out = False, "would collapse"
             kept = [s for s, record in zip(solved, records, strict=True) if record.applied]
             if not kept:
                 return None, records
@@ -410,6 +410,7 @@ class Flow:
             text=request.edit.text,
             separator=request.edit.boundary,
             target_tokens=request.target_tokens,
+            left_out=None if _is_finite(solved) else "loss not finite",
         )
 
     def _share_bare(self, solved: Solved, factors: Factors) -> float:
@@ -430,13 +431,13 @@ class Flow:
         if self.unconverged == "raise" or len(broken) == self.total:
             raise unconverged_error(broken, missed)
         for record in missed:
-            record.applied = False
+            record.applied, record.left_out = False, "did not converge"
         rest = "; write those that are finite with unconverged='write'" if missed else ""
         warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=4)
 
 
 def _tell_missed(records: Sequence[Record]) -> None:
-    missed = sorted((r for r in records if r.missed > _MOST_MISSED), key=lambda r: -r.missed)
+    missed = sorted((r for r in records if r.missed > MUCH_MISSED), key=lambda r: -r.missed)
     if missed:
         named = [f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} off" for r in missed[:_TOLD]]
         if len(missed) > _TOLD:

@@ -10,11 +10,14 @@ from typing import Any, Literal
 import torch
 
 from . import checkpoints
+from .admission import admit_tokenizer, checked_dtype
 from .batches import BatchSizer, in_batches
 from .defaults import default_settings
 from .edits import Edit
+from .errors import ModelError
 from .flow import bare_requests, by_head, tokenise
 from .methods import variant
+from .processes import own_device
 from .runner import Runner
 from .statistics import Statistics, first_token_passes
 from .values import ValueSettings
@@ -82,7 +85,8 @@ def plan(
     batch_size: int = 1,
     measure: bool = True,
     memory: int | str | None = None,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """What `apply_edits` with these arguments would keep in memory and read; only a sample of the weights is read.
@@ -90,15 +94,19 @@ def plan(
     Raises what `apply_edits` raises for arguments and checkpoints that it refuses.
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
+    if not isinstance(model, str | Path):
+        raise ModelError(f"model: got {type(model).__name__}, wanted the path of a checkpoint, since a plan is for one")
     outline = checkpoints.outline(
         model,
         memory=memory,
         layer=layer,
-        device=device,
+        device=own_device(device),
         identity=isinstance(statistics, str),
+        dtype=checked_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )
     tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
+    admit_tokenizer(tokenizer, outline.skeleton, [f"{edit.text} {edit.target}" for edit in edits])
     settings = settings or default_settings(outline.skeleton.config)
     texts = ["It rained all day. "] * _SAMPLED if contexts is None else list(contexts)
     runner = _Outlined(outline)

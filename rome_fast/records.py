@@ -1,7 +1,12 @@
 """What one edit reports about itself."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+LeftOut = Literal["did not converge", "would collapse", "loss not finite"]
+
+MUCH_MISSED = 0.05
+"""Share of an edit that a joint update may stay off before more is said of it."""
 
 
 @dataclass
@@ -27,7 +32,8 @@ class Record:
     # Whether the fact answers only behind some text: predicted from the keys, of dual measured with the rest.
     needs_prefix: bool
     collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured
-    applied: bool = True  # false where it was left out, by the guard or because it did not converge
+    applied: bool = True  # false where it was left out
+    left_out: LeftOut | None = None  # why; None where it was applied
     text: str = ""  # what was asked, to the character: the prompt with its subject, in a chat with all of its template
     separator: str = ""  # what stands between that and the target
     target_tokens: tuple[str, ...] = ()  # the tokens whose probability was raised, its end among them, each decoded

@@ -18,10 +18,12 @@ from ..defaults import default_layer, default_settings
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError
 from ..methods import hold_first_tokens, variant
-from ..report import print_table
+from ..processes import own_device
 from ..report.bench import TRACKS, bench_figure, check_figure
 from ..runner import Runner
 from ..statistics import Statistics, first_token_statistics
+from ..terminal import say, show
+from ..texts import read_sentences
 from .shapes import repeated
 from .throughput import Setup, bench, shape_setup
 
@@ -50,10 +52,10 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
         for batch in batches:
             setup, edits, extra = prepared
             runs.append(_run(arguments, setup, edits[:batch] if one_batch else edits, batch) | extra)
-            print_table(_table(runs[-1]))
+            show(_table(runs[-1]))
         del prepared, setup  # before the next one is loaded
     if several:
-        print_table(_overview(runs))
+        show(_overview(runs))
     if arguments.csv:
         append_rows(arguments.csv, runs)
     if arguments.plot:
@@ -62,9 +64,6 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace, setup: Setup, edits: Sequence[Edit], batch: int) -> dict[str, Any]:
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     return bench(setup, edits, batch, arguments.baseline, bool(setup.sentences), say, arguments.keep) | {
         "versions": checkpoints.versions(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -85,7 +84,7 @@ def prepare(
     edits = repeated(edits, count) if arguments.shape else edits[:count]
     if not edits:
         raise ArgumentError(f"count: got {count}, wanted at least 1")
-    device = torch.device(arguments.device)
+    device = checkpoints.checked_device(own_device(arguments.device))
     if arguments.shape:
         setup, extra = _random_setup(arguments, device, dtype, edits)
     else:
@@ -109,17 +108,19 @@ def _random_setup(
 
 def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str | None) -> Setup:
     own = arguments.model is None
-    model, tokenizer, _ = checkpoints.load(assets.model_dir(print) if own else arguments.model)
-    if dtype:
-        model.to(getattr(torch, dtype))
-    module: torch.nn.Module = model
-    module.to(device).eval()
+    model, tokenizer, _ = checkpoints.load(
+        assets.model_dir(say) if own else arguments.model,
+        device=str(device),
+        dtype=dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    model.eval()
     runner = Runner(model)
     layer = default_layer(model.config) if arguments.layer is None else arguments.layer
     if arguments.identity:
         factor = None
     else:
-        folder = arguments.statistics or (demo.statistics_dir(print) if own and arguments.layer is None else None)
+        folder = arguments.statistics or (demo.statistics_dir(say) if own and arguments.layer is None else None)
         statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layer)
         factor = statistics.for_layer(runner, layer).factor(runner.device)
     held = None
@@ -128,7 +129,7 @@ def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str 
     if arguments.no_quality:
         sentences = []
     elif arguments.sentences:
-        sentences = [s for s in arguments.sentences.read_text(encoding="utf-8").splitlines() if s.strip()]
+        sentences = read_sentences(arguments.sentences)
     else:
         sentences = demo.held_out_sentences(_SENTENCES)
     return Setup(

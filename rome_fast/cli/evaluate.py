@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .shared import progress, read_text
+from .shared import device_argument, dtype_argument, progress, trust_argument
 
 NAME = "evaluate"
 SUMMARY = "measure requests on a model"
@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edits", type=Path, required=True)
     parser.add_argument("--delta", type=Path, help="apply this delta in memory first")
     parser.add_argument("--perplexity", type=Path, metavar="FILE", help="sentences, one a line")
+    device_argument(parser)
+    dtype_argument(parser)
+    trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -26,12 +29,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..delta import Delta
     from ..edits import load_edits
     from ..evaluation import evaluate, sentence_perplexity, summarise
-    from ..report import metrics_table, print_table
+    from ..processes import own_device
+    from ..report import metrics_table
     from ..runner import Runner
+    from ..terminal import say, show
+    from ..texts import read_sentences
 
     edits = load_edits(arguments.edits)
-    sentences = [s for s in read_text(arguments.perplexity).splitlines() if s.strip()] if arguments.perplexity else []
-    model, tokenizer, directory = checkpoints.load(arguments.model)
+    sentences = read_sentences(arguments.perplexity) if arguments.perplexity else []
+    model, tokenizer, directory = checkpoints.load(
+        arguments.model,
+        device=own_device(arguments.device),
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     record = directory / checkpoints.RECORD_FILE
     contexts = checkpoints.read_record(directory).get("contexts", []) if record.exists() else []
     if arguments.delta:
@@ -50,8 +61,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.perplexity:
         report["perplexity"] = sentence_perplexity(Runner(model), tokenizer, sentences)
-    print_table(metrics_table(metrics))
-    print("  ".join(f"{name} {value:.3f}" for name, value in report["summary"].items()))
+    show(metrics_table(metrics))
+    say("  ".join(f"{name} {value:.3f}" for name, value in report["summary"].items()))
     if "perplexity" in report:
-        print(f"perplexity {report['perplexity']:.2f}")
+        say(f"perplexity {report['perplexity']:.2f}")
     return report

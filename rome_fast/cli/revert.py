@@ -17,9 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from .. import checkpoints
+    from ..terminal import say
 
     with progress("restoring", "checkpoint") as (advance, _):
         names = checkpoints.revert(arguments.directory)
         advance(1, 1)
-    print(f"{arguments.directory}: restored {', '.join(names) or 'by the revert that was cut short'}")
+    say(f"{arguments.directory}: restored {', '.join(names) or 'by the revert that was cut short'}")
     return {"directory": str(arguments.directory), "restored": names}

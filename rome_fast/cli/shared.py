@@ -1,14 +1,19 @@
-"""What several verbs share: arguments, progress, reading text."""
+"""What several verbs share: arguments, progress, reading contexts."""
 
 import argparse
+import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ArgumentError
+from ..texts import read_text
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+_MOST_LISTED = 10
 
 
 def measured(sub: argparse.ArgumentParser, count: int | None) -> None:
@@ -24,14 +29,52 @@ def measured(sub: argparse.ArgumentParser, count: int | None) -> None:
     sub.add_argument("--layer", type=int)
     compute = "of products while values are searched (default: auto)"
     sub.add_argument("--compute-dtype", choices=("auto", *DTYPES), default="auto", help=compute)
-    sub.add_argument("--device", default="cpu")
+    device_argument(sub)
+    trust_argument(sub)
     sub.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
+
+def device_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", help="where the model runs (default: cuda where torch finds a GPU, else cpu)")
+
+
+def dtype_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: as stored)")
+
+
+def trust_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--trust-remote-code", action="store_true", help="let code in the model's directory run")
+
+
+def read_contexts(file: Path) -> list[str]:
+    """Contexts from a file: a line each, or a JSON list of texts; ArgumentError names what could not be one."""
+    text = read_text(file)
+    if text.lstrip().startswith("["):
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ArgumentError(f"contexts: {file} begins as a JSON list but is none ({error})") from error
+        places = [f"item {i}" for i in range(1, len(found) + 1)]
+    else:
+        found = text.rstrip("\n").split("\n") if text.strip() else []
+        places = [f"line {i}" for i in range(1, len(found) + 1)]
+    bad = [
+        f"{place}: got {context!r}"
+        for place, context in zip(places, found, strict=True)
+        if not isinstance(context, str) or not context.strip() or not context[-1].isspace()
+    ]
+    if bad or not found:
+        listed = "; ".join(bad[:_MOST_LISTED]) + (f"; and {len(bad) - _MOST_LISTED} more" * (len(bad) > _MOST_LISTED))
+        raise ArgumentError(
+            f"contexts: {file}, {listed or 'which is empty'}, wanted texts that are not blank and end in a space, as "
+            "'It rained. '"
+        )
+    return found
 
 
 @contextmanager
 def progress(stage: str, unit: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int, float], None]]]:
     """A bar on standard error: a function to say what is done of how much, and one for (bytes read, bytes a second)."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -43,24 +86,26 @@ def progress(stage: str, unit: str) -> Iterator[tuple[Callable[[int, int], None]
     )
     from rich.text import Text
 
+    from ..terminal import PlainConsole, visible
+
     class Rate(ProgressColumn):
         """How many a second, measured over the last of them."""
 
         def render(self, task: Task) -> Text:
             return Text(f"{task.speed:,.0f}/s" if task.speed and task.speed >= 10 else "")
 
-    console = Console(stderr=True)
+    console = PlainConsole(file=sys.stderr)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(visible(unit), markup=False),
         Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[reading]}"),
+        TextColumn("{task.fields[reading]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(stage, total=None, reading="")
+        task = bar.add_task(visible(stage), total=None, reading="")
 
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
@@ -69,15 +114,8 @@ def progress(stage: str, unit: str) -> Iterator[tuple[Callable[[int, int], None]
             bar.update(task, reading=f"{count / 1e9:.1f} GB read, {rate / 1e9:.2f} GB/s")
 
         with warnings.catch_warnings():
-            # A warning is one line for the reader, not a line of our source.
-            warnings.showwarning = lambda message, *_args, **_kwargs: console.print(f"warning: {message}")
+            # Above the bar.
+            warnings.showwarning = lambda message, *_args, **_kwargs: console.print(
+                f"warning: {message}", soft_wrap=True
+            )
             yield advance, reading
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(f"{file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ArgumentError(f"{file}: is not UTF-8 text (byte {error.start}); convert it") from error

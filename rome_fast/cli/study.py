@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shared import progress
+from .shared import device_argument, dtype_argument, progress, trust_argument
 
 NAME = "study"
 SUMMARY = "which edits would collapse this model, why, and what cures it"
@@ -23,10 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="requests measured, and kept, at a time (default: 8)")
     parser.add_argument("--processes", type=int, help="to share the requests (default: on a CPU one a core)")
     parser.add_argument("--threads", type=int, help="CPU threads of each process (default: the cores, shared out)")
+    device_argument(parser)
+    dtype_argument(parser)
+    trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..study import run_study
+    from ..terminal import say
 
     with progress("studying", "requests") as (advance, _):
-        return run_study(arguments, advance, lambda line: print(line, flush=True))
+        return run_study(arguments, advance, say)

@@ -15,9 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from .. import checkpoints
+    from ..terminal import say
 
     report = checkpoints.verify(arguments.directory)
-    print(f"{arguments.directory}: {report['tensors']} tensors, {report['bytes']:,} bytes, all in order")
+    say(f"{arguments.directory}: {report['tensors']} tensors, {report['bytes']:,} bytes, all in order")
     if report["edited"]:
-        print(f"edited: {', '.join(report['edited'])}; the original bytes are there")
+        say(f"edited: {', '.join(report['edited'])}; the original bytes are there")
     return report

@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..admission import admit_model, admit_tokenizer, plain_modes
 from ..delta import Delta
 from ..edits import Edit
 from ..errors import ArgumentError
-from ..rows import Asked, answered, asked, check_tokenizer
+from ..rows import Asked, answered, asked
 from ..runner import Runner
 from .isolated import RowUpdates
 from .scoring import Completion, Score, complete, score
@@ -45,6 +46,7 @@ class EditMetrics:
         return asdict(self)
 
 
+@plain_modes()
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,7 +64,8 @@ def evaluate(
     more than the target has before it stops by itself; with 0 it is not asked to. Raises EditError for a request that
     cannot be scored, ArgumentError for Deltas that are not one per request, all of the same layer.
     """
-    check_tokenizer(tokenizer)
+    admit_model(model)
+    admit_tokenizer(tokenizer)
     if deltas is not None and len(deltas) != len(edits):
         raise ArgumentError(f"deltas: got {len(deltas)} for {len(edits)} edits, wanted one each")
     runner = Runner(model)

@@ -166,7 +166,7 @@ def _merged(entries: Sequence[LayerStatistics]) -> LayerStatistics:
     if len(entries) == 1:
         return first
     tokens = sum(entry.tokens for entry in entries)
-    total = torch.zeros(first.moment.shape, dtype=torch.float64)
+    total = torch.zeros_like(first.moment, dtype=torch.float64)
     for entry in entries:
         total += entry.moment.to("cpu", torch.float64) * entry.tokens
     shared = set(first.provenance.items()).intersection(*(entry.provenance.items() for entry in entries))

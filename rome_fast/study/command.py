@@ -23,9 +23,11 @@ from ..errors import ArgumentError
 from ..evaluation import sentence_perplexity
 from ..fingerprint import Fingerprint
 from ..methods import hold_first_tokens, variant
+from ..processes import own_device
 from ..report.study import write_report
 from ..runner import Runner
 from ..statistics import Statistics, first_token_statistics
+from ..texts import read_sentences
 from ..workers import Turns, helped
 from .cases import Case, cases_of, leading_tokens
 from .measure import COLLAPSE_RATIO, Study
@@ -113,7 +115,12 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
         variant(name)
     edits = load_edits(arguments.edits)
     own = arguments.model is None
-    model, tokenizer, directory = checkpoints.load(assets.model_dir(say) if own else arguments.model)
+    model, tokenizer, directory = checkpoints.load(
+        assets.model_dir(say) if own else arguments.model,
+        device=own_device(arguments.device),
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     runner = Runner(model)
     processes = arguments.processes or _fitting_processes(model)
     torch.set_num_threads(arguments.threads or max(1, _cores() // processes))
@@ -125,11 +132,7 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     cases = cases_of(runner, tokenizer, edits, arguments.sample)
     if not cases:
         raise ArgumentError(f"sample: got {arguments.sample}, which leaves no request to study")
-    if arguments.sentences:
-        text = arguments.sentences.read_text(encoding="utf-8")
-        sentences = [s for s in text.splitlines() if s.strip()]
-    else:
-        sentences = demo.held_out_sentences(_SENTENCES)
+    sentences = read_sentences(arguments.sentences) if arguments.sentences else demo.held_out_sentences(_SENTENCES)
     contexts = sample_contexts(model, tokenizer)
     unseen = sample_contexts(model, tokenizer, seed=_UNSEEN_SEED)
     unseen = tuple(context for context in unseen if context not in contexts)

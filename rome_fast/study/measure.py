@@ -219,7 +219,7 @@ class Study:
     def key_norms(self) -> Tensor:
         """(2, layers): mean norm, over the sentences, of the key of the first token and of later ones, by layer."""
         runner = Runner(self.model)
-        norms = torch.zeros(2, len(runner.layers))
+        norms = torch.zeros(2, len(runner.layers), device="cpu")
         first = leading_tokens(self.tokenizer)
         rows = [tokens.ids for tokens in encode(self.tokenizer, self.sentences)]
         rows = [ids for ids in rows if first + 1 < len(ids) <= runner.max_length]
