@@ -38,10 +38,14 @@ def plain_modes() -> Iterator[None]:
         yield
 
 
-def admit_model(model: Any) -> TypeGuard[PreTrainedModel]:
-    """True for a causal language model whose weights are all here as plain tensors; ModelError for anything else."""
+def admit_model(model: Any, *, or_path: bool = False) -> TypeGuard[PreTrainedModel]:
+    """True for a causal language model whose weights are all here as plain tensors; ModelError for anything else.
+
+    `or_path` says in its message that the path of a checkpoint would do as well.
+    """
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"model: got {_unwrapped(model)}")
+        wanted = f"wanted a transformers PreTrainedModel{' or the path of a checkpoint' if or_path else ''}"
+        raise ModelError(f"model: got {type(model).__name__}, {wanted}; {_remedy(model)}")
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"model: got {kind}, an encoder-decoder, wanted a decoder alone; load one by {_LOAD}")
@@ -61,24 +65,16 @@ def admit_model(model: Any) -> TypeGuard[PreTrainedModel]:
     return True
 
 
-def _unwrapped(model: object) -> str:
-    """What came in place of a model, what was wanted, and where the model is, if there is one inside."""
-    kind = type(model).__name__
+def _remedy(model: object) -> str:
+    """How to come to the model inside of what came in place of one, or to any."""
     if hasattr(model, "peft_config"):
-        return (
-            f"{kind}, a model with an adapter of peft, wanted one without; merge it, as in model = "
-            "model.merge_and_unload(), and edit that"
-        )
+        return "merge the adapter, as in model = model.merge_and_unload(), and edit that"
+    if "FullySharded" in type(model).__name__:
+        return "edit the model before it is sharded, or its checkpoint"
     inside = [name for name in ("_orig_mod", "module", "model") if isinstance(getattr(model, name, None), nn.Module)]
-    if inside and "FullySharded" not in kind:
-        return (
-            f"{kind}, which wraps a model, wanted a transformers PreTrainedModel; edit what it wraps, whose weights "
-            f"are its own: apply_edits(model.{inside[0]}, …)"
-        )
-    return (
-        f"{kind}, wanted a transformers PreTrainedModel or the path of a checkpoint; load a model by {_LOAD}, and a "
-        "sharded one in each process as a whole"
-    )
+    if inside:
+        return f"edit what this wraps, whose weights are its own: model.{inside[0]}"
+    return f"load one by {_LOAD}"
 
 
 def _admit_module(kind: str, name: str, module: nn.Module) -> None:
@@ -90,7 +86,7 @@ def _admit_module(kind: str, name: str, module: nn.Module) -> None:
         )
     weight = getattr(module, "weight", None)
     if home.startswith(_QUANTISED) or "qweight" in module._buffers:
-        raise ModelError(_quantised(name, type(module).__name__))
+        raise ModelError(_quantised(name, f"the quantised weights of a {home}.{type(module).__name__}"))
     if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter) and weight.dim() > 1:
         if not _is_wide(weight):
             raise ModelError(_quantised(f"{name}.weight", f"dtype {weight.dtype}"))

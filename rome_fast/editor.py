@@ -194,7 +194,7 @@ def apply_edits(
     with ExitStack() as stack:
         stream = None
         if not isinstance(model, str | Path):
-            admit_model(model)
+            admit_model(model, or_path=True)
             if tokenizer is None:
                 raise ArgumentError("tokenizer: got None, wanted the model's tokenizer, since the model is in memory")
             if in_place:

@@ -55,10 +55,10 @@ class ValueSettings:
                 raise ArgumentError(f"settings: got {name} {getattr(self, name)!r}, wanted a whole number")
         for name in ("learning_rate", "weight_decay", "clamp", "kl_factor", "stop_loss"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise ArgumentError(
-                    f"settings: got {name} {value!r}, wanted a number that is neither negative nor infinite"
-                )
+            # A loss that is never reached never stops.
+            least = -math.inf if name == "stop_loss" else 0
+            if type(value) not in (int, float) or not (math.isfinite(value) and value >= least):
+                raise ArgumentError(f"settings: got {name} {value!r}, wanted a finite number, not below 0")
         if self.steps < 1 or self.margin < 0 or self.draft_rows < 0:
             got = f"steps {self.steps}, margin {self.margin}, draft_rows {self.draft_rows}"
             raise ArgumentError(f"settings: got {got}, wanted at least 1, 0 and 0")

@@ -165,7 +165,7 @@ def test_weights_in_eight_bits(toy_tokenizers):
     projection.weight = torch.nn.Parameter(projection.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     assert_refused(
         ModelError,
-        r"layers.1.mlp.down_proj.weight has dtype torch.float8_e4m3fn, wanted .*bfloat16, float16.*without quantisation",
+        r"layers.1.mlp.down_proj.weight has dtype torch.float8_e4m3fn, wanted .*bfloat16.*without quantisation",
         model,
         toy_tokenizers[False],
     )

@@ -82,7 +82,7 @@ def collect_statistics(
             model, layers, memory=memory, device=own_device(device), dtype=dtype, trust_remote_code=trust_remote_code
         )
     else:
-        admit_model(model)
+        admit_model(model, or_path=True)
         admit_tokenizer(tokenizer, offsets=False)
         if memory is not None:
             raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
