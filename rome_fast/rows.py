@@ -157,15 +157,20 @@ _ANCHORS = ("", "\n", ".", "a", "1", "(")
 
 def _apart(tokenizer: PreTrainedTokenizerBase, question: Asked, text: list[int], whole: list[int]) -> list[int]:
     read = _decode(tokenizer, whole)
-    # A tokenizer that does not decode what it has encoded is held to all but the blanks.
-    exact = read == question.text + question.answer
+    found: list[tuple[str, list[int]]] = []  # what the text is with it, and the answer
     for anchor in _ANCHORS if question.answer else ():
         before, both = encode(tokenizer, [anchor, anchor + question.answer], special=False)
-        found = both.ids[len(before.ids) :]
-        if found and both.ids[: len(before.ids)] == before.ids:
-            got = _decode(tokenizer, text + found)
-            if got == read or (not exact and "".join(got.split()) == "".join(read.split())):
-                return found
+        answer = both.ids[len(before.ids) :]
+        if answer and both.ids[: len(before.ids)] == before.ids:
+            found.append((_decode(tokenizer, text + answer), answer))
+    for got, answer in found:
+        if got == read:
+            return answer
+    # A tokenizer that does not decode to what it has encoded is held to all but the blanks.
+    if not read.endswith(question.text + question.answer):
+        for got, answer in found:
+            if "".join(got.split()) == "".join(read.split()):
+                return answer
     raise EditError(
         f"target {question.answer!r}: got no token from the tokenizer that continues {question.text[-30:]!r} by it, "
         "wanted at least one; write it in full, or give the separator that stands before it"
