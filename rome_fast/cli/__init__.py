@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace, unprinted: Callable[[], str | None]) -> 
         if arguments.json is not None:
             _check_report(arguments)
         report = arguments.run(arguments)
-    except RomeFastError as error:
+    except (RomeFastError, Warning) as error:  # the latter where Python was told to raise them
         tell(f"rome-fast: {error}")
         return 2
     except KeyboardInterrupt:
