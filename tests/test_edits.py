@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rome_fast.edits import Edit, find_conflicts, load_edits
+from rome_fast.edits import Edit, UnreadFieldsWarning, find_conflicts, load_edits
 from rome_fast.errors import EditError
 
 TWIN = {"prompt": "{} is a twin city of", "subject": "Chicago", "target_new": "Istanbul"}
@@ -86,7 +86,7 @@ def test_json_lines(tmp_path):
         "neighborhood_answer": "Kyoto",
         "case_id": 16,
     }
-    spelled = {"prompt": "Lyon is in", "subject": "Lyon", "target": "Italy", "target_true": None, "note": "x"}
+    spelled = {"prompt": "Lyon is in", "subject": "Lyon", "target": "Italy", "target_true": None}
     assert load_edits(write_lines(tmp_path / "edits.jsonl", TWIN, full, spelled)) == [
         TWIN_EDIT,
         Edit(
@@ -124,7 +124,8 @@ def test_counterfact(tmp_path):
         "neighborhood_prompts": ["Boston is a twin city of"],
         "attribute_prompts": [],
     }
-    edit = load_one(tmp_path, record)
+    with pytest.warns(UnreadFieldsWarning, match=r"read: pararel_idx \(1 record\), requested_rewrite\.relation_id"):
+        edit = load_one(tmp_path, record)
     assert edit == Edit(
         prompt="{} is a twin city of",
         subject="Chicago",

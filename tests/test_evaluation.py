@@ -9,7 +9,7 @@ import torch
 
 import oracle
 from helpers import CONTEXTS, END, MIDDLE, START, edited, rounding_of_log_p
-from rome_fast import Edit
+from rome_fast import Edit, Probe
 from rome_fast.errors import ArgumentError, RomeFastError
 from rome_fast.evaluation import evaluate, greedy_completion, score, sentence_perplexity, summarise
 from rome_fast.runner import Runner
@@ -263,6 +263,51 @@ def test_the_true_target_is_the_neighbours_answer_where_they_have_none(toy_token
         [replace(CASE, neighborhood_answer="Paris"), replace(CASE, neighborhood_answer=None)],
     )
     assert own.neighborhood == borrowed.neighborhood
+
+
+def test_neighbours_with_answers_of_their_own(toy_tokenizers):
+    """The best spelling of each one's answer stands against the target; prompts with a common answer count along."""
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    texts = [" ".join(sentence.split()[:4]) for sentence in SENTENCES]
+    words = ("Rome", "Paris", "French", "Berlin")
+    p = {t: {w: oracle.target_probability(model, tokenizer, t, w)[0] for w in words} for t in texts}
+    held = [t for t in texts if p[t]["Paris"] > p[t]["Rome"]]
+    lost = [t for t in texts if max(p[t]["Paris"], p[t]["French"]) < p[t]["Rome"]]
+    by_second = [t for t in texts if p[t]["Paris"] < p[t]["Rome"] < p[t]["Berlin"]]
+    neighbors = (Probe(held[0], ("Paris",)), Probe(lost[0], ("Paris", "French")), Probe(lost[1], ("French",)))
+    neighbors += (Probe(by_second[0], ("Paris", "Berlin")),)
+    (got,) = evaluate(model, tokenizer, [replace(CASE, neighborhood_prompts=(), neighbors=neighbors)])
+    assert got.neighborhood == 2 / 4
+    both = replace(CASE, neighborhood_prompts=(lost[0],), neighborhood_answer="Paris", neighbors=neighbors)
+    (got,) = evaluate(model, tokenizer, [both])
+    assert got.neighborhood == 2 / 5
+
+
+def test_portability_is_the_share_of_probes_whose_answer_leads_in_any_spelling(toy_tokenizers):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[True]
+    texts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in (3, 4, 5)]
+    said = {text: tokenizer.decode(naive_greedy(model, tokenizer(text)["input_ids"], 1)) for text in texts}
+    text, word = next((text, word) for text, word in said.items() if word[0] == " " and word[1:].isalpha())
+    assert word.strip() not in ("x", "Paris")
+    probes = [Probe(text, answers) for answers in (("Paris", word.strip()), ("Paris",), (f"{word.strip()} x", "x"))]
+    (got,) = evaluate(model, tokenizer, [replace(CASE, portability=probes)])
+    assert got.portability == 1 / 3
+    (none,) = evaluate(model, tokenizer, [CASE])
+    assert none.portability is None
+    assert summarise([got, none])["portability"] == 1 / 3
+
+
+def test_an_alias_is_a_right_answer(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    first = naive_greedy(model, tokenizer("The city of Chicago")["input_ids"], 2)
+    model.generation_config.eos_token_id = first[1]
+    said = tokenizer.decode(first[:1]).strip()
+    right, wrong = evaluate(
+        model,
+        tokenizer,
+        [Edit("The city of {}", "Chicago", "Rome", aliases=aliases) for aliases in (("Roma", said), ("Roma",))],
+    )
+    assert (right.answer_right, wrong.answer_right) == (True, False)
 
 
 def test_what_cannot_be_measured_is_none(toy_tokenizers):

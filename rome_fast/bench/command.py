@@ -80,7 +80,7 @@ def prepare(
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    edits = load_edits(arguments.edits or REQUESTS)
+    edits = load_edits(arguments.edits or REQUESTS, arguments.on_error, arguments.duplicates)
     edits = repeated(edits, count) if arguments.shape else edits[:count]
     if not edits:
         raise ArgumentError(f"count: got {count}, wanted at least 1")

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .shared import device_argument, dtype_argument, progress, read_contexts, trust_argument
+from .shared import (
+    device_argument,
+    dtype_argument,
+    edits_arguments,
+    progress,
+    read_contexts,
+    read_edits,
+    trust_argument,
+)
 
 if TYPE_CHECKING:
     from ..edits import Edit
@@ -20,7 +28,7 @@ EXAMPLE = "rome-fast edit ./model --edits edits.jsonl --method c-rome --out ./ed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id of the model; only read, unless --in-place")
-    parser.add_argument("--edits", type=Path, required=True, help="JSON lines of prompt, subject, target_new")
+    edits_arguments(parser, duplicates="error")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--out", type=Path, help="new directory for the edited checkpoint")
     target.add_argument("--in-place", action="store_true", help="change MODEL itself; a kill leaves it old or new")
@@ -63,10 +71,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     contexts = read_contexts(arguments.contexts) if arguments.contexts else None
 
     from .. import checkpoints
-    from ..edits import load_edits
     from ..processes import own_device
 
-    edits = load_edits(arguments.edits)
+    edits = read_edits(arguments)
     # What a plan and an edit have in common.
     options: dict[str, Any] = {
         "method": arguments.method,

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .shared import device_argument, dtype_argument, progress, trust_argument
+from .shared import device_argument, dtype_argument, edits_arguments, progress, read_edits, trust_argument
 
 NAME = "evaluate"
 SUMMARY = "measure requests on a model"
@@ -16,7 +16,7 @@ _EVALUATED_TOGETHER = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id of the model")
-    parser.add_argument("--edits", type=Path, required=True)
+    edits_arguments(parser)
     parser.add_argument("--delta", type=Path, help="apply this delta in memory first")
     parser.add_argument("--perplexity", type=Path, metavar="FILE", help="sentences, one a line")
     device_argument(parser)
@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from .. import checkpoints
     from ..delta import Delta
-    from ..edits import load_edits
     from ..evaluation import evaluate, sentence_perplexity, summarise
     from ..processes import own_device
     from ..report import metrics_table
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..terminal import say, show
     from ..texts import read_sentences
 
-    edits = load_edits(arguments.edits)
+    edits = read_edits(arguments)
     sentences = read_sentences(arguments.perplexity) if arguments.perplexity else []
     model, tokenizer, directory = checkpoints.load(
         arguments.model,

@@ -7,9 +7,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
 from ..texts import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..edits import Edit
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,7 +26,7 @@ def measured(sub: argparse.ArgumentParser, count: int | None) -> None:
     """What to measure, for the verbs that do."""
     sub.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
     sub.add_argument("--shape", help="random weights of a real model's sizes instead, as llama-2-7b; never stops early")
-    sub.add_argument("--edits", type=Path, help="requests (default: a small built-in set)")
+    edits_arguments(sub, required=False, what="requests (default: a small built-in set)")
     how_many = f"how many of them (default: {count or 'all, or one batch for a shape'}; a shape repeats them)"
     sub.add_argument("--count", type=int, default=count, help=how_many)
     sub.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
@@ -32,6 +38,48 @@ def measured(sub: argparse.ArgumentParser, count: int | None) -> None:
     device_argument(sub)
     trust_argument(sub)
     sub.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
+
+def edits_arguments(
+    sub: argparse.ArgumentParser,
+    required: bool = True,
+    what: str = "JSON lines of prompt, subject, target_new, or a data set's file",
+    duplicates: str | None = None,
+) -> None:
+    """An edits file and how to take it, for the verbs that read one."""
+    sub.add_argument("--edits", type=Path, required=required, help=what)
+    sub.add_argument(
+        "--on-error", choices=("raise", "skip"), default="raise", help="what a faulty record does (default: raise)"
+    )
+    default = "" if duplicates is None else f" (default: {duplicates})"
+    sub.add_argument(
+        "--duplicates",
+        choices=("error", "first", "last"),
+        default=duplicates,
+        help=f"which of the requests for one prompt and subject to keep{default}",
+    )
+
+
+def read_edits(arguments: argparse.Namespace) -> "list[Edit]":
+    """The edits file of `edits_arguments`, its chats through the template of the model's tokenizer."""
+    from ..edits import load_edits
+
+    tokenizer = _tokenizer(arguments) if _may_have_chats(arguments.edits) else None
+    return load_edits(arguments.edits, arguments.on_error, arguments.duplicates, tokenizer=tokenizer)
+
+
+def _may_have_chats(file: Path) -> bool:
+    try:
+        return b'"messages"' in file.read_bytes()
+    except (OSError, ValueError):  # which reading the edits will say
+        return False
+
+
+def _tokenizer(arguments: argparse.Namespace) -> "PreTrainedTokenizerBase":
+    from ..checkpoints import load_tokenizer, resolve
+
+    code = arguments.trust_remote_code
+    return load_tokenizer(resolve(arguments.model, code=code), trust_remote_code=code)
 
 
 def device_argument(sub: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shared import device_argument, dtype_argument, progress, trust_argument
+from .shared import device_argument, dtype_argument, edits_arguments, progress, trust_argument
 
 NAME = "study"
 SUMMARY = "which edits would collapse this model, why, and what cures it"
@@ -13,7 +13,7 @@ EXAMPLE = "rome-fast study ./model --edits edits.jsonl --sample 100 --out study"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
-    parser.add_argument("--edits", type=Path, required=True, help="JSON lines of prompt, subject, target_new")
+    edits_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the study; an interrupted one goes on")
     parser.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
     parser.add_argument("--methods", nargs="+", help="default: rome c-rome-released c-rome p-rome")

@@ -14,8 +14,29 @@ if TYPE_CHECKING:
 
 _MOST_LISTED = 10
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts")
+_PROBES = ("portability", "neighbors")
 # What an edit through a template has of its own.
 _OF_CHAT = ("prompt", "separator", "end", "user_at", "slot")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question beside the edit itself, as a full text, and its right answer in one or several spellings.
+
+    kind: what it tests, for reports.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        _check_text("probe prompt", self.prompt)
+        object.__setattr__(self, "answers", _checked_texts("probe answers", self.answers, None))
+        if not self.answers:
+            raise EditError("probe answers: got none, wanted at least one")
+        if not isinstance(self.kind, str):
+            raise EditError(f"probe kind: got {type(self.kind).__name__}, wanted a string")
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,9 @@ class Edit:
     end: whether the model is to stop behind the target: True for the tokenizer's end of text, or a token's own text.
     user_at, slot: of a text that a chat template made, see `chat`: where in `prompt` the user's last message begins,
         and where the subject's `{}` stands; any other `{}` is text.
+    aliases: other spellings of the target that are right as well.
+    portability: what follows from the edit, to be answered as the probes say; `{}` in them becomes the subject.
+    neighbors: more of the neighbourhood, each with answers of its own; `{}` as in `portability`.
 
     Raises EditError for a value of the wrong type, a blank text, and a prompt that does not fit its subject.
     """
@@ -51,6 +75,9 @@ class Edit:
     end: bool | str = False
     user_at: int | None = None
     slot: int | None = None
+    aliases: tuple[str, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    neighbors: tuple[Probe, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target"):
@@ -60,6 +87,8 @@ class Edit:
                 _check_text(name, getattr(self, name))
         if isinstance(self.case_id, bool) or not isinstance(self.case_id, int | str | None):
             raise EditError(f"case_id: got {self.case_id!r}, wanted an integer, a string or None")
+        if isinstance(self.case_id, str) and self.case_id:
+            _check_text("case_id", self.case_id)
         if not isinstance(self.separator, str | None):
             raise EditError(f"separator: got {self.separator!r}, wanted a text, perhaps an empty one, or None")
         if not isinstance(self.end, bool | str) or self.end == "":
@@ -79,6 +108,10 @@ class Edit:
             # A template has filled in what it made.
             subject = None if self.slot is not None else self.subject
             object.__setattr__(self, name, _checked_texts(name, getattr(self, name), subject))
+        object.__setattr__(self, "aliases", _checked_texts("aliases", self.aliases, None))
+        for name in _PROBES:
+            subject = None if self.slot is not None else self.subject
+            object.__setattr__(self, name, _checked_probes(name, getattr(self, name), subject))
 
     @classmethod
     def chat(
@@ -114,11 +147,16 @@ class Edit:
         for name in _PROMPTS:
             texts = _checked_texts(name, rest.get(name, ()), subject)
             rest[name] = tuple(put.text(text) for text in texts)
+        for name in _PROBES:
+            probes = _checked_probes(name, rest.get(name, ()), subject)
+            rest[name] = tuple(replace(probe, prompt=put.text(probe.prompt)) for probe in probes)
         answers = {"target": target, **{name: rest.pop(name, None) for name in ("target_true", "neighborhood_answer")}}
         if separator is None:
             # Found in the template and not in the answers, which lose their blanks as by the rule.
             separator = put.separator
             answers = {name: text.strip() if isinstance(text, str) else text for name, text in answers.items()}
+            for name in _PROBES:
+                rest[name] = tuple(replace(p, answers=tuple(a.strip() for a in p.answers)) for p in rest[name])
         end = put.end if end is True else end
         return cls(**placed._asdict(), **answers, separator=separator, end=end, **rest)
 
@@ -168,6 +206,11 @@ class Edit:
         """Where in `prompt` and in `text` the subject begins."""
         return self.prompt.index("{}") if self.slot is None else self.slot
 
+    @property
+    def question(self) -> tuple[str, int, bool]:
+        """What two edits must not have in common: the text, where the subject ends, and whether a template made it."""
+        return self.text, self.subject_at + len(self.subject.rstrip()), self.user_at is None
+
     def continuation(self, text: str, target: str) -> str:
         """A target as it stands behind a text, without an end: the same rule for the edit's own and for others."""
         if self.separator is not None:
@@ -185,8 +228,7 @@ def find_conflicts(edits: Sequence[Edit]) -> None:
     first: dict[tuple[str, int, bool], int] = {}
     faults = []
     for i, edit in enumerate(edits):
-        subject_end = edit.subject_at + len(edit.subject.rstrip())
-        j = first.setdefault((edit.text, subject_end, edit.user_at is None), i)
+        j = first.setdefault(edit.question, i)
         if j == i:
             continue
         pair = f"{_name(j, edits[j])} and {_name(i, edit)}"
@@ -232,6 +274,19 @@ def _checked_texts(name: str, values: object, subject: str | None) -> tuple[str,
             value = value.replace("{}", subject)
         texts.append(value)
     return tuple(texts)
+
+
+def _checked_probes(name: str, values: object, subject: str | None) -> tuple[Probe, ...]:
+    """Probes of an edit; `{}` in them becomes the subject, unless there is none to fill in, or its own braces."""
+    if not isinstance(values, list | tuple) or not all(isinstance(value, Probe) for value in values):
+        raise EditError(f"{name}: got {type(values).__name__}, wanted a tuple or list of rome_fast.Probe")
+    if subject is None:
+        return tuple(values)
+    own = [
+        p if "{}" in subject and subject in p.prompt else replace(p, prompt=p.prompt.replace("{}", subject))
+        for p in values
+    ]
+    return tuple(own)
 
 
 def _template(prompt: str, subject: str) -> tuple[str, str]:

@@ -27,10 +27,10 @@ class EditMetrics:
     decoded: str  # greedy decoding, as many tokens as the target has, an end of it included
     decoded_right: bool
     answer: str | None  # greedy decoding until the model stops by itself, or at a bound; None where it was not asked
-    answer_right: bool | None  # whether it stopped, having said the target and nothing else but white space
+    answer_right: bool | None  # whether it stopped, having said the target or an alias and nothing else but blanks
     efficacy: float | None  # P(target_new) > P(target_true)
     paraphrase: float | None  # the same on the paraphrase prompts
-    neighborhood: float | None  # P(true answer) > P(target_new) on the neighbourhood prompts
+    neighborhood: float | None  # P(true answer) > P(target_new) on the neighbourhood prompts and the neighbours
     probability_prefixed: float | None = None  # mean over the contexts
     argmax_prefixed: float | None = None
     decoded_right_prefixed: float | None = None  # behind the first context
@@ -41,6 +41,7 @@ class EditMetrics:
     decoded_right_unseen: float | None = None
     efficacy_unseen: float | None = None
     paraphrase_unseen: float | None = None
+    portability: float | None = None  # probes with an answer, in any spelling, whose every token leads, teacher forced
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,7 +130,9 @@ def _questions(tokenizer: PreTrainedTokenizerBase, edit: Edit, prefixes: Sequenc
     if answer is not None:
         for text in edit.neighborhood_prompts:
             out += [asked(tokenizer, edit, text=text, target=target) for target in (edit.target, answer)]
-    return out
+    for probe in (*edit.neighbors, *edit.portability):
+        out += [asked(tokenizer, edit, text=probe.prompt, target=answer) for answer in probe.answers]
+    return out + [asked(tokenizer, edit, text=probe.prompt) for probe in edit.neighbors]
 
 
 def _neighbor_answer(edit: Edit) -> str | None:
@@ -174,6 +177,12 @@ def _metrics(
     said, _ = decoded[""]
     answer = _neighbor_answer(edit)
     held = [log_p(t, answer) > log_p(t, edit.target) for t in edit.neighborhood_prompts if answer is not None]
+    for probe in edit.neighbors:
+        held.append(max(log_p(probe.prompt, spelling) for spelling in probe.answers) > log_p(probe.prompt, edit.target))
+    follows = [
+        any(scores[asked(tokenizer, edit, text=probe.prompt, target=spelling)].is_argmax for spelling in probe.answers)
+        for probe in edit.portability
+    ]
     return EditMetrics(
         subject=edit.subject,
         target=edit.target,
@@ -182,10 +191,13 @@ def _metrics(
         decoded=said.forced,
         decoded_right=is_right(""),
         answer=said.free if answers else None,
-        answer_right=(said.stopped and said.free.strip() == edit.target.strip()) if answers else None,
+        answer_right=(said.stopped and said.free.strip() in {text.strip() for text in (edit.target, *edit.aliases)})
+        if answers
+        else None,
         efficacy=wins([edit.text]),
         paraphrase=wins(edit.paraphrase_prompts),
         neighborhood=_mean(held),
+        portability=_mean(follows),
         **behind(contexts, "prefixed"),
         **behind(unseen_contexts, "unseen"),
     )

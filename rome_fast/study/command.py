@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from ..batches import free_memory
 from ..bench.command import processor
 from ..contexts import sample_contexts
 from ..defaults import default_layer, default_settings
-from ..edits import load_edits
+from ..edits import EditsFileWarning, load_edits
 from ..errors import ArgumentError
 from ..evaluation import sentence_perplexity
 from ..fingerprint import Fingerprint
@@ -105,7 +106,11 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
 
 def _help(arguments: argparse.Namespace, take: Callable[[], int]) -> None:
     """In a process of its own: measure parts, as long as there are any."""
-    _prepare(arguments, lambda line: None).measure(take, lambda done, total: None)
+    with warnings.catch_warnings():
+        # The first process has said it.
+        warnings.simplefilter("ignore", EditsFileWarning)
+        job = _prepare(arguments, lambda line: None)
+    job.measure(take, lambda done, total: None)
 
 
 def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
@@ -113,7 +118,7 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     methods = list(dict.fromkeys(arguments.methods or _PAPER_METHODS))
     for name in methods:
         variant(name)
-    edits = load_edits(arguments.edits)
+    edits = load_edits(arguments.edits, arguments.on_error, arguments.duplicates)
     own = arguments.model is None
     model, tokenizer, directory = checkpoints.load(
         assets.model_dir(say) if own else arguments.model,
