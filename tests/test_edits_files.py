@@ -253,6 +253,13 @@ def test_qaedit():
     assert (second.neighborhood_answer, third.target) == ("Velm", "1984")
 
 
+def test_a_request_of_our_own_may_have_fields_that_give_other_shapes_away(tmp_path):
+    path = written(tmp_path / "edits.jsonl", {**CITY, "edit": "second", "src": "wiki", "concept": {"text": "city"}})
+    edits, said = loaded(path)
+    assert edits == [Edit(*CITY.values())]
+    assert said[UnreadFieldsWarning].endswith("read: edit (1 record), src (1 record), concept (1 record)")
+
+
 def test_a_file_may_mix_shapes(tmp_path):
     records = [records_of(file)[0] for file in EXAMPLES]
     edits, _ = loaded(written(tmp_path / "edits.jsonl", *records))

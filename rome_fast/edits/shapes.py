@@ -35,12 +35,16 @@ def edits_from(fields: Fields, tokenizer: "PreTrainedTokenizerBase | None" = Non
     """
     if "messages" in fields:
         return [_chat(fields, tokenizer)]
-    return next((read for mark, read in _SHAPES.items() if mark in fields), _flat)(fields)
+    if "requested_rewrite" in fields:
+        return _counterfact(fields)
+    # Beside a prompt, fields of these names are somebody's notes.
+    shapes = {} if "prompt" in fields else _SHAPES
+    return next((read for mark, read in shapes.items() if mark in fields), _flat)(fields)
 
 
 def is_request(record: dict[str, Any]) -> bool:
     """Whether an object has the looks of a record, faulty or not, rather than of something around a list of them."""
-    return any(key in record for key in ("prompt", "subject", "messages", *_SHAPES))
+    return any(key in record for key in ("prompt", "subject", "messages", "requested_rewrite", *_SHAPES))
 
 
 def _flat(fields: Fields, spelled: Sequence[str] = ("prompt", "subject", "target_new"), **given: Any) -> list[Edit]:
@@ -185,7 +189,6 @@ def _rippleedits(fields: Fields) -> list[Edit]:
 
 # By the field that gives a shape away, the first that a record has.
 _SHAPES: dict[str, Callable[[Fields], list[Edit]]] = {
-    "requested_rewrite": _counterfact,
     "edit": _rippleedits,
     "src": _zsre,
     "concept": _wikibio,
