@@ -157,7 +157,7 @@ def test_batches_equal_the_baseline(parts, count):
     algebra = worst(ours[torch.float64], exact)
     print(f"batch of {count}: ours and the loop in float64 {algebra:.1e} apart, in float32 {between:.1e}; ", end="")
     print(f"float32 against float64: ours {errors[0]:.1e}, the loop {errors[1]:.1e}", flush=True)
-    # Of the algebra u κ: C of this model has a condition of 2e4. Rounding in float32 is that of the loop, magnified alike.
+    # Of the algebra u κ: C of this model has a condition of 2e4. In float32 rounding is magnified as the loop's is.
     assert algebra <= 2**-53 * 2e4
     assert errors[0] <= 2 * errors[1]
     assert between <= 3 * errors[1]
@@ -204,8 +204,8 @@ def test_isolated_evaluation(parts, requests):
     handle.remove()
     assert passes == [64]
 
-    # A log-probability is off by as much, absolutely: 30 layers with sums over six hidden states and a key, and logits of a
-    # standard deviation of about 3.
+    # A log-probability is off by as much, absolutely: 30 layers with sums over six hidden states and a key, and logits
+    # of a standard deviation of about 3.
     allowed = 3 * rounding(torch.float32, 30 * (6 * 576 + 1536))
     few, short, requests = deltas[:8], sentences[:20], chosen[:2] * 4
     with FlopCounter() as isolated:
