@@ -1,7 +1,7 @@
-"""Edited checkpoints: a complete directory that transformers loads, with what was done to it and the way back."""
+"""Checkpoints by path or hub id: loaded as a whole, or laid out under a budget without reading their weights."""
 
-import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,6 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,39 +29,20 @@ from .admission import admit_file, checked_dtype
 from .assets import quiet_transformers
 from .batches import free_memory
 from .defaults import default_layer, default_settings
-from .delta import Delta
 from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
 from .models import family_of, known_model_types
 from .values import ValueSettings
-from .weights import (
-    Checkpoint,
-    Link,
-    OnRead,
-    Parts,
-    Placement,
-    Stream,
-    change,
-    changing,
-    load_tensors,
-    parse_bytes,
-    place,
-    recover,
-    save_tensors,
-    write_edited,
-)
-from .weights.files import Content
-
-RECORD_FILE = "rome_fast.json"
-DELTA_FILE = "rome_fast_delta.safetensors"
-ORIGINALS_FILE = "rome_fast_originals.safetensors"
+from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover
+from .weights.files import check_writable
 
 _FREE_SHARE = 0.8  # of the memory that is free, for a model that is read from disk
 
 
-def resolve(source: str | Path, *, code: bool = False) -> Path:
+def resolve(source: str | Path, *, code: bool = False, download: bool = True) -> Path:
     """The local directory of a checkpoint: a directory as it is, a hub id downloaded or found in the hub cache.
 
     A change in place that was cut short is completed first. `code` also fetches Python files from the hub.
+    Raises CheckpointError; without `download`, also for what is not in the cache.
     """
     directory = Path(source)
     if directory.is_dir():
@@ -71,7 +51,7 @@ def resolve(source: str | Path, *, code: bool = False) -> Path:
     admit_file(directory)
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=not download))
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"model: {source} is neither a directory nor a model that the hub can deliver ({type(error).__name__}); "
@@ -293,161 +273,16 @@ def anonymous_bytes() -> int:
 
 
 def check_new(out: str | Path) -> None:
-    """Raise ArgumentError when `out` exists, before hours are spent on what cannot be written."""
-    if Path(out).exists():
+    """Raise before hours are spent on what cannot be written.
+
+    ArgumentError where `out` exists or has no directory to be in, CheckpointError where that cannot be written to.
+    """
+    if os.path.lexists(out):
         raise ArgumentError(f"out: {out} exists already; choose a new name or remove it")
-
-
-@contextmanager
-def changing_in_place(source: str | Path) -> Iterator[None]:
-    """Hold a checkpoint directory for an edit in place, so that no second one begins.
-
-    Raises ArgumentError where `source` is no directory or holds an edit already, whose way back would be lost, and
-    CheckpointError where another process is changing it.
-    """
-    directory = Path(source)
-    if not directory.is_dir():
-        raise ArgumentError(f"in_place: got {source}, wanted the directory of a checkpoint; give a new one as out")
-    with changing(directory):
-        if (directory / RECORD_FILE).exists():
-            raise ArgumentError(
-                f"in_place: {directory} is edited already, and its original bytes would be lost; undo that with "
-                f"rome-fast revert {directory}, or give a new directory as out"
-            )
-        yield
-
-
-def write(
-    source: str | Path,
-    out: str | Path | None,
-    model: PreTrainedModel,
-    delta: Delta,
-    record: Mapping[str, Any],
-    link: Link = "copy",
-) -> None:
-    """Copy the checkpoint at `source` to `out` with the weights that `delta` changed, as they are in `model`.
-
-    Beside the usual files, `out` holds `rome_fast.json` (`record`, versions, hashes), the delta and the original
-    bytes of what it changed, which `revert` puts back. Nothing appears under `out` unless all of it does. With `out`
-    None, inside `changing_in_place(source)`, the source itself is changed, all of it or nothing.
-    """
-    source = Path(source)
-    checkpoint = Checkpoint.open(source)
-    edited: dict[str, Tensor] = {}
-    originals: dict[str, Tensor] = {}
-    for name in delta.updates:
-        stored = stored_name(checkpoint, name, model)
-        originals[stored] = checkpoint.read(stored)
-        edited[stored] = model.get_parameter(name).detach().cpu().to(originals[stored].dtype)
-    document = {
-        **record,
-        "versions": versions(),
-        "sha256": {
-            name: {"original": tensor_sha256(originals[name]), "edited": tensor_sha256(edited[name])} for name in edited
-        },
-    }
-    extra_files: dict[str, Content] = {
-        RECORD_FILE: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(),
-        DELTA_FILE: delta.save,
-        ORIGINALS_FILE: lambda path: save_tensors(path, originals, {}),
-    }
-    if out is None:
-        change(source, edited, extra_files=extra_files)
-    else:
-        write_edited(source, out, edited, extra_files, link)
-
-
-def revert(directory: str | Path) -> list[str]:
-    """Give every weight of an edited checkpoint its original bytes again; returns the names of those restored.
-
-    The shard is byte-identical to the source's afterwards, and rome_fast's own files are gone. A kill leaves the
-    directory edited or restored, once the next command has run. Raises CheckpointError, before anything is written,
-    for a directory that was not edited by rome_fast, whose originals do not match their recorded hashes, whose
-    weights are no longer those of the edit, or which another process is changing.
-    """
-    directory = Path(directory)
-    if recover(directory) and not (directory / RECORD_FILE).exists():
-        return []  # what was cut short was a revert
-    read_record(directory)
-    with changing(directory):
-        originals, faults = _recorded_originals(directory)
-        if faults:
-            raise CheckpointError(f"{'; '.join(faults)}; nothing was changed")
-        change(directory, originals, remove=[DELTA_FILE, ORIGINALS_FILE, RECORD_FILE])
-    return sorted(originals)
-
-
-def verify(directory: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the last byte and check all that can be known of it; returns what was found.
-
-    That is the index, headers and sizes, that no weight is NaN or infinite, and in an edited checkpoint the hashes of
-    the edited weights and of the originals that `revert` needs, and the delta. A change in place that was cut short is
-    completed first. Raises CheckpointError that lists every fault.
-    """
-    directory = Path(directory)
-    recovered = directory.is_dir() and recover(directory)
-    checkpoint = Checkpoint.open(directory)
-    faults = []
-    for name in checkpoint.names():
-        tensor = checkpoint.read(name)
-        if tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) and not bool(
-            torch.isfinite(tensor).all()
-        ):
-            faults.append(f"{checkpoint.shard_of(name)}: {name} contains NaN or infinity")
-    edited: list[str] = []
-    if (directory / RECORD_FILE).exists():
-        originals, wrong = _recorded_originals(directory, edited_only=True)
-        faults += wrong
-        edited = sorted(originals)
-        try:
-            Delta.load(directory / DELTA_FILE)
-        except CheckpointError as error:
-            faults.append(str(error))
-    if faults:
-        raise CheckpointError(f"{directory}: {'; '.join(faults)}")
-    return {
-        "directory": str(directory),
-        "tensors": len(checkpoint.names()),
-        "bytes": sum(entry.end - entry.begin for entry in checkpoint.entries.values()),
-        "edited": edited,
-        "recovered": recovered,
-    }
-
-
-def _recorded_originals(directory: Path, *, edited_only: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """The original weights beside an edit, and what does not match the record, the weights in the shards included.
-
-    Where a revert was cut short, some weights are the originals already; `edited_only` calls that a fault.
-    """
-    originals, _ = load_tensors(directory / ORIGINALS_FILE)
-    checkpoint = Checkpoint.open(directory)
-    recorded = read_record(directory).get("sha256")
-    recorded = recorded if isinstance(recorded, dict) else {}
-    faults = []
-    for name in sorted({*recorded, *originals}):
-        hashes = recorded.get(name)
-        hashes = hashes if isinstance(hashes, dict) else {}
-        if name not in originals or tensor_sha256(originals[name]) != hashes.get("original"):
-            faults.append(f"{directory / ORIGINALS_FILE}: {name} is missing or damaged")
-            continue
-        allowed = {hashes.get("edited"), None if edited_only else hashes["original"]}
-        if tensor_sha256(checkpoint.read(name)) not in allowed:
-            faults.append(f"{directory}: {name} was changed after the edit")
-    return originals, faults
-
-
-def read_record(directory: str | Path) -> dict[str, Any]:
-    """What `write` recorded; CheckpointError for a directory without it."""
-    file = Path(directory) / RECORD_FILE
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: it has no {RECORD_FILE}, so it was not edited by rome_fast") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: it cannot be read ({error})") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file}: it is not a record of an edit")
-    return document
+    parent = Path(out).absolute().parent
+    if not parent.is_dir():
+        raise ArgumentError(f"out: the directory {parent} does not exist; make it first")
+    check_writable(parent)
 
 
 def stored_name(checkpoint: Checkpoint, parameter: str, model: PreTrainedModel) -> str:
@@ -457,10 +292,6 @@ def stored_name(checkpoint: Checkpoint, parameter: str, model: PreTrainedModel) 
         if name in names:
             return name
     raise CheckpointError(f"{checkpoint.directory}: it holds no tensor {parameter}")
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def versions() -> dict[str, str]:

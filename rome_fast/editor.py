@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoints
+from . import chains, checkpoints, saving
 from .admission import admit_model, admit_tokenizer, checked_dtype, plain_modes
 from .contexts import sample_contexts
 from .defaults import default_layer, default_settings
@@ -29,7 +29,7 @@ from .flow import Clock, Flow, Progress, Unconverged, tokenise, unconverged_erro
 from .guard import Guard, check_guard
 from .methods import hold_first_tokens, variant
 from .processes import ALONE, Processes, own_device
-from .records import Record
+from .records import Record, report_json
 from .rows import asked
 from .runner import Runner, evaluating
 from .statistics import LayerStatistics, Statistics, first_token_statistics
@@ -55,6 +55,23 @@ class EditResult:
     settings: ValueSettings
     condition: float  # of the joint closed form; 1 for a single key
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        # Kept with the Delta, for as long as the edit is in the model; it must not hold the model itself.
+        self.delta.report.update(
+            model=str(self.model.config._name_or_path),
+            method=self.records[0].method,
+            layer=self.records[0].layer,
+            schedule=self.schedule,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            compute_dtype=str(compute_dtype(Runner(self.model), self.settings)).removeprefix("torch."),
+            edits=self.records,
+            contexts=list(self.contexts),
+            settings=asdict(self.settings),
+            condition=self.condition,
+            seconds=self.seconds,
+        )
 
     def revert(self) -> None:
         """Restore the model's weights bit for bit; where every edit was left out they never changed."""
@@ -62,14 +79,21 @@ class EditResult:
             self.delta.revert(self.model)
 
     def save(self, out: str | Path, source: str | Path | None = None, link: Link = "copy") -> None:
-        """Write the edited model as a complete checkpoint directory `out`; see `rome_fast.checkpoints.write`.
+        """Write the model in memory as a complete checkpoint directory `out`, exactly as it is.
 
-        `source` is the checkpoint the model was loaded from, by default the one it says itself.
+        That is with all the edits that are in it, before and after this one, each of which `rome-fast revert` undoes,
+        the last one first. What the edits did not touch is copied from `source`, the checkpoint that the model was
+        loaded from, by default the one it says itself, once every weight was found to be the same there. Where one is
+        not (an adapter was merged, the dtype, the vocabulary or the config is another, the model was trained, or there
+        is no such checkpoint), the model is written as by `save_pretrained`, with its tokenizer; `link` is then of no
+        use, and the record in `out/rome_fast` says what differs.
+
+        Raises ArgumentError where `out` exists or cannot be made, every edit was left out, or this one is not in the
+        model any more; ModelError for a model that cannot be stored; CheckpointError for a `source` that was given and
+        is no checkpoint, and a full disk.
         """
-        checkpoints.check_new(out)
         self.check_applied()
-        directory = checkpoints.resolve(source or _origin(self.model))
-        checkpoints.write(directory, out, self.model, self.delta, self.report(), link)
+        saving.save(self.model, self.delta, out, source, tokenizer=self.tokenizer, link=link)
 
     def check_applied(self, argument: str = "out") -> None:
         """Raise ArgumentError where every edit was left out."""
@@ -79,19 +103,7 @@ class EditResult:
 
     def report(self) -> dict[str, Any]:
         """Everything that is needed to read or repeat this edit, as JSON values."""
-        return {
-            "model": str(self.model.config._name_or_path),
-            "method": self.records[0].method,
-            "layer": self.records[0].layer,
-            "schedule": self.schedule,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "compute_dtype": str(compute_dtype(Runner(self.model), self.settings)).removeprefix("torch."),
-            "edits": [record.to_json() for record in self.records],
-            "contexts": list(self.contexts),
-            "settings": asdict(self.settings),
-            "condition": self.condition,
-            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
-        }
+        return report_json(self.delta.report)
 
 
 @plain_modes()
@@ -202,7 +214,8 @@ def apply_edits(
             if memory is not None:
                 raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
             _check_where_it_is(model, device, wanted_dtype)
-            source = None if out is None else Path(_origin(model))
+            source: Path | None = None
+            converted = False
         else:
             if out is None and lora is None and not in_place:
                 raise ArgumentError(
@@ -211,7 +224,7 @@ def apply_edits(
                 )
             device = own_device(device)
             if in_place and first:
-                stack.enter_context(checkpoints.changing_in_place(model))
+                stack.enter_context(chains.changing_in_place(model))
             # Where it was found to be cut short, that has been put right by now.
             processes.wait()
             outline = checkpoints.outline(
@@ -224,12 +237,14 @@ def apply_edits(
                 trust_remote_code=trust_remote_code,
             )
             stored = outline.skeleton.dtype
-            if in_place and wanted_dtype not in (None, stored):
+            converted = wanted_dtype not in (None, stored)
+            if in_place and converted:
                 raise ArgumentError(
                     f"dtype: got {wanted_dtype} with in_place=True, where weights stay in {stored}; give a "
                     "new directory as out"
                 )
             source = outline.directory
+            chains.check_continues(source)
             own_tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trust_remote_code)
             if outline.placement is None:
                 model = checkpoints.load_model(
@@ -320,34 +335,26 @@ def apply_edits(
                     model_type=model.config.model_type,
                     contexts=json.dumps(chosen, ensure_ascii=False),
                 )
-                result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
+                result = EditResult(
+                    model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds, tokenizer
+                )
                 # Nothing is written while another process still reads.
                 processes.wait()
                 if first and lora is not None:
                     result.check_applied("lora")
                     delta.to_lora(lora, model)
-                if out is not None and first:
+                if first and (out is not None or in_place):
                     with _without(lora):
-                        result.save(out, source, link)
-                elif in_place and first and source is not None:
-                    result.check_applied()
-                    checkpoints.write(source, None, model, delta, result.report())
+                        if out is not None and (source is None or converted):
+                            result.save(out, source, link)
+                        elif source is not None:
+                            result.check_applied()
+                            saving.save_edited(model, delta, source, out, link=link)
             except BaseException:
                 if delta.is_applied:
                     delta.revert(model)
                 raise
         return result
-
-
-def _origin(model: PreTrainedModel) -> str:
-    """Where a model says it was loaded from."""
-    name = model.config._name_or_path
-    if not name:
-        raise ArgumentError(
-            "out: the model in memory does not say which checkpoint it was loaded from; save it with "
-            "model.save_pretrained() and edit that directory, or call result.save(out, source=...)"
-        )
-    return str(name)
 
 
 def _check_adapter(lora: str | Path, out: str | Path | None, in_place: bool) -> None:

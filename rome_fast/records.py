@@ -1,5 +1,6 @@
 """What one edit reports about itself."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -46,4 +47,15 @@ class Record:
     perplexity_after: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        # As it comes back from a file.
+        return {**asdict(self), "target_tokens": list(self.target_tokens)}
+
+
+def report_json(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What an edit says of itself, its records under "edits" and wall times under "seconds", as JSON values."""
+    changed: dict[str, Any] = {}
+    if "edits" in report:
+        changed["edits"] = [record.to_json() for record in report["edits"]]
+    if "seconds" in report:
+        changed["seconds"] = {stage: round(seconds, 3) for stage, seconds in report["seconds"].items()}
+    return {**report, **changed}

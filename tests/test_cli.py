@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import oracle
 from helpers import CONTEXTS, FORWARD, LAYER, all_bits, changed, delta_w, relative_error, rounding
 from rome_fast import Statistics, apply_edits, load_edits
-from rome_fast.checkpoints import DELTA_FILE, RECORD_FILE
 from rome_fast.cli import main
 from rome_fast.cli.shared import read_contexts
 from rome_fast.defaults import default_settings
@@ -68,7 +67,7 @@ def read(path):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_from_statistics_to_revert(toy, capsys):
@@ -118,13 +117,15 @@ def test_from_statistics_to_revert(toy, capsys):
     assert f"perplexity {perplexity:.2f}" in capsys.readouterr().out
 
     # The same figures from the model and the delta, which knows its contexts.
-    run("evaluate", "model", "--edits", "edits.jsonl", "--delta", f"edited/{DELTA_FILE}", "--json", "delta.json")
+    delta = "edited/rome_fast/0001/delta.safetensors"
+    run("evaluate", "model", "--edits", "edits.jsonl", "--delta", delta, "--json", "delta.json")
     assert read(toy / "delta.json")["edits"] == scores["edits"]
 
     run("revert", "edited", "--json", "revert.json")
     assert read(toy / "revert.json") == {
         "directory": "edited",
         "restored": [f"transformer.h.{LAYER}.mlp.c_proj.weight"],
+        "edits_left": 0,
     }
     assert files(toy / "edited") == original
 
@@ -136,7 +137,7 @@ def test_statistics_go_to_the_cache_where_edit_finds_them(toy, empty_cache):
     # Ten per dimension by default, or all there are.
     assert Statistics.load(folder).layers[0].tokens == min(10 * D_FF, 929)
     run("edit", "model", "--edits", "edits.jsonl", "--out", "edited", "--layer", 0, "--guard", "off")
-    assert read(toy / "edited" / RECORD_FILE)["layer"] == 0
+    assert read(toy / "edited/rome_fast/0001/record.json")["layer"] == 0
 
 
 def test_two_models_of_one_folder_name_do_not_share_statistics(toy, toy_tokenizers, empty_cache):

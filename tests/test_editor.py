@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -633,11 +634,12 @@ def test_the_essence_row_is_the_only_one_to_know_of_no_target(toy_tokenizers):
     assert relative_error(delta_w(strong), delta_w(weak)) > 1e-3
 
 
-def test_out_needs_a_checkpoint_to_copy_and_leaves_the_model_alone_without(tmp_path, toy_tokenizers):
+def test_an_out_that_cannot_be_written_leaves_the_model_alone(tmp_path, toy_tokenizers, monkeypatch):
     """The edited model stayed edited, and its result was lost, when the checkpoint could not be written."""
     model = toy_model("llama")
     before = all_bits(model)
-    with pytest.raises(rome_fast.RomeFastError):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(rome_fast.RomeFastError, match="10 free; make room first"):
         edited(model, toy_tokenizers[True], END, out=tmp_path / "out")
     assert changed(model, before) == []
     assert list(tmp_path.iterdir()) == []

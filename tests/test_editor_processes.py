@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, all_bits, changed, relative_error, rounding_of_edit
 from rome_fast import Delta, Edit, apply_edits, flow
-from rome_fast.checkpoints import RECORD_FILE
 from rome_fast.errors import ArgumentError, RomeFastError
 from toys import save_toy, toy_model
 
@@ -131,4 +130,4 @@ def test_torchrun(tmp_path, toy_tokenizers, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("edited checkpoint: edited") == 1
     assert json.loads(Path("report.json").read_text())["edits"]
-    assert (Path("edited") / RECORD_FILE).exists()
+    assert (Path("edited/rome_fast/0001/record.json")).exists()

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id of the model")
     edits_arguments(parser)
     parser.add_argument("--delta", type=Path, help="apply this delta in memory first")
+    parser.add_argument("--force", action="store_true", help="also to weights that the delta was not made for")
     parser.add_argument("--perplexity", type=Path, metavar="FILE", help="sentences, one a line")
     device_argument(parser)
     dtype_argument(parser)
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .. import checkpoints
+    from .. import chains, checkpoints
     from ..delta import Delta
     from ..evaluation import evaluate, sentence_perplexity, summarise
     from ..processes import own_device
@@ -42,11 +43,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
     )
-    record = directory / checkpoints.RECORD_FILE
-    contexts = checkpoints.read_record(directory).get("contexts", []) if record.exists() else []
+    # Those of the last edit.
+    contexts: list[str] = next((r.get("contexts", []) for r in reversed(chains.records(directory))), [])
     if arguments.delta:
         delta = Delta.load(arguments.delta)
-        delta.apply(model)
+        delta.apply(model, force=arguments.force)
         contexts = json.loads(delta.metadata.get("contexts", "[]"))
     metrics = []
     with progress("evaluating", "edits") as (advance, _):

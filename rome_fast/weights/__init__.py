@@ -1,6 +1,7 @@
 """Where weights live: safetensors checkpoints on disk, and as much of one in memory as a budget allows."""
 
 from .checkpoint import (
+    FOLDER,
     Checkpoint,
     Link,
     change,
@@ -11,6 +12,7 @@ from .checkpoint import (
     restore_tensors,
     save_tensors,
     write_edited,
+    write_new,
 )
 from .header import Header, TensorEntry, read_header
 from .plan import Placement, parse_bytes, place
@@ -18,6 +20,7 @@ from .reader import OnRead
 from .stream import Parts, Stream, align_
 
 __all__ = [
+    "FOLDER",
     "Checkpoint",
     "Header",
     "Link",
@@ -38,4 +41,5 @@ __all__ = [
     "restore_tensors",
     "save_tensors",
     "write_edited",
+    "write_new",
 ]
