@@ -304,9 +304,20 @@ def test_edit_in_place_under_a_budget_verify_and_revert(toy, capsys):
     run("verify", "model", "--json", "verify.json")
     assert read(toy / "verify.json")["edited"] == [name]
     assert f"edited: {name}; the original bytes are there" in capsys.readouterr().out
-    assert "is edited already" in fails(capsys, "edit", "model", *usual, "--in-place")
+    twice = ("evaluate", "model", "--edits", "edits.jsonl", "--delta", "model/rome_fast/0001/delta.safetensors")
+    again = fails(capsys, *twice)
+    assert f"delta: {name} has this very update in it already, and would get it twice" in again
+    run(*twice, "--force")
+    run("edit", "model", *usual, "--in-place")
+    run("verify", "model")
+    assert f"rome_fast/0002: 1 request, c-rome: {name}\n" in capsys.readouterr().out
+    run("revert", "model", "--json", "revert.json")
+    assert "edits before that one: 1; undo them with: rome-fast revert model --all" in capsys.readouterr().out
+    assert read(toy / "revert.json") == {"directory": "model", "restored": [name], "edits_left": 1}
+    assert files(toy / "model")["model.safetensors"] == files(toy / "edited")["model.safetensors"]
+    run("edit", "model", *usual, "--in-place")
     assert "memory: got '7 cats'" in fails(capsys, "edit", "edited", *usual, "--out", "x", "--memory", "7 cats")
-    run("revert", "model")
+    run("revert", "model", "--all")
     assert files(toy / "model") == original
     run("verify", "model")
     assert "all in order" in capsys.readouterr().out
