@@ -7,6 +7,7 @@ what the edits before it left, so that they are undone last to first.
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,12 +130,20 @@ def records(directory: str | Path) -> list[dict[str, Any]]:
 def changing_in_place(source: str | Path) -> Iterator[None]:
     """Hold a checkpoint directory for an edit in place, so that no second one begins.
 
-    Raises ArgumentError where `source` is no directory and CheckpointError where another process is changing it.
+    Warns of other safetensors in it, as `consolidated.safetensors`, which would not be edited. Raises ArgumentError
+    where `source` is no directory and CheckpointError where another process is changing it.
     """
     directory = Path(source)
     if not directory.is_dir():
         raise ArgumentError(f"in_place: got {source}, wanted the directory of a checkpoint; give a new one as out")
     with changing(directory):
+        ours = {*Checkpoint.open(directory).shards, *_BESIDE}
+        if others := sorted({path.name for path in directory.glob("*.safetensors")} - ours):
+            warnings.warn(
+                f"{directory}: {', '.join(others)} will not be edited; programs that read every safetensors file of a "
+                "folder will read it too, so remove it unless you need it as it is",
+                stacklevel=2,
+            )
         yield
 
 

@@ -227,3 +227,12 @@ def test_a_revert_of_an_old_edit_that_was_cut_short(old, source, monkeypatch):
 def test_in_place_of_what_is_no_directory(tmp_path):
     with pytest.raises(ArgumentError, match=r"in_place: got .*nowhere, wanted the directory of a checkpoint"):
         edit_in_place(tmp_path / "nowhere", layer=LAYERS)
+
+
+def test_other_weights_in_a_folder_edited_in_place_are_named(source, tmp_path):
+    """A copy leaves them behind; in place they stay, unedited."""
+    shutil.copy(next(source.glob("model-*")), source / "consolidated.safetensors")
+    edit_checkpoint(source, tmp_path / "out", END)
+    assert not (tmp_path / "out/consolidated.safetensors").exists()
+    with pytest.warns(UserWarning, match=r"source: consolidated\.safetensors will not be edited; .*remove it unless"):
+        edit_in_place(source, END)
