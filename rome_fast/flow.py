@@ -409,7 +409,7 @@ class Flow:
             applied=_is_finite(solved),
             text=request.edit.text,
             separator=request.edit.boundary,
-            target_tokens=request.target_tokens,
+            target_tokens=list(request.target_tokens),
             left_out=None if _is_finite(solved) else "loss not finite",
         )
 

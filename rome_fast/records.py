@@ -1,7 +1,7 @@
 """What one edit reports about itself."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 LeftOut = Literal["did not converge", "would collapse", "loss not finite"]
@@ -37,7 +37,8 @@ class Record:
     left_out: LeftOut | None = None  # why; None where it was applied
     text: str = ""  # what was asked, to the character: the prompt with its subject, in a chat with all of its template
     separator: str = ""  # what stands between that and the target
-    target_tokens: tuple[str, ...] = ()  # the tokens whose probability was raised, its end among them, each decoded
+    # The tokens whose probability was raised, its end among them, each decoded.
+    target_tokens: list[str] = field(default_factory=list)
     probability_before: float | None = None  # of the target behind the bare prompt
     probability_after: float | None = None
     probability_after_prefixed: float | None = None  # mean over the editing contexts
@@ -47,8 +48,7 @@ class Record:
     perplexity_after: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        # As it comes back from a file.
-        return {**asdict(self), "target_tokens": list(self.target_tokens)}
+        return asdict(self)
 
 
 def report_json(report: Mapping[str, Any]) -> dict[str, Any]:

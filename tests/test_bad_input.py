@@ -202,7 +202,7 @@ def test_a_tokenizer_of_another_model(toy_tokenizers):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (Edit("{} is in", "Paris", "~"), "target '~': got no token from the tokenizer, wanted at least one"),
+        (Edit("{} is in", "Paris", "~"), "target '~': got no token from the tokenizer that continues"),
         (Edit("{} is in", "~", "Rome"), "subject '~': got no token from the tokenizer"),
     ],
     ids=["target", "subject"],
@@ -245,17 +245,6 @@ def test_contexts_may_be_any_sequence(toy_tokenizers):
     model = toy_model("gpt2")
     for contexts in (list(CONTEXTS), CONTEXTS, iter(CONTEXTS)):
         assert edited(copy.deepcopy(model), toy_tokenizers[False], END, contexts=contexts).contexts == CONTEXTS
-
-
-def test_a_model_of_no_checkpoint_cannot_be_saved(tmp_path):
-    """Its empty name resolved to the current directory, which then was the checkpoint that was copied."""
-    model = toy_model("llama")
-    before = all_bits(model)
-    assert not model.config._name_or_path
-    with pytest.raises(ArgumentError, match="does not say which checkpoint it was loaded from"):
-        edited(model, toy_tokenizer(False), MIDDLE, out=tmp_path / "out")
-    assert changed(model, before) == []
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_attention_that_takes_no_mask_is_refused(toy_tokenizers):

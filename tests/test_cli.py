@@ -395,7 +395,7 @@ def test_an_adapter_goes_where_its_checkpoint_could_not_be_written(contexts, cap
     def fail(*_arguments, **_keywords):
         raise CheckpointError("writing edited: No space left on device")
 
-    monkeypatch.setattr("rome_fast.editor.EditResult.save", fail)
+    monkeypatch.setattr("rome_fast.saving.save_edited", fail)
     usual = ("edit", "model", "--edits", "edits.jsonl", *QUICK, *FEW)
     assert "No space left" in fails(capsys, *usual, "--out", "edited", "--lora", "lora")
     assert not (contexts / "lora").exists()
