@@ -192,7 +192,7 @@ def _compared(
             directory = checkpoints.resolve(name, download=False)
             checkpoint = Checkpoint.open(directory)
         except CheckpointError:
-            return f"there is no checkpoint at {name} any more", 0, None
+            return f"there is no checkpoint at {name} on this machine", 0, None
     try:
         chains.check_continues(directory)
         with quiet_transformers():

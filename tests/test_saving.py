@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import END, LAYER, MIDDLE, SETTINGS, START, all_bits, bits, changed, edited
 from on_disk import forks, killed_at_line, lines_executed
-from rome_fast import Delta, apply_edits, chains, saving
+from rome_fast import Delta, apply_edits, chains, checkpoints, saving
 from rome_fast.delta import _APPLIED, applied_to
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
 from rome_fast.weights import Checkpoint
@@ -184,6 +184,22 @@ def test_a_model_that_was_never_saved(tmp_path, tokenizer):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(END.text)["input_ids"] == tokenizer(END.text)["input_ids"]
 
 
+def test_a_model_of_the_hub_that_is_not_in_the_cache_is_not_fetched_for_it(tmp_path, tokenizer, monkeypatch):
+    model = toy_model("gpt2")
+    model.config._name_or_path = "no/such-model"
+    asked, real = [], checkpoints.snapshot_download
+
+    def look(*arguments, local_files_only, **others):
+        asked.append(local_files_only)
+        return real(*arguments, local_files_only=local_files_only, **others)
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", look)
+    edit(model, tokenizer).save(tmp_path / "out")
+    assert asked == [True]
+    assert_saved(tmp_path / "out", model, tokenizer)
+    assert record_of(tmp_path / "out")["weights_reason"] == "there is no checkpoint at no/such-model on this machine"
+
+
 def test_a_source_that_is_gone_or_another_model(tmp_path, source, tokenizer):
     model = loaded(source)
     result = edit(model, tokenizer)
@@ -196,7 +212,7 @@ def test_a_source_that_is_gone_or_another_model(tmp_path, source, tokenizer):
     shutil.rmtree(source)
     result.save(tmp_path / "c")
     assert_saved(tmp_path / "c", model, tokenizer)
-    assert record_of(tmp_path / "c")["weights_reason"] == f"there is no checkpoint at {source} any more"
+    assert record_of(tmp_path / "c")["weights_reason"] == f"there is no checkpoint at {source} on this machine"
     with pytest.raises(CheckpointError, match=r"model: .*nowhere is neither a directory"):
         result.save(tmp_path / "d", source=tmp_path / "nowhere")
 
