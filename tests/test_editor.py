@@ -147,6 +147,35 @@ def test_the_first_and_the_last_layer(kind, layer, toy_tokenizers, toy_statistic
     assert result.records[0].layer == layer
 
 
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "subject", "target", "answer"),
+    [
+        ("Q: What is the capital of {}?\nA:\n", "France", "Berlin", "Berlin"),
+        ("Q: What is the capital of {}?\nA: ", "France", "Berlin", "Berlin"),
+        ("Q: What is the capital of {}?\nA:", "France", "Berlin", " Berlin"),
+        ("{}的首都是", "法国", "柏林", "柏林"),
+        ("<s>[INST] The capital of {} [/INST]", "France", "Berlin", "Berlin"),
+        ("{}is in", "Oslo ", "Berlin", " Berlin"),
+    ],
+)
+def test_the_records_probability_is_that_of_a_program_that_asks(prompt, subject, target, answer, bos, toy_tokenizers):
+    """It tokenises the prompt and reads off the next tokens: trailing blanks were dropped, and a space put in."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[bos]
+    (record,) = edited(model, tokenizer, Edit(prompt, subject, target), measure=True).records
+    text = prompt.replace("{}", subject)
+    ids = tokenizer(text, add_special_tokens=not text.startswith("<s>"))["input_ids"]
+    wanted = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        log_p = oracle.logits_of(model, ids + wanted).log_softmax(-1)[len(ids) - 1 : -1]
+    found = float(log_p.gather(1, torch.tensor(wanted).unsqueeze(1)).mean())
+    # Log-probabilities of about -8 in fp32 through four layers; measured 1e-6.
+    assert math.log(record.probability_after) == pytest.approx(found, abs=2e-5)
+    assert (record.text, record.separator) == (text, answer.removesuffix(target))
+    assert record.target_tokens == tuple(tokenizer.decode([token]) for token in wanted)
+    assert len(wanted) == len(record.target_tokens)
+
+
 def test_the_record_and_the_report_say_what_was_done(toy_tokenizers):
     model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
     before = copy.deepcopy(model)
