@@ -150,7 +150,8 @@ def apply_edits(
             first token: those answer without a prefix as well. It needs the keys of all first tokens, which the first
             such edit of a model collects in one pass over the vocabulary and keeps in the cache.
         layer: edit layer; default by model, see `rome_fast.defaults`.
-        contexts: prefix contexts, each ending in a space; default 20 sampled with `seed`.
+        contexts: prefix contexts, each ending in a space; default 20 sampled with `seed`. They stand before a prompt,
+            in a chat before what the user says last.
         settings: how δ is optimised; default by model.
         guard: what to do with an edit predicted to collapse the model, before anything is written: "raise",
             "warn", "skip" (leave that edit out) or "off". Unless it is "off", edits made together whose keys are too

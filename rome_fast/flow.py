@@ -44,7 +44,8 @@ ENOUGH_BARE = 0.4
 """Share of an edit that has to arrive without a context. Of those with less, none answered there (docs/collapse.md)."""
 
 
-_MOST_HEADS = 4  # of chats, whose contexts are in memory at a time
+_MOST_HEADS = 4  # of chats, that have contexts of their own in a group
+_MOST_KEPT = 2  # of what was made of contexts, for the groups that follow
 
 _TOLD = 10  # edits that a warning names
 
@@ -277,7 +278,7 @@ class Flow:
         elif made < self._round:
             contexts = contexts.after_edit(self.runner, above)
         self._contexts[head] = self._round, contexts
-        if len(self._contexts) > _MOST_HEADS:
+        if len(self._contexts) > _MOST_KEPT:
             del self._contexts[next(iter(self._contexts))]
         return contexts
 

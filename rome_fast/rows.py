@@ -96,7 +96,9 @@ def _end(tokenizer: PreTrainedTokenizerBase, end: bool | str) -> str:
     found = tokenizer.eos_token if end is True else end
     if not isinstance(found, str):
         raise EditError("end: got True, but the tokenizer has no end of text; give the token's text, or end=False")
-    if found not in tokenizer.get_added_vocab():
+    number = tokenizer.convert_tokens_to_ids(found)
+    # One that is unknown has the number of the token for unknown ones, if any.
+    if number is None or tokenizer.convert_ids_to_tokens(number) != found:
         raise EditError(f"end: got {found!r}, wanted a special token of the tokenizer, as {tokenizer.eos_token!r}")
     return found
 
