@@ -66,6 +66,7 @@ def run_demo(out: Path, device: str | None = None) -> dict[str, Any]:
     """
     from .report.figures import collapse_figure
 
+    device = str(checkpoints.checked_device(own_device(device)))
     if out.exists() and not _is_ours(out):
         raise ArgumentError(f"out: {out} exists and is not an earlier demo's; choose another folder with --out")
     start = time.perf_counter()
@@ -76,7 +77,7 @@ def run_demo(out: Path, device: str | None = None) -> dict[str, Any]:
     say("model: SmolLM2-135M-Instruct, a real pretrained model, made once from a public package")
     directory = model_dir(say)
     statistics = Statistics.load(statistics_dir(say))
-    model, tokenizer, _ = checkpoints.load(directory, device=own_device(device))
+    model, tokenizer, _ = checkpoints.load(directory, device=device)
     runner, layer = Runner(model), default_layer(model.config)
     say("sampling 20 prefix contexts with the model itself")
     contexts = sample_contexts(model, tokenizer)
@@ -178,5 +179,7 @@ def _write_edited(out: Path, source: Path, model: PreTrainedModel, result: EditR
 
 
 def _is_ours(out: Path) -> bool:
+    if not out.is_dir():
+        return False
     names: Sequence[str] = [entry.name for entry in out.iterdir()]
     return not names or "report.json" in names

@@ -200,6 +200,7 @@ def apply_edits(
     first = processes.rank == 0
     if out is not None:
         checkpoints.check_new(out)
+        check_writable(Path(out))
         if in_place:
             raise ArgumentError(f"out: got {out} and in_place=True, wanted one of them")
     if lora is not None:
@@ -246,6 +247,7 @@ def apply_edits(
                 )
             source = outline.directory
             chains.check_continues(source)
+            _check_outside(source, out=out, lora=lora)
             own_tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trust_remote_code)
             if outline.placement is None:
                 model = checkpoints.load_model(
@@ -259,7 +261,7 @@ def apply_edits(
         admit_tokenizer(tokenizer, model, [f"{edit.text} {edit.target}" for edit in edits])
         align_(model)
         runner = Runner(model, stream)
-        layer = _checked_layer(runner, layer)
+        layer = checked_layer(runner, layer)
         _check_weights(runner, layer)
         entry = _checked_statistics(runner, layer, statistics)
         factor = None if entry is None else entry.factor(runner.device)
@@ -370,6 +372,13 @@ def _check_adapter(lora: str | Path, out: str | Path | None, in_place: bool) -> 
     check_writable(place)
 
 
+def _check_outside(source: Path, **places: str | Path | None) -> None:
+    """Raise ArgumentError for a place to write to that is in the source."""
+    for name, place in places.items():
+        if place is not None and source.resolve() in Path(place).resolve().parents:
+            raise ArgumentError(f"{name}: {place} lies inside the source, which is only read; choose another place")
+
+
 @contextmanager
 def _without(lora: str | Path | None) -> Iterator[None]:
     """Where the block fails, the adapter that was written before it goes as well."""
@@ -408,7 +417,8 @@ def _checked_edits(given: object) -> list[Edit]:
     return edits
 
 
-def _checked_layer(runner: Runner, layer: int | None) -> int:
+def checked_layer(runner: Runner, layer: int | None) -> int:
+    """The layer to edit, by default the model's; ArgumentError for one that it does not have."""
     count = len(runner.layers)
     if layer is None:
         return default_layer(runner.model.config)

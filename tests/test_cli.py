@@ -443,6 +443,43 @@ def test_contexts_that_cannot_be_are_named_by_their_lines(text, message, tmp_pat
     assert re.search(message, fails(capsys, *usual, "--contexts", tmp_path / "c.txt"))
 
 
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def test_edits_and_questions_through_the_chat_template(contexts, capsys):
+    for arguments in (("edit", "model", "--out", "o", *QUICK), ("evaluate", "model")):
+        message = fails(capsys, *arguments, "--edits", "edits.jsonl", "--chat")
+        assert message.startswith("edits[0]: ")
+        assert "template" in message
+        assert "system: got a system prompt without --chat" in fails(
+            capsys, *arguments, "--edits", "edits.jsonl", "--system", "Be brief."
+        )
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained("model")
+    chat = ("--edits", "edits.jsonl", "--chat", "--system", "Be brief.")
+    run("edit", "model", *chat, "--out", "edited", "--json", "e.json", *QUICK, *FEW)
+    (record,) = read(contexts / "e.json")["edits"]
+    asked = "<s>system\nBe brief.</s>\n<s>user\nThe city of Chicago</s>\n<s>assistant\n"
+    assert record["text"] == asked
+    assert record["target_tokens"][-1] == "</s>"
+    capsys.readouterr()
+    run("evaluate", "edited", *chat, "--json", "scores.json")
+    assert "Chicago → Rome" in capsys.readouterr().out
+    (scores,) = read(contexts / "scores.json")["edits"]
+    assert scores["probability"] == pytest.approx(record["probability_after"], rel=1e-5)
+    # The same by the model's own forward.
+    model = AutoModelForCausalLM.from_pretrained("edited")
+    ids = tokenizer(asked + "Rome</s>", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    start = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        found = model(ids).logits.log_softmax(-1)[0, start - 1 : -1].gather(1, ids[0, start:, None])
+    assert scores["probability"] == pytest.approx(float(found.mean().exp()), rel=1e-4)
+
+
 def test_contexts_of_several_lines_come_in_a_json_list(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(["One.\n", "Two lines,\nof one context. "]))
     assert read_contexts(tmp_path / "c.json") == ["One.\n", "Two lines,\nof one context. "]
@@ -593,3 +630,34 @@ def test_evaluate_in_another_dtype(toy):
     model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16)
     wanted = evaluate(model, AutoTokenizer.from_pretrained("model"), load_edits("edits.jsonl"))
     assert read(toy / "scores.json")["edits"] == [m.to_json() for m in wanted]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "edits.jsonl/o"),
+            "writing edits.jsonl/o: ",
+        ),
+        (("edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "model/o"), "out: model/o lies inside the"),
+        (("edit", "model", "--edits", "edits.jsonl", "--identity", "--lora", "model/o"), "lora: model/o lies inside"),
+        (("study", "model", "--edits", "edits.jsonl", "--out", "corpus.txt"), "out: corpus.txt is a file, wanted a f"),
+        (("study", "model", "--edits", "edits.jsonl", "--out", "s", "--layer", "9"), "layer: got 9, wanted one of 0"),
+        (("bench", "model", "--identity", "--layer", "9"), "layer: got 9, wanted one of 0"),
+        (("bench", "model", "--identity", "--threads", "-1"), "threads: got -1, wanted at least 1"),
+        (("bench", "model", "--identity", "--csv", "model"), "csv: got model, wanted the name of a file"),
+        (("bench", "model", "--identity", "--keep", "no/x"), "keep: got no/x, wanted the name of a file, in a folder"),
+        (("bench", "model", "--identity", "--sentences", "corpus.bin"), "corpus.bin: cannot be read"),
+        (("demo", "--out", "corpus.txt"), "out: corpus.txt exists and is not an earlier demo's"),
+        (("demo", "--device", "tpu"), "device: got 'tpu', wanted 'cpu'"),
+    ],
+)
+def test_what_was_a_traceback_or_a_late_error_is_one_message_at_once(arguments, message, toy, capsys, monkeypatch):
+    before = sorted(path.name for path in toy.iterdir())
+
+    def late(*_arguments, **_keywords):
+        raise AssertionError("an edit was begun")
+
+    monkeypatch.setattr("rome_fast.flow.Flow.solve", late)
+    assert message in fails(capsys, *arguments)
+    assert sorted(path.name for path in toy.iterdir()) == before

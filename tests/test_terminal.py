@@ -39,7 +39,19 @@ RECORD = Record(
     needs_prefix=False,
     collapsed=False,
 )
-METRICS = EditMetrics("Rome [/b]\x1b", "Paris", 0.5, True, "[/x]\u202e", False, None, None, None)
+METRICS = EditMetrics(
+    subject="Rome [/b]\x1b",
+    target="Paris",
+    probability=0.5,
+    argmax=True,
+    decoded="[/x]\u202e",
+    decoded_right=False,
+    answer="[/y]\x1b" + "a" * 60,
+    answer_right=False,
+    efficacy=None,
+    paraphrase=None,
+    neighborhood=None,
+)
 
 
 def printed(encoding, action):
@@ -71,6 +83,10 @@ def test_a_table_shows_text_as_it_is():
     assert "".join(SHOWN.split()) in "".join(cell.split())
     assert r"Paris\n[/b]" in cell
     assert r"Rome [/b]\x1b → Paris" in printed("utf-8", lambda: show(metrics_table([METRICS])))
+    shown = printed("utf-8", lambda: show(metrics_table([replace(METRICS, answer_right=True)])))
+    assert not set(shown) & {"\x1b", "\u202e"}
+    cell = "".join(line.split("│")[5].strip() for line in shown.splitlines() if "│" in line)
+    assert cell == r"'[/y]\x1b" + "a" * 34 + "…' ✓"
     # Those of other rooms, whoever makes them.
     table = Table("[/column]", title="[/title]\x1b", caption="[/caption]")
     table.add_row("[/cell]\x9b")

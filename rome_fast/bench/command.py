@@ -14,7 +14,8 @@ from rich.table import Table
 
 from .. import assets, checkpoints, demo
 from ..contexts import sample_contexts
-from ..defaults import default_layer, default_settings
+from ..defaults import default_settings
+from ..editor import checked_layer
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError
 from ..methods import hold_first_tokens, variant
@@ -42,6 +43,10 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     several = len(batches) * len(dtypes) > 1
     if several and arguments.keep:
         raise ArgumentError("keep: wanted with one batch size and one dtype, which the file is of")
+    for name in ("keep", "csv"):
+        file = getattr(arguments, name)
+        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise ArgumentError(f"{name}: got {file}, wanted the name of a file, in a folder that is there")
     if arguments.plot:
         check_figure(arguments.plot)
     one_batch = arguments.shape is not None and arguments.count is None
@@ -78,7 +83,9 @@ def prepare(
 
     And what the report must say of a random model.
     """
-    if arguments.threads:
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ArgumentError(f"threads: got {arguments.threads}, wanted at least 1")
         torch.set_num_threads(arguments.threads)
     edits = load_edits(arguments.edits or REQUESTS, arguments.on_error, arguments.duplicates)
     edits = repeated(edits, count) if arguments.shape else edits[:count]
@@ -101,7 +108,7 @@ def _random_setup(
         raise ArgumentError("shape: wanted without a model, statistics or sentences, which a shape does not have")
     stored = getattr(torch, dtype or "float32")
     setup, tokens = shape_setup(arguments.shape, device, stored, edits, identity=arguments.identity)
-    layer = setup.layer if arguments.layer is None else arguments.layer
+    layer = setup.layer if arguments.layer is None else checked_layer(Runner(setup.model), arguments.layer)
     statistics = "identity" if arguments.identity else "random, of the right size"
     return replace(setup, layer=layer, method=arguments.method), {"statistics": statistics, "tokenizer": tokens}
 
@@ -116,7 +123,7 @@ def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str 
     )
     model.eval()
     runner = Runner(model)
-    layer = default_layer(model.config) if arguments.layer is None else arguments.layer
+    layer = checked_layer(runner, arguments.layer)
     if arguments.identity:
         factor = None
     else:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from .shared import (
+    as_asked,
+    chat_arguments,
     device_argument,
     dtype_argument,
     edits_arguments,
@@ -29,6 +31,7 @@ EXAMPLE = "rome-fast edit ./model --edits edits.jsonl --method c-rome --out ./ed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id of the model; only read, unless --in-place")
     edits_arguments(parser, duplicates="error")
+    chat_arguments(parser)
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--out", type=Path, help="new directory for the edited checkpoint")
     target.add_argument("--in-place", action="store_true", help="change MODEL itself; a kill leaves it old or new")
@@ -73,20 +76,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from .. import checkpoints
     from ..processes import own_device
 
-    edits = read_edits(arguments)
+    edits, trusted = as_asked(read_edits(arguments), arguments), arguments.trust_remote_code
     # What a plan and an edit have in common.
     options: dict[str, Any] = {
         "method": arguments.method,
         "layer": arguments.layer,
         "schedule": arguments.schedule,
         "contexts": contexts,
-        "settings": checkpoints.settings_with(arguments.model, changes, trust_remote_code=arguments.trust_remote_code),
+        "settings": checkpoints.settings_with(arguments.model, changes, trust_remote_code=trusted),
         "batch_size": arguments.batch_size,
         "measure": not arguments.no_measure,
         "memory": arguments.memory,
         "device": own_device(arguments.device),
         "dtype": arguments.dtype,
-        "trust_remote_code": arguments.trust_remote_code,
+        "trust_remote_code": trusted,
     }
     return _plan(arguments, edits, options) if arguments.plan else _edit(arguments, edits, options)
 

@@ -5,7 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .shared import device_argument, dtype_argument, edits_arguments, progress, read_edits, trust_argument
+from .shared import (
+    as_asked,
+    chat_arguments,
+    device_argument,
+    dtype_argument,
+    edits_arguments,
+    progress,
+    read_edits,
+    trust_argument,
+)
 
 NAME = "evaluate"
 SUMMARY = "measure requests on a model"
@@ -17,6 +26,7 @@ _EVALUATED_TOGETHER = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id of the model")
     edits_arguments(parser)
+    chat_arguments(parser)
     parser.add_argument("--delta", type=Path, help="apply this delta in memory first")
     parser.add_argument("--force", action="store_true", help="also to weights that the delta was not made for")
     parser.add_argument("--perplexity", type=Path, metavar="FILE", help="sentences, one a line")
@@ -43,6 +53,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
     )
+    edits = as_asked(edits, arguments)
     # Those of the last edit.
     contexts: list[str] = next((r.get("contexts", []) for r in reversed(chains.records(directory))), [])
     if arguments.delta:

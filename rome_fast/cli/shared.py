@@ -4,12 +4,12 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, EditError
 from ..texts import read_text
 
 if TYPE_CHECKING:
@@ -92,6 +92,33 @@ def dtype_argument(sub: argparse.ArgumentParser) -> None:
 
 def trust_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--trust-remote-code", action="store_true", help="let code in the model's directory run")
+
+
+def chat_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--chat", action="store_true", help="ask every prompt through the tokenizer's chat template")
+    sub.add_argument("--system", metavar="TEXT", help="of --chat: the system prompt (default: the template's own)")
+
+
+def as_asked(edits: Sequence["Edit"], arguments: argparse.Namespace) -> list["Edit"]:
+    """The edits as they are, or with --chat as the user's part of a chat, where they are no chat already.
+
+    EditError names those that cannot be.
+    """
+    if not arguments.chat:
+        if arguments.system is not None:
+            raise ArgumentError("system: got a system prompt without --chat, wanted both or none")
+        return list(edits)
+    tokenizer = _tokenizer(arguments)
+    asked, faults = [], []
+    for index, edit in enumerate(edits):
+        try:
+            asked.append(edit if edit.user_at is not None else edit.as_chat(tokenizer, arguments.system))
+        except EditError as error:
+            faults.append(f"edits[{index}]: {error}")
+    if faults:
+        more = [f"and {len(faults) - _MOST_LISTED} more"] if len(faults) > _MOST_LISTED else []
+        raise EditError("\n".join([*faults[:_MOST_LISTED], *more]))
+    return asked
 
 
 def read_contexts(file: Path) -> list[str]:

@@ -9,6 +9,8 @@ from ..evaluation import EditMetrics
 from ..records import MUCH_MISSED, Record
 from ..terminal import one_line
 
+_MOST_SHOWN = 40  # characters of an answer
+
 
 def edit_table(records: Sequence[Record]) -> Table:
     """One row per edit; perplexity columns where it was measured."""
@@ -17,7 +19,7 @@ def edit_table(records: Sequence[Record]) -> Table:
     table = _table([*columns, "perplexity", "verdict"] if measured else [*columns, "verdict"])
     previous = None
     for r in records:
-        name = f"{r.prompt.replace('{}', r.subject)} → {r.target}"
+        name = f"{r.text or r.prompt.replace('{}', r.subject)} → {r.target}"
         cells = [
             "" if name == previous else one_line(name),
             r.method,
@@ -41,6 +43,7 @@ def metrics_table(metrics: Sequence[EditMetrics]) -> Table:
             "P",
             "argmax",
             "decoded",
+            "answer",
             "efficacy",
             "paraphrase",
             "neighbourhood",
@@ -53,6 +56,7 @@ def metrics_table(metrics: Sequence[EditMetrics]) -> Table:
             number(m.probability),
             "yes" if m.argmax else "no",
             repr(m.decoded),
+            "–" if m.answer is None else f"{_shortened(m.answer)!r}{' ✓' if m.answer_right else ''}",
             number(m.efficacy),
             number(m.paraphrase),
             number(m.neighborhood),
@@ -74,6 +78,10 @@ def verdict(record: Record) -> str:
     else:
         found = "applied" if record.argmax_after is None else "fact lost"
     return f"{found}, met in part ({record.missed:.0%} off)" if record.missed > MUCH_MISSED else found
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
 
 
 def number(value: float | None) -> str:

@@ -18,7 +18,8 @@ from .. import assets, checkpoints, demo
 from ..batches import free_memory
 from ..bench.command import processor
 from ..contexts import sample_contexts
-from ..defaults import default_layer, default_settings
+from ..defaults import default_settings
+from ..editor import checked_layer
 from ..edits import EditsFileWarning, load_edits
 from ..errors import ArgumentError
 from ..evaluation import sentence_perplexity
@@ -73,6 +74,8 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
         given = getattr(arguments, name)
         if given is not None and given < 1:
             raise ArgumentError(f"{name}: got {given}, wanted at least 1")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ArgumentError(f"out: {arguments.out} is a file, wanted a folder, which may be new")
     job = _prepare(arguments, say)
     study, place, turns = job.study, job.place, Turns()
     processes = max(1, min(job.processes, len(job.missing())))
@@ -129,7 +132,7 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     runner = Runner(model)
     processes = arguments.processes or _fitting_processes(model)
     torch.set_num_threads(arguments.threads or max(1, _cores() // processes))
-    layer = default_layer(model.config) if arguments.layer is None else arguments.layer
+    layer = checked_layer(runner, arguments.layer)
     fingerprint = Fingerprint.of(runner, layer)
     folder = arguments.statistics or (demo.statistics_dir(say) if own and arguments.layer is None else None)
     statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layer)
