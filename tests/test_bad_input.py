@@ -202,7 +202,10 @@ def test_a_tokenizer_of_another_model(toy_tokenizers):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (Edit("{} is in", "Paris", "~"), "target '~': got no token from the tokenizer that continues"),
+        (
+            Edit("{} is in", "Paris", "~"),
+            "target '~': got no token from the tokenizer that continues 'Paris is in' by it, wanted at least one",
+        ),
         (Edit("{} is in", "~", "Rome"), "subject '~': got no token from the tokenizer"),
     ],
     ids=["target", "subject"],
