@@ -3,12 +3,11 @@
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -28,10 +27,9 @@ from transformers import (
 from .admission import admit_file, checked_dtype
 from .assets import quiet_transformers
 from .batches import free_memory
-from .defaults import default_layer, default_settings
+from .defaults import default_layer
 from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
 from .models import family_of, known_model_types
-from .values import ValueSettings
 from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover
 from .weights.files import check_writable
 
@@ -100,19 +98,6 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
-def settings_with(
-    source: str | Path, changes: Mapping[str, Any], *, trust_remote_code: bool = False
-) -> ValueSettings | None:
-    """How values of this checkpoint are searched, with these fields otherwise; None, for the usual, without changes."""
-    if not changes:
-        return None
-    directory = resolve(source, code=trust_remote_code)
-    _check_architecture(directory)
-    with _loading(directory):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    return replace(default_settings(config), **changes)
-
-
 @dataclass(frozen=True)
 class Outline:
     """A checkpoint, where its weights would be under a budget, and the model without them."""
@@ -137,7 +122,7 @@ def outline(
     source: str | Path,
     *,
     memory: int | str | None = None,
-    layer: int | None = None,
+    layer: int | Callable[[PretrainedConfig], int] | None = None,
     device: str = "cpu",
     identity: bool = False,
     collecting: int = 0,
@@ -146,6 +131,7 @@ def outline(
 ) -> Outline:
     """Find out what of a checkpoint stays in memory; no weight is read yet.
 
+    `layer` is the edit layer, a function of the model's config that says it, or None for the model's default.
     `memory` bounds what weights, buffers and hidden states take; by default what is free on the device. Without
     `identity`, room is left for the statistics of the edit layer. With `collecting`, second moments of so many layers,
     `layer` the last of them, are summed up in place of an edit: nothing above it is run. In another `dtype` than its
@@ -160,7 +146,7 @@ def outline(
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         skeleton = _skeleton(directory, config, _dtype(config, checkpoint), target, trust_remote_code)
     count = config.num_hidden_layers
-    layer = default_layer(config) if layer is None else layer
+    layer = default_layer(config) if layer is None else layer(config) if callable(layer) else layer
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
     family = family_of(config)

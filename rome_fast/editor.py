@@ -6,9 +6,10 @@ edits → rows → keys, values → method → Delta → guard → weights
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import chains, checkpoints, saving
 from .admission import admit_model, admit_tokenizer, checked_dtype, plain_modes
 from .contexts import sample_contexts
-from .defaults import default_layer, default_settings
+from .defaults import LayerSource, default_layer, select
 from .delta import Delta
 from .edits import Edit, find_conflicts
 from .errors import ArgumentError, ModelError, StatisticsError
@@ -32,9 +33,9 @@ from .processes import ALONE, Processes, own_device
 from .records import Record, report_json
 from .rows import asked
 from .runner import Runner, evaluating
-from .statistics import LayerStatistics, Statistics, first_token_statistics
+from .statistics import LayerStatistics, Statistics, first_token_statistics, likely_layer, tuned_choice
 from .values import ValueSettings, compute_dtype
-from .weights import Link, OnRead, align_, check_link
+from .weights import Link, OnRead, Stream, align_, check_link
 from .weights.files import check_writable
 
 RESUME = "nothing was written: run the same command again"
@@ -54,6 +55,7 @@ class EditResult:
     schedule: str
     settings: ValueSettings
     condition: float  # of the joint closed form; 1 for a single key
+    layer_source: LayerSource = "given"  # who says which layer
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
 
@@ -63,6 +65,7 @@ class EditResult:
             model=str(self.model.config._name_or_path),
             method=self.records[0].method,
             layer=self.records[0].layer,
+            layer_source=self.layer_source,
             schedule=self.schedule,
             dtype=str(self.model.dtype).removeprefix("torch."),
             compute_dtype=str(compute_dtype(Runner(self.model), self.settings)).removeprefix("torch."),
@@ -117,7 +120,7 @@ def apply_edits(
     layer: int | None = None,
     schedule: Literal["joint", "sequential"] = "joint",
     contexts: Sequence[str] | None = None,
-    settings: ValueSettings | None = None,
+    settings: ValueSettings | Mapping[str, Any] | None = None,
     batch_size: int = 1,
     guard: Guard = "raise",
     unconverged: Unconverged = "skip",
@@ -149,10 +152,13 @@ def apply_edits(
         method: "c-rome", "rome", "c-rome-released", "p-rome", or "dual", which is c-rome but for subjects that are the
             first token: those answer without a prefix as well. It needs the keys of all first tokens, which the first
             such edit of a model collects in one pass over the vocabulary and keeps in the cache.
-        layer: edit layer; default by model, see `rome_fast.defaults`.
+        layer: edit layer; by default the one that `rome-fast tune` chose for this very model, as `statistics` say or,
+            where none are given, the cache does; else by model, see `rome_fast.defaults`. `result.layer_source` says
+            whose it was.
         contexts: prefix contexts, each ending in a space; default 20 sampled with `seed`. They stand before a prompt,
             in a chat before what the user says last.
-        settings: how δ is optimised; default by model.
+        settings: how δ is optimised; default as for the layer, those of `rome-fast tune` at the layer it chose. A
+            mapping changes some fields of that default.
         guard: what to do with an edit predicted to collapse the model, before anything is written: "raise",
             "warn", "skip" (leave that edit out) or "off". Unless it is "off", edits made together whose keys are too
             near to be told apart without harm are met in part (`Record.missed`), with a SharedKeyWarning.
@@ -229,15 +235,16 @@ def apply_edits(
                 stack.enter_context(chains.changing_in_place(model))
             # Where it was found to be cut short, that has been put right by now.
             processes.wait()
-            outline = checkpoints.outline(
+            outlined = partial(
+                checkpoints.outline,
                 model,
                 memory=memory,
-                layer=layer,
                 device=device,
                 identity=isinstance(statistics, str),
                 dtype=wanted_dtype,
                 trust_remote_code=trust_remote_code,
             )
+            outline = outlined(layer=partial(likely_layer, statistics=statistics) if layer is None else layer)
             stored = outline.skeleton.dtype
             converted = wanted_dtype not in (None, stored)
             if in_place and converted:
@@ -255,19 +262,21 @@ def apply_edits(
                 )
                 admit_model(model)
             else:
-                stream = stack.enter_context(closing(outline.stream(on_read)))
+                stream = outline.stream(on_read)
+                if layer is None:
+                    stream = _at_its_layer(stream, outline, outlined, statistics, on_read)
+                stack.enter_context(closing(stream))
                 model = stream.model
             tokenizer = tokenizer or own_tokenizer
         admit_tokenizer(tokenizer, model, [f"{edit.text} {edit.target}" for edit in edits])
         align_(model)
         runner = Runner(model, stream)
-        layer = checked_layer(runner, layer)
+        wanted = None if layer is None else checked_layer(runner, layer)
+        selection = select(model.config, wanted, settings, tuned_choice(runner, statistics))
+        layer, chosen_settings = selection.layer, selection.settings
         _check_weights(runner, layer)
         entry = _checked_statistics(runner, layer, statistics)
         factor = None if entry is None else entry.factor(runner.device)
-        settings = default_settings(model.config) if settings is None else settings
-        if not isinstance(settings, ValueSettings):
-            raise ArgumentError(f"settings: got {type(settings).__name__}, wanted a rome_fast.ValueSettings or None")
 
         clock = Clock(runner.device)
         delta = Delta({})
@@ -283,7 +292,7 @@ def apply_edits(
                             method,
                             layer,
                             schedule,
-                            settings,
+                            chosen_settings,
                             chosen,
                         )
                         processes.agree("model, edits, options", repr(given))
@@ -303,7 +312,7 @@ def apply_edits(
                     how,
                     chosen,
                     factor,
-                    settings,
+                    chosen_settings,
                     guard,
                     unconverged,
                     clock,
@@ -339,7 +348,16 @@ def apply_edits(
                     contexts=json.dumps(chosen, ensure_ascii=False),
                 )
                 result = EditResult(
-                    model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds, tokenizer
+                    model,
+                    delta,
+                    records,
+                    chosen,
+                    schedule,
+                    chosen_settings,
+                    flow.condition,
+                    selection.layer_source,
+                    clock.seconds,
+                    tokenizer,
                 )
                 # Nothing is written while another process still reads.
                 processes.wait()
@@ -420,11 +438,29 @@ def _checked_edits(given: object) -> list[Edit]:
 def checked_layer(runner: Runner, layer: int | None) -> int:
     """The layer to edit, by default the model's; ArgumentError for one that it does not have."""
     count = len(runner.layers)
-    if layer is None:
-        return default_layer(runner.model.config)
-    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
+    if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count):
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
-    return layer
+    return default_layer(runner.model.config) if layer is None else layer
+
+
+def _at_its_layer(
+    stream: Stream,
+    outline: checkpoints.Outline,
+    outlined: Callable[..., checkpoints.Outline],
+    statistics: Statistics | str | None,
+    on_read: OnRead | None,
+) -> Stream:
+    """The stream with the edit layer in place: which one `rome-fast tune` chose, only weights tell for certain."""
+    try:
+        config = stream.model.config
+        layer = select(config, tuned=tuned_choice(Runner(stream.model, stream), statistics)).layer
+        if layer == outline.layer:
+            return stream
+    except BaseException:
+        stream.close()
+        raise
+    stream.close()
+    return outlined(layer=layer).stream(on_read)
 
 
 def _check_weights(runner: Runner, layer: int) -> None:

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +13,14 @@ import torch
 from . import checkpoints
 from .admission import admit_tokenizer, checked_dtype
 from .batches import BatchSizer, in_batches
-from .defaults import default_settings
+from .defaults import select
 from .edits import Edit
 from .errors import ModelError
 from .flow import bare_requests, by_head, tokenise
 from .methods import variant
 from .processes import own_device
 from .runner import Runner
-from .statistics import Statistics, first_token_passes
+from .statistics import Statistics, first_token_passes, likely_choice, likely_layer
 from .values import ValueSettings
 from .weights import Checkpoint, parse_bytes
 
@@ -81,7 +82,7 @@ def plan(
     layer: int | None = None,
     schedule: Literal["joint", "sequential"] = "joint",
     contexts: Sequence[str] | None = None,
-    settings: ValueSettings | None = None,
+    settings: ValueSettings | Mapping[str, Any] | None = None,
     batch_size: int = 1,
     measure: bool = True,
     memory: int | str | None = None,
@@ -99,7 +100,7 @@ def plan(
     outline = checkpoints.outline(
         model,
         memory=memory,
-        layer=layer,
+        layer=partial(likely_layer, statistics=statistics) if layer is None else layer,
         device=own_device(device),
         identity=isinstance(statistics, str),
         dtype=checked_dtype(dtype),
@@ -107,7 +108,8 @@ def plan(
     )
     tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
     admit_tokenizer(tokenizer, outline.skeleton, [f"{edit.text} {edit.target}" for edit in edits])
-    settings = settings or default_settings(outline.skeleton.config)
+    config = outline.skeleton.config
+    steps = select(config, outline.layer, settings, likely_choice(config, statistics)).settings.steps
     texts = ["It rained all day. "] * _SAMPLED if contexts is None else list(contexts)
     runner = _Outlined(outline)
     requests = [tokenise(runner, tokenizer, edit, texts, variant(method)) for edit in edits]
@@ -139,7 +141,7 @@ def plan(
         heads = len({each[0].edit.head for each in groups})
         again = (len(groups) - heads) * sum(sizes[outline.layer : -1])
         stages["keys"] = (len(groups) + batches, (heads + batches) * sum(sizes[:-1]) + again)
-        evaluations = settings.steps * batches
+        evaluations = steps * batches
         stages["values"] = (2 * evaluations - batches, evaluations * (2 * above + sizes[-1]) - batches * above)
     rate = _reading_rate(outline.checkpoint)
     return Plan(

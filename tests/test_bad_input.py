@@ -99,7 +99,13 @@ def assert_refused(error, message, model, tokenizer, edits=END, **arguments):
         ({"statistics": None}, StatisticsError, "(?s)none for layer 1 .*rome-fast statistics .*'identity'"),
         ({"tokenizer": None}, ArgumentError, "tokenizer: got None, wanted the model's tokenizer"),
         ({"tokenizer": SimpleNamespace(is_fast=False)}, ModelError, "tokenizer: got SimpleNamespace without character"),
-        ({"settings": {"steps": 3}}, ArgumentError, "settings: got dict, wanted .*ValueSettings"),
+        (
+            {"settings": [3]},
+            ArgumentError,
+            "settings: got list, wanted .*ValueSettings, a mapping of some",
+        ),
+        ({"settings": {"decay": 3}}, ArgumentError, "settings: got decay, wanted some of steps, .*weight_decay"),
+        ({"settings": {"steps": 0}}, ArgumentError, "settings: got steps 0"),
         ({"batch_size": 0, "schedule": "sequential"}, ArgumentError, "batch_size: got 0, wanted at least 1"),
     ],
 )

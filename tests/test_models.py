@@ -6,7 +6,8 @@ from transformers import AutoConfig
 
 from helpers import CONTEXTS, FORWARD, relative_error, rounding
 from rome_fast import ValueSettings
-from rome_fast.defaults import default_layer, default_settings
+from rome_fast.defaults import Default, Selection, default_layer, default_settings, known, select
+from rome_fast.errors import ArgumentError
 from rome_fast.past import ContextPast, Contexts, attention_mask
 from rome_fast.runner import Runner
 from toys import KINDS, LAYERS, SENTENCES, toy_model
@@ -60,7 +61,14 @@ def test_what_follows_a_recorded_past_is_what_follows_in_one_go(kind, toy_tokeni
     [
         ("gpt2", 48, 1600, 17, 20),
         ("gptj", 28, 4096, 5, 20),
+        ("gpt_neox", 44, 6144, 15, 20),
         ("llama", 32, 4096, 5, 25),
+        ("llama", 40, 5120, 3, 25),
+        ("llama", 28, 3072, 5, 25),
+        ("mistral", 32, 4096, 5, 25),
+        ("qwen2", 28, 3584, 5, 25),
+        ("falcon", 32, 4544, 3, 25),
+        ("gemma", 28, 3072, 3, 25),
         # Nobody published any for these.
         ("gpt2", 12, 768, 4, 20),
         ("gptj", 50, 4096, 9, 20),
@@ -74,3 +82,38 @@ def test_layers_and_settings_are_the_published_ones_or_like_them(kind, layers, w
     if kind == "gptj":
         wanted = ValueSettings(steps=20, learning_rate=0.5, clamp=4, weight_decay=0.5, kl_factor=0.0625)
         assert default_settings(config) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "width", "several"),
+    [
+        ("gpt2", 48, 1600, (13, 14, 15, 16, 17)),
+        ("gptj", 28, 4096, (3, 4, 5, 6, 7, 8)),
+        ("llama", 32, 4096, (4, 5, 6, 7, 8)),
+        ("falcon", 32, 4544, (3, 4)),
+        ("gpt2", 24, 1024, ()),
+    ],
+)
+def test_several_layers_are_the_published_ones(kind, layers, width, several):
+    published = known(AutoConfig.for_model(kind, num_hidden_layers=layers, hidden_size=width))
+    assert published.layers == several
+    assert not several or published.layer in several
+
+
+def test_what_is_given_comes_before_what_was_tuned_and_that_before_what_is_published():
+    config = AutoConfig.for_model("llama", num_hidden_layers=32, hidden_size=4096)
+    given, tuned = ValueSettings(steps=3), Default(7, ValueSettings(steps=9))
+    assert select(config) == Selection(5, default_settings(config), "published")
+    assert select(config, tuned=tuned) == Selection(7, tuned.settings, "tune")
+    assert select(config, settings=given, tuned=tuned) == Selection(7, given, "tune")
+    assert select(config, layer=7, tuned=tuned) == Selection(7, tuned.settings, "given")
+    in_part = ValueSettings(steps=9, clamp=1.0)
+    assert select(config, settings={"clamp": 1.0}, tuned=tuned) == Selection(7, in_part, "tune")
+    with pytest.raises(ArgumentError, match=r"settings: got decay, wanted some of steps, learning_rate, weight_decay"):
+        select(config, settings={"decay": 1.0})
+    with pytest.raises(ArgumentError, match=r"settings: got list, wanted a rome_fast.ValueSettings, a mapping of some"):
+        select(config, settings=[3])
+    # Settings that were tuned belong to their layer.
+    assert select(config, layer=6, tuned=tuned) == Selection(6, default_settings(config), "given")
+    unknown = AutoConfig.for_model("llama", num_hidden_layers=50, hidden_size=4096)
+    assert select(unknown) == Selection(8, default_settings(unknown), "depth rule")

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
     parser.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
     parser.add_argument("--method", default="c-rome", help="c-rome (default), dual, rome, c-rome-released, p-rome")
-    parser.add_argument("--layer", type=int, help="edit layer (default: by model)")
+    parser.add_argument("--layer", type=int, help="edit layer (default: that of rome-fast tune, or by model)")
     parser.add_argument("--schedule", choices=("joint", "sequential"), default="joint")
     parser.add_argument("--batch-size", type=int, default=1, help="edits at a time when sequential (default: 1)")
     parser.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--settings",
         nargs="+",
         metavar="KEY=VALUE",
-        help="of the search of values, as steps=30 lr=0.3 (default: by model)",
+        help="of the search of values, as steps=30 lr=0.3 (default: of rome-fast tune, or by model)",
     )
     parser.add_argument("--no-measure", action="store_true", help="leave probabilities before and after out")
     parser.add_argument("--memory", help="how much of the model may be in memory, as 8GiB (default: what is free)")
@@ -73,28 +73,28 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     changes = parsed_settings(arguments.settings or [])
     contexts = read_contexts(arguments.contexts) if arguments.contexts else None
 
-    from .. import checkpoints
     from ..processes import own_device
 
-    edits, trusted = as_asked(read_edits(arguments), arguments), arguments.trust_remote_code
+    edits = as_asked(read_edits(arguments), arguments)
     # What a plan and an edit have in common.
     options: dict[str, Any] = {
         "method": arguments.method,
         "layer": arguments.layer,
         "schedule": arguments.schedule,
         "contexts": contexts,
-        "settings": checkpoints.settings_with(arguments.model, changes, trust_remote_code=trusted),
+        "settings": changes,
         "batch_size": arguments.batch_size,
         "measure": not arguments.no_measure,
         "memory": arguments.memory,
         "device": own_device(arguments.device),
         "dtype": arguments.dtype,
-        "trust_remote_code": trusted,
+        "trust_remote_code": arguments.trust_remote_code,
     }
     return _plan(arguments, edits, options) if arguments.plan else _edit(arguments, edits, options)
 
 
 def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str, Any]) -> dict[str, Any] | None:
+    from ..defaults import explain_layer
     from ..editor import RESUME, apply_edits
     from ..processes import joined, launched_together
     from ..report import edit_table
@@ -125,6 +125,7 @@ def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str,
     if not first:
         return None
     show(edit_table(result.records))
+    say(explain_layer(result.records[0].layer, result.layer_source, arguments.model))
     if arguments.lora:
         say(f"adapter: {arguments.lora}, for {arguments.model} as it is")
     edited = arguments.model if arguments.in_place else arguments.out

@@ -15,17 +15,17 @@ import torch
 from .. import checkpoints
 from ..defaults import default_layer
 from ..errors import ArgumentError, StatisticsError
-from ..fingerprint import Fingerprint
 from ..processes import joined, launched_together, own_device
 from ..runner import Runner
 from ..terminal import say, tell
 from .cache import list_cache, prune_cache
+from .choice import cached_choices
 from .collect import RESUME, Progress, collect, opened_for
 from .corpus import Corpus, hub_dataset
 from .layer import check_ridge
 from .released import export_npz, import_npz
 from .snapshots import PATTERN
-from .store import Statistics, check_replaces, statistics_cache
+from .store import Statistics, cache_folder, check_replaces, statistics_cache
 
 Shown = Callable[[str, str], AbstractContextManager[tuple[Progress, object]]]
 """From (stage, unit) to a progress bar: what moves it, and what else it shows."""
@@ -66,7 +66,7 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any] | No
             )
         )
         layers = arguments.layers or [default_layer(runner.model.config)]
-        out = arguments.out or _cache_folder(runner, checkpoints.resolve(arguments.model), layers)
+        out = arguments.out or cache_folder(runner, checkpoints.resolve(arguments.model).resolve().name, layers)
         progress = stack.enter_context(_shown(shown)) if first else None
         statistics = collect(
             runner,
@@ -130,12 +130,6 @@ def _texts(arguments: argparse.Namespace) -> Iterable[Any]:
     return Corpus.open(*arguments.corpus, field=arguments.field)
 
 
-def _cache_folder(runner: Runner, directory: Path, layers: list[int]) -> Path:
-    # The name alone would let two models of one folder name replace each other's files.
-    layer = max(0, min(max(layers), len(runner.layers) - 1))
-    return statistics_cache() / f"{directory.resolve().name}-{Fingerprint.of(runner, layer)}"
-
-
 def _tell_usable(statistics: Statistics, report: dict[str, Any]) -> None:
     """Say of every layer whether it can be solved with, and put its condition number into the report."""
     report["conditions"] = {}
@@ -189,7 +183,7 @@ def _keep(arguments: argparse.Namespace, runner: Runner, statistics: Statistics)
         statistics.for_layer(runner, layer)
     statistics = statistics.with_ridge(arguments.ridge) if arguments.ridge else statistics
     directory = checkpoints.resolve(arguments.model)
-    out = arguments.out or _cache_folder(runner, directory, list(statistics.layers))
+    out = arguments.out or cache_folder(runner, directory.resolve().name, list(statistics.layers))
     for layer, entry in statistics.layers.items():
         check_replaces(out, layer, entry.fingerprint, entry.tokens)
     statistics.save(out)
@@ -225,8 +219,13 @@ def _list() -> dict[str, Any]:
         else:
             what = "first tokens" if entry.first_tokens else f"tokens, {entry.tokens / entry.width:.1f} per dimension"
             say(f"{name}  layer {entry.layer}  {size}  {entry.tokens} {what}")
+    choices = cached_choices(statistics_cache())
+    for choice in choices:
+        settings = f"weight decay {choice.settings.weight_decay:g}, clamp {choice.settings.clamp:g}"
+        say(f"{choice.fingerprint}  tuned: layer {choice.layer}, {settings} ({choice.made})")
     say(f"{len(found)} layers in {statistics_cache()}")
     return {
+        "tuned": [{"model": str(c.fingerprint), "layer": c.layer, "made": c.made} for c in choices],
         "cache": str(statistics_cache()),
         "layers": [
             {
