@@ -256,6 +256,16 @@ def test_contexts_may_be_any_sequence(toy_tokenizers):
         assert edited(copy.deepcopy(model), toy_tokenizers[False], END, contexts=contexts).contexts == CONTEXTS
 
 
+def test_a_model_of_no_checkpoint_is_saved_from_memory(tmp_path, monkeypatch):
+    """Its empty name resolved to the current directory, which then was the checkpoint that was copied."""
+    model, tokenizer = toy_model("llama"), toy_tokenizer(False)
+    save_toy(tmp_path / "here", toy_model("llama", seed=1), tokenizer)
+    monkeypatch.chdir(tmp_path / "here")
+    assert not model.config._name_or_path
+    edited(model, tokenizer, MIDDLE, out=tmp_path / "out")
+    assert changed(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), all_bits(model)) == []
+
+
 def test_an_attention_that_takes_no_mask_is_refused(toy_tokenizers):
     model = toy_model("llama")
     model.config._attn_implementation = "flash_attention_2"
