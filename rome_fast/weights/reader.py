@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +71,13 @@ class Files:
 
 
 def view(memory: Tensor, piece: Piece) -> Tensor:
-    """The tensor of a piece in the memory (bytes) of its block."""
+    """The tensor of a piece in the memory (bytes) of its block.
+
+    It has a version counter of its own, as what `.data` gives does. The counter that views share rises whenever another
+    block is copied into the same memory, and autograd would take a weight for changed that is not.
+    """
     size = piece.entry.end - piece.entry.begin
-    return memory[piece.offset : piece.offset + size].view(piece.entry.dtype).reshape(piece.entry.shape)
+    return memory[piece.offset : piece.offset + size].view(piece.entry.dtype).reshape(piece.entry.shape).data
 
 
 def buffer_on(device: torch.device, size: int) -> Tensor:
@@ -82,22 +87,75 @@ def buffer_on(device: torch.device, size: int) -> Tensor:
     return memory[start : start + size]
 
 
+class Transfers:
+    """Copies from the host to a GPU on a stream of their own, and all the ways in which they and others wait.
+
+    Nothing but these methods orders the two streams and the host, so that a test can put other queues in their place.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def staging(self, size: int) -> Tensor:
+        """(size,) uint8 on the host, from where a copy is made while the host goes on."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy; until it is done the source must stay as it is."""
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def copied(self) -> Any:
+        """The end of the copies queued so far."""
+        return self._stream.record_event()
+
+    def computed(self) -> Any:
+        """The end of the work that this thread has queued so far."""
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def copy_after(self, event: Any) -> None:
+        """Have copies that are queued from now on wait."""
+        self._stream.wait_event(event)
+
+    def compute_after(self, event: Any) -> None:
+        """Have the work that this thread queues from now on wait."""
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def wait(self, event: Any) -> None:
+        """Have the host wait."""
+        event.synchronize()
+
+
+def transfers_to(device: torch.device) -> Transfers | None:
+    """What a device needs to be filled; None where files are read right into its memory."""
+    return Transfers(device) if device.type == "cuda" else None
+
+
 class Loader:
     """Moves blocks from files to a device."""
 
     def __init__(self, files: Files, device: torch.device) -> None:
         self.files, self.device = files, device
+        self.transfers = transfers_to(device)
         self._readers = ThreadPoolExecutor(_READERS, "rome-fast-part")
-        self._staging: list[Tensor] = []
-        self._copied: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
-            self._staging = [torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-            self._copied = [torch.cuda.Event() for _ in range(2)]
+        # In turn; each with the end of the copy that was made from it last.
+        self._staging: deque[tuple[Tensor, Any]] = deque()
+        if self.transfers is not None:
+            self._staging.extend((self.transfers.staging(_STAGING_BYTES), None) for _ in range(2))
+
+    def load(self, block: Block) -> Tensor:
+        """New memory (bytes on the device) that holds a block as soon as `finish` returns."""
+        memory = buffer_on(self.device, block.size)
+        if self.transfers is not None:
+            # Work that is still queued may have given this memory back.
+            self.transfers.copy_after(self.transfers.computed())
+        self.fill(memory, block)
+        return memory
 
     def fill(self, memory: Tensor, block: Block) -> None:
-        """Read a block into its memory (bytes on the device); on CUDA the last copy is still under way on `stream`."""
-        if self.device.type == "cpu":
+        """Read a block into its memory (bytes on the device); with `transfers` the last copies are still under way."""
+        if self.transfers is None:
             raw = memory.numpy().data
             parts = [part for run in _runs(block.pieces) for part in _parts(raw, *run)]
             # All of them are waited for, also behind one that fails: the memory may be used for something else then.
@@ -106,23 +164,30 @@ class Loader:
                 part.result()
             return
         for piece in block.pieces:
-            self._stage(memory, piece.header, piece)
+            self._stage(self.transfers, memory, piece)
+
+    def finish(self) -> None:
+        """Wait until every copy is made."""
+        if self.transfers is not None:
+            self.transfers.wait(self.transfers.copied())
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, once every copy is made."""
         self._readers.shutdown()
+        self.finish()
 
-    def _stage(self, memory: Tensor, header: Header, piece: Piece) -> None:
+    def _stage(self, transfers: Transfers, memory: Tensor, piece: Piece) -> None:
         size = piece.entry.end - piece.entry.begin
-        for turn, start in enumerate(range(0, size, _STAGING_BYTES)):
-            staging, copied = self._staging[turn % 2], self._copied[turn % 2]
+        for start in range(0, size, _STAGING_BYTES):
             count = min(_STAGING_BYTES, size - start)
-            copied.synchronize()
-            self.files.read(header, piece.entry.begin + start, [staging.numpy().data[:count]])
-            with torch.cuda.stream(self.stream):
-                at = piece.offset + start
-                memory[at : at + count].copy_(staging[:count], non_blocking=True)
-                copied.record()
+            staging, copied = self._staging[0]
+            if copied is not None:
+                transfers.wait(copied)
+            self.files.read(piece.header, piece.entry.begin + start, [staging.numpy().data[:count]])
+            at = piece.offset + start
+            transfers.copy(memory[at : at + count], staging[:count])
+            self._staging[0] = staging, transfers.copied()
+            self._staging.rotate()
 
 
 @dataclass
@@ -132,7 +197,7 @@ class _Loaded:
     begin: int
     ready: bool = False
     error: BaseException | None = None
-    copied: torch.cuda.Event | None = None
+    copied: Any = None  # the end of the copies that bring it, where it is copied
 
 
 class ReadAhead:
@@ -152,7 +217,8 @@ class ReadAhead:
         self._taken: _Loaded | None = None
         self._order: Iterator[Block] = iter(())
         self._next: Block | None = None
-        self._free: torch.cuda.Event | None = None
+        # Copies wait for what may still use the place of the block they overwrite: at first, whose memory the ring was.
+        self._free = loader.transfers.computed() if loader.transfers is not None else None
         self._closed = False
         self.bytes_read = 0
         self.seconds_reading = 0.0
@@ -182,13 +248,13 @@ class ReadAhead:
 
         `then()` are the blocks to expect behind it where it was not expected itself.
         """
-        start = time.perf_counter()
+        start, transfers = time.perf_counter(), self._loader.transfers
         with self._state:
             while self._loaded and self._loaded[0].block is not block:
                 self._loaded.popleft()
-            if self._loader.device.type == "cuda":
+            if transfers is not None:
                 # What was used until now may be overwritten once the work queued so far is done.
-                self._free = torch.cuda.current_stream(self._loader.device).record_event()
+                self._free = transfers.computed()
             if not self._loaded and self._next is not block:
                 self._next, self._order = block, iter(then())
             self._taken = None
@@ -202,8 +268,8 @@ class ReadAhead:
                 raise first.error
             self._taken = first
             self.seconds_waited += time.perf_counter() - start
-        if first.copied is not None:
-            torch.cuda.current_stream(self._loader.device).wait_event(first.copied)
+        if transfers is not None:
+            transfers.compute_after(first.copied)
         return first.memory
 
     def close(self) -> None:
@@ -212,6 +278,8 @@ class ReadAhead:
             self._closed = True
             self._state.notify_all()
         self._thread.join()
+        # What was read ahead may still be on its way into memory that others get now.
+        self._loader.finish()
         self._loaded.clear()
         self._taken = None
         self._ring = torch.empty(0, dtype=torch.uint8)
@@ -230,6 +298,7 @@ class ReadAhead:
         return end if end + size <= oldest else None
 
     def _work(self) -> None:
+        transfers = self._loader.transfers
         while True:
             with self._state:
                 while not self._closed and (self._next is None or self._place(self._next.size) is None):
@@ -244,11 +313,11 @@ class ReadAhead:
                 free = self._free
             start = time.perf_counter()
             try:
-                if self._loader.device.type == "cuda" and free is not None:
-                    self._loader.stream.wait_event(free)
+                if transfers is not None:
+                    transfers.copy_after(free)
                 self._loader.fill(loaded.memory, block)
-                if self._loader.device.type == "cuda":
-                    loaded.copied = self._loader.stream.record_event()
+                if transfers is not None:
+                    loaded.copied = transfers.copied()
                 self.bytes_read += block.size
                 self.seconds_reading += time.perf_counter() - start
                 if self._on_read is not None:

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ModelError
 from .checkpoint import Checkpoint
 from .header import Header, TensorEntry
 from .plan import ALIGNMENT, Block, Placement, aligned
-from .reader import Files, Loader, OnRead, ReadAhead, buffer_on, view
+from .reader import Files, Loader, OnRead, ReadAhead, view
 
 _CHUNK_BYTES = 4 << 20
 
@@ -53,16 +53,14 @@ class Stream:
                 self._bind(name, self._read_whole(name))
             for index in sorted(placement.resident):
                 block = parts.blocks[index]
-                memory = buffer_on(device, block.size)
-                self._loader.fill(memory, block)
+                memory = self._loader.load(block)
                 self._initial_bytes += block.size
                 for piece in block.pieces:
                     self._bind(piece.parameter, view(memory, piece))
             if parts.tied and len(parts.blocks) - 1 in placement.resident:
                 self._bind(parts.embedding, self.model.get_parameter(parts.blocks[-1].pieces[0].parameter).data)
                 self._by_rows = False
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            self._loader.finish()
             self._streamed = [
                 block for i, block in enumerate(parts.blocks) if i not in placement.resident and block.pieces
             ]
@@ -190,9 +188,7 @@ class Stream:
     def _read_whole(self, name: str) -> Tensor:
         header, entry = self._parts.places[name]
         block = Block.of(name, [(name, header, entry)])
-        memory = buffer_on(self._loader.device, block.size)
-        self._loader.fill(memory, block)
-        return view(memory, block.pieces[0])
+        return view(self._loader.load(block), block.pieces[0])
 
     def _rows(self, name: str, ids: Sequence[int]) -> Tensor:
         header, entry = self._parts.places[name]
