@@ -34,9 +34,11 @@ class Row:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What to fill rows with where the tokenizer names no padding token; it is always masked."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return found if isinstance(found, int) else 0
+    """What to fill rows with, whatever the tokenizer pads with: it is always masked, and every model has this token.
+
+    The padding token of a tokenizer may have been added to it alone, and its end of text may be another model's.
+    """
+    return 0
 
 
 @dataclass(frozen=True)
