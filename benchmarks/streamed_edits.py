@@ -23,6 +23,7 @@ from rome_fast import checkpoints
 from rome_fast.assets import model_dir
 from rome_fast.contexts import sample_contexts
 from rome_fast.demo import statistics_dir
+from rome_fast.weights.memory import anonymous_bytes
 
 RESULTS = Path(__file__).parent / "results" / "streamed_edits.csv"
 
@@ -81,7 +82,7 @@ def _edit(
     source: Path, edits: list[rf.Edit], out: Path, budget: int | None, common: dict[str, Any]
 ) -> dict[str, float]:
     # What this process holds besides (torch, the statistics) is no part of the model's quarter.
-    memory = None if budget is None else budget + checkpoints.anonymous_bytes()
+    memory = None if budget is None else budget + anonymous_bytes()
     start, begun = time.perf_counter(), time.process_time()
     result = rf.apply_edits(source, edits, out=out, memory=memory, **common)
     return {

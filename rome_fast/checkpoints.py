@@ -32,6 +32,7 @@ from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
 from .models import family_of, known_model_types
 from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover
 from .weights.files import check_writable
+from .weights.memory import anonymous_bytes
 
 _FREE_SHARE = 0.8  # of the memory that is free, for a model that is read from disk
 
@@ -247,15 +248,6 @@ def checked_device(name: str | torch.device) -> torch.device:
     if not usable:
         raise ArgumentError(f"device: got {name!r}, wanted 'cpu', or 'cuda' where torch finds such a device")
     return device
-
-
-def anonymous_bytes() -> int:
-    """What this process holds by now; 0 where the system does not say."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as lines:
-            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
-    except OSError:
-        return 0
 
 
 def check_new(out: str | Path) -> None:

@@ -10,13 +10,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ModelError
+from .products import in_dtype, usual_dtype
 from .rows import encode, padding_id
 from .runner import evaluating, plain_generation
 
 _OPENINGS = ("The first", "There is", "Because of", "In the year", "I think that")
-_LENGTHS = (5, 10)  # new tokens; half of the contexts each, as in the released code
+# New tokens of the continuations of an opening, in the order in which they are used: half of the contexts are of either
+# length, as in the released code. The last two of each opening stand in for those that are not usable or occur twice.
+_LENGTHS = (5, 5, 10, 10, 5, 10)
+_TURN = 2  # continuations of each opening that are used before those of another length
 _TOP_K = 5
-_ROUNDS = 20
+_ROUNDS = 7
+
+SAMPLED_TOKENS = max(_LENGTHS)
+"""Passes through the model that sampling takes, unless so few of the texts are usable that it has to be repeated."""
 
 
 def sample_contexts(
@@ -25,14 +32,17 @@ def sample_contexts(
     """Sample `count` different contexts, each ending in ". ", with `model.generate`.
 
     The global random state is left as it was. The same model, count and seed give the same contexts; store them
-    with a result to repeat it on other hardware. Raises ModelError when the model does not produce usable text.
+    with a result to repeat it on other hardware. Raises ModelError when the model does not produce usable text, or
+    does not know the tokenizer's tokens.
     """
+    openings = [tokens.ids for tokens in encode(tokenizer, _OPENINGS)]
+    _check_known(model, tokenizer, openings)
     found: dict[str, None] = {}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), evaluating(model):
         torch.manual_seed(seed)
-        for round_index in range(_ROUNDS):
-            for text in _sample(model, tokenizer, _LENGTHS[round_index % len(_LENGTHS)]):
+        for _ in range(_ROUNDS):
+            for text in _sample(model, tokenizer, openings):
                 if len(found) < count and _usable(text):
                     found[f"{text}. "] = None
             if len(found) >= count:
@@ -42,15 +52,19 @@ def sample_contexts(
     )
 
 
-def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> list[str]:
-    """Two continuations of every opening, by `length` tokens, in one batch."""
-    openings = [tokens.ids for tokens in encode(tokenizer, _OPENINGS)]
-    pad = padding_id(tokenizer)
+def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, openings: list[list[int]]) -> list[str]:
+    """Continuations of every opening, all of them in one batch: more rows cost little where reading weights costs most.
+
+    Short ones are the beginnings of what could be long ones, which is what a short one would be.
+    """
+    pad, several = padding_id(tokenizer), len(_LENGTHS)
     longest = max(map(len, openings))
     # Padded on the left whatever the tokenizer says: generation goes on from the last column.
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in openings], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in openings], device=model.device)
-    with torch.no_grad(), plain_generation(model, keep_end=True):
+    dtype = model.get_input_embeddings().weight.dtype
+    products = in_dtype(usual_dtype(model.device, dtype), dtype)
+    with torch.no_grad(), plain_generation(model, keep_end=True), products:
         generated = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -58,15 +72,31 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> list
             top_k=_TOP_K,
             top_p=1.0,
             temperature=1.0,
-            num_return_sequences=2,
-            min_new_tokens=length,
-            max_new_tokens=length,
+            num_return_sequences=several,
+            min_new_tokens=SAMPLED_TOKENS,
+            max_new_tokens=SAMPLED_TOKENS,
             pad_token_id=pad,
         )
-    rows = [row[longest - len(openings[i // 2]) :] for i, row in enumerate(generated.tolist())]
+    rows = []
+    for turn in range(0, several, _TURN):
+        for opening, tokens in enumerate(openings):
+            for number in range(turn, turn + _TURN):
+                row = generated[opening * several + number, longest - len(tokens) : longest + _LENGTHS[number]]
+                rows.append(row.tolist())
     return [" ".join(text.split()).rstrip(" .") for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def _usable(text: str) -> bool:
     """Not empty, and no half character at the end of the sample."""
     return bool(text) and "\ufffd" not in text
+
+
+def _check_known(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> None:
+    known = len(model.get_input_embeddings().get_parameter("weight"))
+    strange = [token for row in rows for token in row if token >= known]
+    if strange:
+        text = tokenizer.convert_ids_to_tokens(strange[0])
+        raise ModelError(
+            f"tokenizer: got token {strange[0]} ({text!r}), wanted ids below the model's {known}; "
+            "use the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+        )

@@ -13,6 +13,7 @@ import torch
 from . import checkpoints
 from .admission import admit_tokenizer, checked_dtype
 from .batches import BatchSizer, in_batches
+from .contexts import SAMPLED_TOKENS
 from .defaults import select
 from .edits import Edit
 from .errors import ModelError
@@ -25,7 +26,6 @@ from .values import ValueSettings
 from .weights import Checkpoint, parse_bytes
 
 _SAMPLED = 20  # contexts, where none are given
-_SAMPLED_TOKENS = 15  # steps of generation they take, if every sampled text is usable
 _SAMPLE_BYTES = 256 << 20
 _CHUNK_BYTES = 16 << 20
 
@@ -131,7 +131,8 @@ def plan(
         stages["loading"] = (1, sum(blocks) - whole + outline.parts.always_bytes)
         stages["check for NaN"] = (1, whole)
         if contexts is None:
-            stages["contexts"] = (_SAMPLED_TOKENS, _SAMPLED_TOKENS * whole)
+            # If enough of the texts that are sampled at a time are usable.
+            stages["contexts"] = (SAMPLED_TOKENS, SAMPLED_TOKENS * whole)
         if any(request.bare for request in requests):
             passes = first_token_passes(runner, outline.layer)
             stages["first tokens"] = (passes, passes * sum(sizes[: outline.layer + 1]))

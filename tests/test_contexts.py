@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import END, LAYER, all_bits, bits, changed, edited
 from rome_fast.contexts import sample_contexts
 from rome_fast.errors import ModelError
+from rome_fast.evaluation.scoring import greedy_completion
 from rome_fast.rows import edit_rows
-from toys import save_toy, toy_model
+from rome_fast.runner import Runner
+from toys import VOCABULARY, save_toy, toy_model
 
 WEIGHT = f"model.layers.{LAYER}.mlp.down_proj.weight"
 
@@ -96,15 +100,109 @@ def test_as_many_as_asked_for(toy_tokenizers):
     assert found[3] == found[12][:3]
 
 
-def test_a_tokenizer_without_a_padding_token(toy_tokenizers):
-    tokenizer = copy.deepcopy(toy_tokenizers[False])
-    tokenizer.pad_token = None
+def test_the_padding_of_a_tokenizer_has_no_part_in_them(toy_tokenizers):
+    """Not where it has none, nor where its token or its end of text is one that the model has no row for."""
     model = toy_model("gpt2")
-    assert len(sample_contexts(model, tokenizer, count=5)) == 5
+    wanted = sample_contexts(model, toy_tokenizers[False], count=10)
+    for change in (
+        {"pad_token": "[PAD]"},
+        {"pad_token": None},
+        {"pad_token": None, "eos_token": None},
+        {"pad_token": None, "eos_token": "[END]"},
+        {"pad_token": "[PAD]", "padding_side": "right"},
+    ):
+        tokenizer = copy.deepcopy(toy_tokenizers[False])
+        added = {name: token for name, token in change.items() if token and name.endswith("token")}
+        tokenizer.add_special_tokens(added)
+        for name, value in change.items():
+            setattr(tokenizer, name, value)
+        assert not added or len(tokenizer) > len(model.get_input_embeddings().weight)
+        assert sample_contexts(model, tokenizer, count=10) == wanted
+
+
+@pytest.mark.parametrize("ends", [None, [2, 3], 10_000])
+def test_the_ends_of_text_that_a_model_knows(ends, toy_tokenizers):
+    """None, several, or one that it has no row for: samples are as long as they are to be in any case."""
+    model = toy_model("gpt2")
+    model.generation_config.eos_token_id = ends
+    contexts = sample_contexts(model, toy_tokenizers[False])
+    assert len(set(contexts)) == 20
+
+
+def test_generate_says_nothing_of_padding(toy_tokenizers, caplog):
+    tokenizer = copy.deepcopy(toy_tokenizers[False])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with caplog.at_level("WARNING"):
+        sample_contexts(toy_model("gpt2"), tokenizer, count=10)
+    assert "pad" not in caplog.text
+
+
+def test_a_token_that_only_the_tokenizer_has_is_named(toy_tokenizers):
+    """Its BOS was added to it alone, and every row begins with that."""
+    tokenizer = copy.deepcopy(toy_tokenizers[False])
+    tokenizer.add_special_tokens({"bos_token": "[BEGIN]"})
+    number = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BEGIN] $A", special_tokens=[("[BEGIN]", number)]
+    )
+    message = rf"tokenizer: got token {number} \('\[BEGIN\]'\), wanted ids below the model's {number}; .*resize_token"
+    with pytest.raises(ModelError, match=message):
+        sample_contexts(toy_model("gpt2"), tokenizer)
+
+
+def test_all_of_them_take_ten_passes(toy_tokenizers):
+    """Of a streamed model each pass reads the weights. A toy writes half characters, which are sampled anew."""
+    model, tokenizer, passes = toy_model("llama"), toy_tokenizers[True], []
+    model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    first = sample_contexts(model, tokenizer, count=3)
+    assert len(passes) == 10
+    assert sample_contexts(model, tokenizer)[:3] == first
+    assert len(passes) % 10 == 0
+
+
+def test_the_head_is_not_multiplied_by_a_slice(toy_tokenizers):
+    """torch would copy the weight once for every row of a batch; whether it did shows in what it asks memory for."""
+    model, tokenizer = toy_model("llama", dtype=torch.bfloat16), toy_tokenizers[True]
+    for call in (
+        lambda: sample_contexts(model, tokenizer),
+        lambda: greedy_completion(Runner(model), tokenizer, ["The capital of France is", "Paris is in"] * 8, [2] * 16),
+    ):
+        inputs = []
+        handle = model.lm_head.register_forward_hook(lambda _, args, __: inputs.append(args[0]))  # noqa: B023
+        with Products() as products:
+            call()
+        handle.remove()
+        assert inputs
+        assert all(each.is_contiguous() for each in inputs)
+        assert products.of_head == []
+
+
+class Products(TorchDispatchMode):
+    """Batched products with a matrix as wide as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_head = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default and args[1].shape[-1] == VOCABULARY:
+            self.of_head.append(args[1].shape)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_product_dtype_that_is_faster_is_used_for_them(toy_tokenizers, monkeypatch):
+    """As for everything else of an edit: a CPU without bfloat16 instructions multiplies it several times slower."""
+    model, seen = toy_model("llama", dtype=torch.bfloat16), []
+    real = torch.mm
+    monkeypatch.setattr("rome_fast.contexts.usual_dtype", lambda device, dtype: torch.float32)
+    monkeypatch.setattr(torch, "mm", lambda a, b, **rest: (seen.append(a.dtype), real(a, b, **rest))[1])
+    assert len(sample_contexts(model, toy_tokenizers[True], count=3)) == 3
+    # Ten passes through four layers of seven products and the head.
+    assert seen == [torch.float32] * 10 * (4 * 7 + 1)
 
 
 def test_a_model_that_cannot_fill_them_says_how_many_it_made(toy_tokenizers):
-    """One that always writes the same letter has at most two lengths of five openings to offer."""
+    """One that always writes the same letter has two lengths of five openings to offer."""
     model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
     (letter,) = tokenizer("a")["input_ids"]
     with torch.no_grad():

@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, ModelError
 from .checkpoint import Checkpoint
 from .header import Header, TensorEntry
+from .memory import anonymous_bytes, give_back
 from .plan import ALIGNMENT, Block, Placement, aligned
 from .reader import Files, Loader, OnRead, ReadAhead, view
 
 _CHUNK_BYTES = 4 << 20
+# Share of the budget from which on the allocator may keep nothing for itself. Letting go costs some 10 ms a layer.
+_TIGHT = 0.75
 
 
 class Stream:
@@ -180,6 +183,8 @@ class Stream:
 
         if self._bound is not None and self._bound is not block:
             self._unbind(self._bound)
+        if self._loader.device.type == "cpu" and anonymous_bytes() > _TIGHT * self.placement.budget_bytes:
+            give_back()
         memory = self._reader.take(block, following)
         self._bound = block
         for piece in block.pieces:

@@ -14,7 +14,8 @@ from rome_fast.evaluation import score
 from rome_fast.fingerprint import Fingerprint
 from rome_fast.rows import asked
 from rome_fast.runner import Runner
-from rome_fast.weights import Checkpoint, align_
+from rome_fast.weights import Checkpoint, align_, memory
+from rome_fast.weights import stream as streaming
 from rome_fast.weights.reader import Files, Loader, ReadAhead, buffer_on
 from toys import KINDS, LAYERS, save_toy, toy_model
 
@@ -358,3 +359,36 @@ def test_a_block_in_use_is_never_overwritten(source, blocks, reader):
     wanted = memory.clone()
     threading.Event().wait(0.05)
     assert torch.equal(memory, wanted)
+
+
+# Memory
+
+
+@pytest.mark.skipif(memory._trim() is None, reason="only the allocator of glibc keeps what is freed")
+def test_what_is_free_between_pieces_in_use_is_given_back():
+    """One in ten stays, so that nothing at the end of the heap is free."""
+    before = memory.anonymous_bytes()
+    pieces = [bytearray(100_000) for _ in range(2000)]
+    for piece in pieces:
+        piece[::4096] = b"\1" * len(piece[::4096])
+    kept = pieces[::10]
+    del pieces, piece
+    held = memory.anonymous_bytes()
+    memory.give_back()
+    after = memory.anonymous_bytes()
+    # 180 of 200 MB are free; pages that a piece in use ends in are not.
+    assert held - after > 120_000_000
+    assert after - before < 60_000_000
+    assert len(kept) == 200
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(0.5, False), (0.9, True)])
+def test_the_allocator_keeps_nothing_where_the_budget_is_tight(held, wanted, source, monkeypatch):
+    outline, given = checkpoints.outline(source, memory=least(source), layer=LAYER, identity=True), []
+    monkeypatch.setattr(streaming, "anonymous_bytes", lambda: int(held * outline.placement.budget_bytes))
+    monkeypatch.setattr(streaming, "give_back", lambda: given.append(1))
+    stream = outline.stream()
+    for index in range(LAYERS):
+        stream.take(index)
+    stream.close()
+    assert given == [1] * LAYERS * wanted
