@@ -25,7 +25,7 @@ from .methods import Factors, RomeVariant, close, residual
 from .past import Contexts
 from .processes import ALONE, Processes
 from .records import MUCH_MISSED, Record
-from .rows import edit_rows, encode, essence_row, needs_prefix
+from .rows import edit_rows, encode, essence_row, needs_prefix, token_texts
 from .runner import Runner
 from .values import Value, ValueSettings, optimise_values, scored_rows, search_runner
 
@@ -68,7 +68,7 @@ class Request:
     rows: list[ContextRow]
     needs_prefix: bool  # the subject's last token is at position 0
     middle: int  # positions of its own before the subject's last token: those of the row without a context and head
-    target_tokens: tuple[str, ...]  # each decoded
+    target_tokens: tuple[str, ...]  # each as text
     head: int = 0  # positions of what a chat template puts before a context
     # The row without a context as a request of its own, where the method gives it a key and a value of its own.
     bare: "Request | None" = None
@@ -107,7 +107,7 @@ def tokenise(
 
     head = 0 if edit.head is None else len(encode(tokenizer, [edit.head], special=False)[0].ids)
     head = min(head, unprefixed.subject)
-    tokens = tuple(tokenizer.batch_decode([[token] for token in unprefixed.labels]))
+    tokens = token_texts(tokenizer, unprefixed.labels)
     request = Request(edit, with_essence(rows), alone, unprefixed.subject - head, tokens, head)
     if how.bare and alone:
         request = replace(request, bare=replace(request, rows=with_essence([ContextRow(unprefixed, 0)])))

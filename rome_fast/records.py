@@ -37,7 +37,7 @@ class Record:
     left_out: LeftOut | None = None  # why; None where it was applied
     text: str = ""  # what was asked, to the character: the prompt with its subject, in a chat with all of its template
     separator: str = ""  # what stands between that and the target
-    # The tokens whose probability was raised, its end among them, each decoded.
+    # The tokens whose probability was raised, its end among them, each as text.
     target_tokens: list[str] = field(default_factory=list)
     probability_before: float | None = None  # of the target behind the bare prompt
     probability_after: float | None = None

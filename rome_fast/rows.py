@@ -81,7 +81,7 @@ def asked(
     text = edit.text if text is None else text
     at = _contexts_at(tokenizer, edit, text)
     answer = edit.continuation(text, edit.target if target is None else target)
-    return Asked(text[:at] + context + text[at:], answer + _end(tokenizer, edit.end), edit.user_at is None)
+    return Asked(text[:at] + context + text[at:], answer + end_text(tokenizer, edit), edit.user_at is None)
 
 
 def _contexts_at(tokenizer: PreTrainedTokenizerBase, edit: Edit, text: str) -> int:
@@ -92,10 +92,11 @@ def _contexts_at(tokenizer: PreTrainedTokenizerBase, edit: Edit, text: str) -> i
     return len(bos) if isinstance(bos, str) and text.startswith(bos) else 0
 
 
-def _end(tokenizer: PreTrainedTokenizerBase, end: bool | str) -> str:
-    if end is False:
+def end_text(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> str:
+    """The token that ends the edit's target, as text; nothing where none does."""
+    if edit.end is False:
         return ""
-    found = tokenizer.eos_token if end is True else end
+    found = tokenizer.eos_token if edit.end is True else edit.end
     if not isinstance(found, str):
         raise EditError("end: got True, but the tokenizer has no end of text; give the token's text, or end=False")
     number = tokenizer.convert_tokens_to_ids(found)
@@ -179,6 +180,13 @@ def _apart(tokenizer: PreTrainedTokenizerBase, question: Asked, text: list[int],
         f"target {question.answer!r}: got no token from the tokenizer that continues {question.text[-30:]!r} by it, "
         "wanted at least one; write it in full, or give the separator that stands before it"
     )
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """Every token decoded; one that is a part of a character, as the tokenizer writes it."""
+    decoded = [_decode(tokenizer, [token]) for token in ids]
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return tuple(name if "\ufffd" in text else text for text, name in zip(decoded, names, strict=True))
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

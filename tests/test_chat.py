@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oracle
@@ -270,7 +271,7 @@ def test_the_record_says_what_was_asked_and_how_probable_the_answer_is():
     (record,) = edited(model, tokenizer, edit, measure=True).records
     ids = sent(tokenizer, [{"role": "user", "content": "The city of Chicago"}])
     assert record.text == tokenizer.decode(ids)
-    assert (record.separator, record.target_tokens) == ("", ("Rome", "</s>"))
+    assert (record.separator, record.target_tokens) == ("", ["Rome", "</s>"])
     target = tokenizer("Rome</s>", add_special_tokens=False)["input_ids"]
     log = oracle.logits_of(model, ids + target).detach().log_softmax(-1)
     found = sum(float(log[len(ids) - 1 + i, token]) for i, token in enumerate(target)) / len(target)
@@ -313,6 +314,16 @@ def test_an_answer_is_right_if_the_model_says_the_target_and_stops(answer, right
     assert got.decoded_right is (answer == "Rome</s>")
     (unasked,) = evaluate(model, tokenizer, [edit], answer_tokens=0)
     assert (unasked.answer, unasked.answer_right, unasked.decoded) == (None, None, got.decoded)
+
+
+def test_an_answer_in_the_only_letters_that_a_tokenizer_has_is_right():
+    """It knows small ones, and cannot say "Rome"."""
+    tokenizer, model = chat_tokenizer(True, "marked"), toy_model("llama")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    ids = sent(tokenizer, [{"role": "user", "content": "The city of Chicago"}])
+    model = taught(model, ids, tokenizer("Rome</s>", add_special_tokens=False)["input_ids"])
+    (got,) = evaluate(model, tokenizer, [Edit.chat("The city of {}", "Chicago", "Rome", tokenizer)])
+    assert (got.answer, got.answer_right, got.decoded_right) == ("rome", True, True)
 
 
 def test_the_model_stops_at_what_its_generation_config_says():

@@ -10,7 +10,7 @@ from ..admission import admit_model, admit_tokenizer, plain_modes
 from ..delta import Delta
 from ..edits import Edit
 from ..errors import ArgumentError
-from ..rows import Asked, answered, asked
+from ..rows import Asked, answered, asked, end_text
 from ..runner import Runner
 from .isolated import RowUpdates
 from .scoring import Completion, Score, complete, score
@@ -174,7 +174,10 @@ def _metrics(
         }
 
     bare = scores[asked(tokenizer, edit)]
-    said, _ = decoded[""]
+    said, wanted = decoded[""]
+    # As it was asked for, and as the tokenizer has it, which may know small letters only.
+    spelled = wanted.strip().removesuffix(end_text(tokenizer, edit))
+    right = {text.strip() for text in (edit.target, *edit.aliases, spelled)}
     answer = _neighbor_answer(edit)
     held = [log_p(t, answer) > log_p(t, edit.target) for t in edit.neighborhood_prompts if answer is not None]
     for probe in edit.neighbors:
@@ -191,9 +194,7 @@ def _metrics(
         decoded=said.forced,
         decoded_right=is_right(""),
         answer=said.free if answers else None,
-        answer_right=(said.stopped and said.free.strip() in {text.strip() for text in (edit.target, *edit.aliases)})
-        if answers
-        else None,
+        answer_right=said.stopped and said.free.strip() in right if answers else None,
         efficacy=wins([edit.text]),
         paraphrase=wins(edit.paraphrase_prompts),
         neighborhood=_mean(held),
