@@ -2,11 +2,13 @@
 
 Makes a Llama-shaped bfloat16 checkpoint of random weights in several shards (4.1 GB by default, deleted afterwards),
 reads the checkpoint through the streamer and plainly, in turn, with the file's pages dropped from the cache before
-each reading (cold) and left there (warm). Then a child process collects statistics and edits under the budget, while
-its anonymous memory is measured from outside; all other shards must stay as they are, and transformers must load the
-result. The words of the corpus are as random as the weights: what is measured is the streaming.
+each reading (cold) and left there (warm). Then a child process collects statistics and edits under the budget, with
+contexts that are sampled and with some that are given, while its anonymous memory is measured from outside: it must
+not exceed the budget, all other shards must stay as they are, and transformers must load the result. The words of the
+corpus are as random as the weights: what is measured is the streaming.
 
     python benchmarks/streaming.py --memory 1.5GiB --edits 4
+    python benchmarks/streaming.py --products float32   # as on a CPU without bfloat16 instructions
 """
 
 import argparse
@@ -53,10 +55,11 @@ def main() -> None:
             raise SystemExit(f"{folder}: fewer than {needed / 1e9 + 8:.0f} GB free")
         size = _make(folder / "model", arguments)
         print(f"checkpoint of {size / 1e9:.2f} GB, {arguments.layers} layers, bfloat16", flush=True)
-        report = {"bytes": size, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        report: dict[str, Any] = {"bytes": size, "torch": torch.__version__, "threads": arguments.threads}
         report |= _measure_reading(folder / "model", arguments)
         if not arguments.reading_only:
-            report |= _measure_edit(folder, arguments)
+            report["contexts given"] = _measure_edit(folder, arguments, [])
+            report["contexts sampled"] = _measure_edit(folder, arguments, ["--sampled"])
         print(json.dumps(report, indent=2))
         if arguments.json:
             arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -68,8 +71,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", default="1.5GiB")
     parser.add_argument("--edits", type=int, default=4, choices=range(1, len(_SUBJECTS) + 1))
-    parser.add_argument("--contexts", type=int, default=2, choices=range(1, len(_CONTEXTS) + 1))
-    parser.add_argument("--steps", type=int, default=2, help="loss evaluations per value")
+    parser.add_argument("--contexts", type=int, default=2, choices=range(1, len(_CONTEXTS) + 1), help="where given")
+    parser.add_argument("--steps", type=int, default=20, help="loss evaluations per value")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--products", choices=["auto", "float32"], default="auto", help="dtype of products")
     parser.add_argument("--tokens", type=int, default=4096, help="of the statistics; 0 for C = I (default: 4096)")
     parser.add_argument("--layers", type=int, default=44)
     parser.add_argument("--hidden", type=int, default=2048)
@@ -79,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--reading-only", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--sampled", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -111,6 +117,8 @@ def _make(directory: Path, arguments: argparse.Namespace) -> int:
     directory.mkdir()
     _config(arguments).save_pretrained(directory)
     words = sorted({word for text in (*_CONTEXTS, *_SUBJECTS, _PROMPT, _TARGET, "a") for word in text.split()})
+    # Whatever a model of random weights says is a word, or sampled contexts would be empty.
+    words += [f"w{i}" for i in range(len(words) + 1, _config(arguments).vocab_size)]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(directory)
@@ -190,13 +198,13 @@ def _drop(paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def _measure_edit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", str(folder)]
+def _measure_edit(folder: Path, arguments: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], *extra, "--child", str(folder)]
     child = subprocess.Popen(command)
     peak = 0
     while child.poll() is None:
         peak = max(peak, _anonymous_bytes(child.pid))
-        time.sleep(0.01)
+        time.sleep(0.005)
     if child.returncode:
         raise SystemExit(f"the edit ended with status {child.returncode}")
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -207,15 +215,20 @@ def _measure_edit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]
     model = AutoModelForCausalLM.from_pretrained(folder / "edited", dtype="auto")
     if not bool(torch.isfinite(model(torch.arange(8).unsqueeze(0)).logits).all()):
         raise SystemExit("the edited model's logits are not finite")
+    shutil.rmtree(folder / "edited")
     budget = parse_bytes(arguments.memory)
     if arguments.tokens:
         print(f"statistics of {arguments.tokens} tokens in {report['statistics_seconds']:.0f} s", flush=True)
+    contexts = report["stages"]["contexts"]
     print(
-        f"{arguments.edits} edits in {report['seconds']:.0f} s, {report['bytes_read'] / 1e9:.1f} GB read; anonymous "
-        f"memory at most {peak / 2**30:.2f} GiB of a budget of {budget / 2**30:.2f} GiB "
-        f"({report['anonymous_before'] / 2**30:.2f} GiB before the edit)",
+        f"{arguments.edits} edits, contexts {'sampled' if extra else 'given'}: {report['seconds']:.0f} s, of them "
+        f"{contexts:.0f} s ({contexts / report['seconds']:.0%}) and {report['contexts_passes']} passes for contexts; "
+        f"{report['bytes_read'] / 1e9:.1f} GB read; anonymous memory at most {peak / 2**30:.2f} GiB of a budget of "
+        f"{budget / 2**30:.2f} GiB ({report['anonymous_before'] / 2**30:.2f} GiB before the edit)",
         flush=True,
     )
+    if peak > budget:
+        raise SystemExit("the budget was exceeded")
     return report | {"peak_anonymous_bytes": peak, "budget_bytes": budget}
 
 
@@ -241,21 +254,31 @@ def _statistics(arguments: argparse.Namespace) -> rf.Statistics | Literal["ident
 
 
 def _edit(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    if arguments.products == "float32":
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+            setattr(torch.cpu, name, lambda: False)
     before, start = _anonymous_bytes(os.getpid()), time.perf_counter()
     statistics = _statistics(arguments)
     collected, read, start = time.perf_counter() - start, [0], time.perf_counter()
-    lock = threading.Lock()
+    lock, passes = threading.Lock(), 0
+
+    def count_pass(module: torch.nn.Module, *_: Any) -> None:
+        nonlocal passes
+        passes += isinstance(module, LlamaForCausalLM)
 
     def on_read(count: int, _rate: float) -> None:
         with lock:
             read[0] = count
 
+    # Only while contexts are sampled a model is called as a whole.
+    torch.nn.modules.module.register_module_forward_hook(count_pass)
     result = rf.apply_edits(
         arguments.child / "model",
         [rf.Edit(_PROMPT, subject, _TARGET) for subject in _SUBJECTS[: arguments.edits]],
         statistics=statistics,
         layer=arguments.layer,
-        contexts=_CONTEXTS[: arguments.contexts],
+        contexts=None if arguments.sampled else _CONTEXTS[: arguments.contexts],
         settings=rf.ValueSettings(steps=arguments.steps, stop="loss"),
         guard="off",
         unconverged="write",
@@ -270,6 +293,7 @@ def _edit(arguments: argparse.Namespace) -> None:
         "statistics_seconds": collected,
         "seconds": time.perf_counter() - start,
         "stages": result.seconds,
+        "contexts_passes": passes,
         "bytes_read": read[0],
         "anonymous_before": before,
     }

@@ -15,12 +15,11 @@ from .rows import encode, padding_id
 from .runner import evaluating, plain_generation
 
 _OPENINGS = ("The first", "There is", "Because of", "In the year", "I think that")
-# New tokens of the continuations of an opening, in the order in which they are used: half of the contexts are of either
-# length, as in the released code. The last two of each opening stand in for those that are not usable or occur twice.
-_LENGTHS = (5, 5, 10, 10, 5, 10)
-_TURN = 2  # continuations of each opening that are used before those of another length
+# New tokens of the continuations of each opening, in the order in which they are used: half of the contexts are of
+# either length, as in the released code. The last ones stand in for others that are not usable, or there already.
+_LENGTHS = (5, 5, 10, 10, 5)
 _TOP_K = 5
-_ROUNDS = 7
+_ROUNDS = 8
 
 SAMPLED_TOKENS = max(_LENGTHS)
 """Passes through the model that sampling takes, unless so few of the texts are usable that it has to be repeated."""
@@ -77,12 +76,11 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, openings: list[list[
             max_new_tokens=SAMPLED_TOKENS,
             pad_token_id=pad,
         )
-    rows = []
-    for turn in range(0, several, _TURN):
-        for opening, tokens in enumerate(openings):
-            for number in range(turn, turn + _TURN):
-                row = generated[opening * several + number, longest - len(tokens) : longest + _LENGTHS[number]]
-                rows.append(row.tolist())
+    rows = [
+        generated[opening * several + number, longest - len(tokens) : longest + length].tolist()
+        for number, length in enumerate(_LENGTHS)
+        for opening, tokens in enumerate(openings)
+    ]
     return [" ".join(text.split()).rstrip(" .") for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
