@@ -637,7 +637,7 @@ def test_evaluate_in_another_dtype(toy):
     [
         (
             ("edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "edits.jsonl/o"),
-            "writing edits.jsonl/o: ",
+            "edits.jsonl does not exist; make it first",
         ),
         (("edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "model/o"), "out: model/o lies inside the"),
         (("edit", "model", "--edits", "edits.jsonl", "--identity", "--lora", "model/o"), "lora: model/o lies inside"),

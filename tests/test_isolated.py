@@ -20,6 +20,7 @@ from helpers import (
 from rome_fast import Edit
 from rome_fast.bench.flops import FlopCounter
 from rome_fast.delta import Delta, LowRank
+from rome_fast.edits import Probe
 from rome_fast.errors import ArgumentError
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
 from rome_fast.evaluation import isolated as module
@@ -30,7 +31,15 @@ from toys import D_FF, KINDS, SENTENCES, toy_model
 ALLOWED, ALLOWED_64 = (1.5 * rounding_of_log_p(dtype) for dtype in (torch.float32, torch.float64))
 
 REQUESTS = [
-    Edit(e.prompt, e.subject, e.target, "Vienna", ("They say that Chicago is near",), ("The capital of France is",))
+    Edit(
+        e.prompt,
+        e.subject,
+        e.target,
+        "Vienna",
+        ("They say that Chicago is near",),
+        ("The capital of France is",),
+        portability=(Probe("From Rome one flies to", ("Paris", "Rome")),),
+    )
     for e in (START, MIDDLE, END)
 ]
 
