@@ -227,8 +227,9 @@ def _skeleton(
             setattr(module, name, torch.full_like(buffer, torch.nan, device=device))
         if absent:
             # Rotary frequencies, tables of positions: not stored, but a function of the config. `from_pretrained` does
-            # the same; weights stay on the meta device.
-            model._init_weights(module)
+            # the same, on the CPU; weights stay on the meta device.
+            with torch.device("cpu"):
+                model._init_weights(module)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)

@@ -99,7 +99,7 @@ class Transfers:
 
     def staging(self, size: int) -> Tensor:
         """(size,) uint8 on the host, from where a copy is made while the host goes on."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy; until it is done the source must stay as it is."""
@@ -282,7 +282,7 @@ class ReadAhead:
         self._loader.finish()
         self._loaded.clear()
         self._taken = None
-        self._ring = torch.empty(0, dtype=torch.uint8)
+        self._ring = self._ring.new_empty(0)
 
     def _place(self, size: int) -> int | None:
         """Where in the ring there is room for `size` bytes behind the last block."""

@@ -103,7 +103,7 @@ class Stream:
         if name in self._parts.always or name not in self._parts.places:
             return parameter.detach().reshape(-1)[index.to(parameter.device)].cpu()
         header, entry = self._parts.places[name]
-        out = torch.empty(len(index), dtype=entry.dtype)
+        out = torch.empty(len(index), dtype=entry.dtype, device="cpu")
         size = entry.dtype.itemsize
         raw = out.view(torch.uint8).numpy().data
         for i, at in enumerate(index.tolist()):
@@ -125,7 +125,7 @@ class Stream:
             step = max(1, _CHUNK_BYTES // max(width, 1))
             for start in range(0, entry.shape[0], step):
                 count = min(step, entry.shape[0] - start)
-                rows = torch.empty(count, *entry.shape[1:], dtype=entry.dtype)
+                rows = torch.empty(count, *entry.shape[1:], dtype=entry.dtype, device="cpu")
                 raw = rows.view(-1).view(torch.uint8).numpy().data
                 self._files.read(header, entry.begin + start * width, [raw])
                 yield name, rows
@@ -197,7 +197,7 @@ class Stream:
 
     def _rows(self, name: str, ids: Sequence[int]) -> Tensor:
         header, entry = self._parts.places[name]
-        rows = torch.empty(len(ids), *entry.shape[1:], dtype=entry.dtype)
+        rows = torch.empty(len(ids), *entry.shape[1:], dtype=entry.dtype, device="cpu")
         width = (entry.end - entry.begin) // entry.shape[0]
         raw = rows.view(-1).view(torch.uint8).numpy().data
         for i, row in enumerate(ids):

@@ -266,3 +266,26 @@ def test_a_file_cut_while_it_is_staged(source, monkeypatch):
     with pytest.raises(CheckpointError, match="it was cut after opening"):
         list(stream.parameters())
     stream.close()
+
+
+def test_a_streamed_edit_makes_its_tensors_where_they_belong(source, resident, tmp_path):
+    """Whatever is made without a device of its own lands on "meta" here, as it does on a GPU that is the default."""
+    with torch.device("meta"):
+        result = apply_edits(source, [START, MIDDLE, END], out=tmp_path / "out", memory=least(source), **USUAL)
+    assert torch.equal(edited_bits(tmp_path / "out", result), resident)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_streamed_edit_on_a_gpu_has_the_bytes_of_a_resident_one(dtype, tmp_path, toy_tokenizers):
+    source = save_toy(
+        tmp_path / "source", toy_model("llama", dtype=dtype), toy_tokenizers[True], max_shard_size="100KB"
+    )
+    usual = USUAL | {"contexts": None, "device": "cuda"}
+    whole = apply_edits(source, [START, MIDDLE, END], out=tmp_path / "whole", **usual)
+    for blocks in (1, 2):
+        memory = blocks * least(source)
+        result = apply_edits(source, [START, MIDDLE, END], out=tmp_path / str(blocks), memory=memory, **usual)
+        assert result.contexts == whole.contexts
+        assert torch.equal(edited_bits(tmp_path / str(blocks), result), edited_bits(tmp_path / "whole", whole))
