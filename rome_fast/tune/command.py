@@ -116,6 +116,7 @@ def run_tune(arguments: argparse.Namespace, advance: Advance, say: Say) -> dict[
     say(f"best of {len(job.layers)} layers: {by_layer.best.layer}")
     at_best = job.settings_at(by_layer.best.layer)
     by_settings = halve(at_best, len(job.edits), sweep.measure, at_best[0], arguments.perplexity_limit)
+    advance(sweep.done, sweep.done)  # the default may be among the best, which saves some of what was planned
     report = _report(job, sweep, by_layer, by_settings, arguments.perplexity_limit)
     report["seconds"] = round(time.perf_counter() - start, 1)
     report["process_seconds"] = round(time.process_time() - process_start, 1)
