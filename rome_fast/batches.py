@@ -54,7 +54,7 @@ class BatchSizer:
     """Chooses batch sizes; a batch that does not fit after all is halved and tried again."""
 
     def __init__(self, runner: Runner, layer: int) -> None:
-        self.runner = runner
+        self.runner, self.layer = runner, layer
         self.layers = len(runner.layers) - layer - 1
         self.limit: int | None = None
         self._needed = 0  # bytes, of the batch chosen last
@@ -126,9 +126,9 @@ class BatchSizer:
 
     def _row_bytes(self, suffix: int, before: int, middle: int) -> int:
         """Activations kept for the backward pass, and attention keys and values with their working copies."""
-        config = self.runner.model.config
-        hidden, key_size = self.runner.weight(0).shape
-        heads = config.num_attention_heads
+        config = self.runner.model.config.get_text_config()
+        hidden, key_size = self.runner.weight(self.layer).shape
+        heads = getattr(config, "num_attention_heads", None) or 1
         shared = getattr(config, "num_key_value_heads", None) or heads
         past = 2 * hidden * shared // heads
         # A layer sees the keys and values of all positions, and may repeat them for every head.

@@ -30,7 +30,7 @@ from .batches import free_memory
 from .defaults import default_layer
 from .delta import Delta
 from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
-from .models import family_of, known_model_types
+from .models import Decoder, is_transposed, known_model_types
 from .weights import (
     Checkpoint,
     Link,
@@ -124,7 +124,7 @@ class Outline:
         """Start reading; close the stream when done."""
         if self.parts is None or self.placement is None:
             raise ArgumentError("memory: the whole model fits, so there is nothing to stream; use checkpoints.load")
-        layers = family_of(self.skeleton.config).layers(self.skeleton)
+        layers = Decoder(self.skeleton).layers
         return Stream(self.skeleton, layers, self.parts, self.placement, self.device, on_read)
 
 
@@ -156,11 +156,11 @@ def outline(
     layer = default_layer(config) if layer is None else layer
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
-    family = family_of(config)
-    edited = family.weight_name(layer)
+    decoder = Decoder(skeleton)
+    edited = decoder.weight_name(layer)
     weight = skeleton.get_parameter(edited)
     # An edit holds its weight three times for a moment, and the factor of C with what it is made of.
-    width = family.oriented(weight).shape[1]
+    width = weight.shape[0 if is_transposed(skeleton, edited) else 1]
     occupied = 2 * weight.nbytes + (0 if identity else 20 * width**2)
     if collecting:
         # A sum in fp64 and a mean in fp32 each, and one sum twice.
@@ -172,7 +172,7 @@ def outline(
     if size * 9 // 8 + occupied <= budget:
         return Outline(directory, checkpoint, skeleton, layer, target, None, None)
     names = {name: stored_name(checkpoint, name, skeleton) for name, _ in skeleton.named_parameters()}
-    parts = Parts(skeleton, family.layers(skeleton), checkpoint, names, edited)
+    parts = Parts(skeleton, decoder.layers, checkpoint, names, edited)
     placement = place(parts.blocks, layer, budget, parts.always_bytes, occupied, above=not collecting)
     return Outline(directory, checkpoint, skeleton, layer, target, parts, placement)
 

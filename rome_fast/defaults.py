@@ -34,6 +34,7 @@ _FALLBACK_DEPTH = 0.17
 
 
 def _known(config: PretrainedConfig) -> Default | None:
+    config = config.get_text_config()
     return _DEFAULTS.get((config.model_type, config.num_hidden_layers, config.hidden_size))
 
 
@@ -42,7 +43,7 @@ def default_layer(config: PretrainedConfig) -> int:
     known = _known(config)
     if known is not None:
         return known.layer
-    return round(_UNKNOWN_DEPTH.get(config.model_type, _FALLBACK_DEPTH) * config.num_hidden_layers)
+    return round(_UNKNOWN_DEPTH.get(config.model_type, _FALLBACK_DEPTH) * config.get_text_config().num_hidden_layers)
 
 
 def default_settings(config: PretrainedConfig) -> ValueSettings:

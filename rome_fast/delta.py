@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .errors import ArgumentError, CheckpointError
 from .kernels import rank_update_
-from .models import family_of
+from .models import is_transposed
 from .weights import load_tensors, save_tensors
 
 _FORMAT = "rome_fast delta 1"
@@ -111,9 +111,8 @@ class Delta:
             parameter = model.get_parameter(name)
         except AttributeError as error:
             raise ArgumentError(f"delta: the model has no parameter {name}; it was made for another model") from error
-        family = family_of(model.config)
         edited = parameter.detach().clone()
-        oriented = family.oriented(edited)
+        oriented = edited.T if is_transposed(model, name) else edited
         wanted = (update.left.shape[0], update.right.shape[1])
         if tuple(oriented.shape) != wanted:
             raise ArgumentError(
@@ -166,7 +165,8 @@ class Delta:
         if not self.updates:
             raise ArgumentError("delta: it is empty, so there is no adapter to write")
         ranks = {name: update.left.shape[1] for name, update in self.updates.items()}
-        config = _adapter_config(ranks, family_of(model.config).transposed, str(model.config._name_or_path))
+        transposed = any(is_transposed(model, name) for name in self.updates)
+        config = _adapter_config(ranks, transposed, str(model.config._name_or_path))
         tensors = {}
         for name, update in self.updates.items():
             module = f"base_model.model.{name.removesuffix('.weight')}"

@@ -210,7 +210,7 @@ class Flow:
         """The Delta of a closed form, in fp32 (fp64 for an fp64 model)."""
         wide = torch.promote_types(self.runner.dtype, torch.float32)
         update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
-        return Delta({self.runner.family.weight_name(self.layer): update})
+        return Delta({self.runner.weight_name(self.layer): update})
 
     def find(self, group: Sequence[Request]) -> list[Solved]:
         """Keys and values of every request, in the order given, found in batches that fit the memory.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
 from .rows import Row
-from .runner import Runner, watching
+from .runner import Runner
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def run_to_layer(
         seen.extend((keys[index, subject], values[index, subject]))
 
     embedded = runner.embed(packed.ids, positions)
-    with watching(runner.projection(layer), see):
+    with runner.watching(layer, see):
         hidden = runner.run(
             embedded,
             0,

@@ -311,7 +311,7 @@ class _Batch:
         both = torch.cat([scored, essence])
         gradient = torch.empty_like(both)
         first: list[Tensor] = []
-        rows = max(1, _HEAD_ELEMENTS // self.runner.model.config.vocab_size)
+        rows = max(1, _HEAD_ELEMENTS // self.runner.vocab_size)
         for start in range(0, len(both), rows):
             hidden = both[start : start + rows].requires_grad_()
             logits = exact_head(self.runner, hidden)

@@ -24,7 +24,7 @@ REQUESTS = [
 def random_deltas(model, count, ranks=(1,), seed=0):
     """Updates half as large as the weight, so that what they do is far above rounding."""
     runner, generator = Runner(model), torch.Generator().manual_seed(seed)
-    name, weight = runner.family.weight_name(LAYER), runner.weight(LAYER)
+    name, weight = runner.weight_name(LAYER), runner.weight(LAYER)
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = []
     for i in range(count):
@@ -134,8 +134,8 @@ def test_bad_deltas(toy_tokenizers):
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     runner, (delta,) = Runner(model), random_deltas(model, 1)
     (update,) = delta.updates.values()
-    elsewhere = Delta({runner.family.weight_name(LAYER + 1): update})
-    narrow = Delta({runner.family.weight_name(LAYER): LowRank(update.left, update.right[:, 1:].contiguous())})
+    elsewhere = Delta({runner.weight_name(LAYER + 1): update})
+    narrow = Delta({runner.weight_name(LAYER): LowRank(update.left, update.right[:, 1:].contiguous())})
     with pytest.raises(ArgumentError, match="got 1 for 3 edits"):
         evaluate(model, tokenizer, REQUESTS, deltas=[delta])
     for wrong, message in (

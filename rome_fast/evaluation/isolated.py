@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..delta import Delta
 from ..errors import ArgumentError
 from ..kernels import low_rank_apply_
-from ..runner import Runner, evaluating, watching
+from ..runner import Runner, evaluating
 
 _BATCH_TOKENS = 4096
 
@@ -32,7 +32,7 @@ class RowUpdates:
     def of(cls, runner: Runner, deltas: Sequence[Delta]) -> "RowUpdates":
         """Raises ArgumentError unless every Delta updates the same one layer of this model."""
         names = {name for delta in deltas for name in delta.updates} if all(d.updates for d in deltas) else set()
-        layers = [i for i in range(len(runner.layers)) if runner.family.weight_name(i) in names]
+        layers = [i for i in range(len(runner.layers)) if runner.decoder.has_site(i) and runner.weight_name(i) in names]
         if len(names) != 1 or not layers:
             raise ArgumentError(f"deltas: got updates of {sorted(names) or 'nothing'}, wanted one layer's in each")
         updates = [next(iter(delta.updates.values())) for delta in deltas]
@@ -88,7 +88,7 @@ def final_states(
         def see(seen: Tensor, _output: Tensor, keys: list[Tensor] = keys) -> None:
             keys.append(seen)
 
-        with evaluating(runner.model), watching(runner.projection(layer), see):
+        with evaluating(runner.model), runner.watching(layer, see):
             lower = runner.run(runner.embed(packed.ids), 0, layer + 1)
         wanted = [(place, use) for place, row in enumerate(batch) for use in of_row[row]]
         together = max(1, _BATCH_TOKENS // packed.ids.shape[1])
