@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import kernels
     from .delta import Delta
-    from .editor import EditResult, apply_edits
+    from .editor import EditResult, apply_edits, verify
     from .edits import Edit, load_edits
     from .errors import RomeFastError
     from .planning import Plan, plan
@@ -32,6 +32,7 @@ __all__ = [
     "kernels",
     "load_edits",
     "plan",
+    "verify",
 ]
 
 _HOMES = {
@@ -47,6 +48,7 @@ _HOMES = {
     "collect_statistics": "statistics",
     "load_edits": "edits",
     "plan": "planning",
+    "verify": "editor",
 }
 
 

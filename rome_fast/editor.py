@@ -32,6 +32,7 @@ from .rows import check_tokenizer
 from .runner import Runner, evaluating
 from .statistics import LayerStatistics, Statistics, first_token_statistics
 from .values import ValueSettings, compute_dtype
+from .verification import Verified, verified
 from .weights import Link, OnRead, align_, check_link
 
 RESUME = "nothing was written: run the same command again"
@@ -222,6 +223,7 @@ def apply_edits(
         runner = Runner(model, stream)
         layer = _checked_layer(runner, layer)
         _check_weights(runner, layer)
+        verified(runner, layer)
         entry = _checked_statistics(runner, layer, statistics)
         factor = None if entry is None else entry.factor(runner.device)
         settings = default_settings(model.config) if settings is None else settings
@@ -312,6 +314,16 @@ def apply_edits(
         return result
 
 
+def verify(model: PreTrainedModel, layer: int | None = None) -> Verified:
+    """What was found out about a model by running it, and how it is therefore edited; see `rome_fast.verification`.
+
+    `layer` is the one to edit, by default as in `apply_edits`. Raises ModelError, which says what was found, for a
+    model that cannot be edited, and ArgumentError for a layer that it does not have.
+    """
+    runner = Runner(model)
+    return verified(runner, _checked_layer(runner, layer))
+
+
 def _origin(model: PreTrainedModel) -> str:
     """Where a model says it was loaded from."""
     name = model.config._name_or_path
@@ -340,7 +352,7 @@ def _checked_edits(given: object) -> list[Edit]:
 def _checked_layer(runner: Runner, layer: int | None) -> int:
     count = len(runner.layers)
     if layer is None:
-        return default_layer(runner.model.config)
+        return runner.decoder.nearest_site(default_layer(runner.model.config))
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
     return layer

@@ -27,6 +27,7 @@ from .records import Record
 from .rows import edit_rows, essence_row, needs_prefix
 from .runner import Runner
 from .values import Value, ValueSettings, optimise_values, scored_rows, search_runner
+from .verification import verified
 
 Progress = Callable[[int, int], None]
 """Called with (edits done, edits in all)."""
@@ -234,7 +235,9 @@ class Flow:
         with self.clock("keys"):
             # From group to group the edit layer's weight may change; those above it do not, nor what is below.
             above = self._above = self._above or search_runner(self.runner, self.settings)
-            if self._contexts is None:
+            if not verified(self.runner, self.layer).shares_past:
+                contexts = None
+            elif self._contexts is None:
                 texts = ["", *self.contexts]
                 contexts = Contexts.of(self.runner, self.tokenizer, texts, self.layer, above)
             else:
@@ -251,13 +254,13 @@ class Flow:
         return solved
 
     def _find(
-        self, contexts: Contexts, above: Runner, group: Sequence[Request], bases: Sequence[Tensor] | None
+        self, contexts: Contexts | None, above: Runner, group: Sequence[Request], bases: Sequence[Tensor] | None
     ) -> list[Solved]:
         """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only.
 
         `above` runs the layers above the edit layer.
         """
-        sizer = BatchSizer(self.runner, self.layer)
+        sizer = BatchSizer(self.runner, self.layer, whole=contexts is None)
         solved: dict[int, Solved] = {}
         for places in in_batches(sizer, group):
             with sizer.halving(len(places)):
@@ -271,7 +274,7 @@ class Flow:
         return [solved[i] for i in range(len(group))]
 
     def _solve_batch(
-        self, contexts: Contexts, above: Runner, batch: Sequence[Request], base: Tensor | None
+        self, contexts: Contexts | None, above: Runner, batch: Sequence[Request], base: Tensor | None
     ) -> list[Solved]:
         with self.clock("keys"):
             rows_of_batch = [row for r in batch for row in r.rows]

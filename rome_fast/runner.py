@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import ModelError
-from .models import Decoder, check_known, is_transposed
+from .models import Decoder, is_transposed
 from .products import Copies, in_dtype, usual_dtype
 from .weights import Stream
 
@@ -69,7 +69,6 @@ class Runner:
             raise ModelError(f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel")
         self.model = model
         self.stream = stream  # for a model whose weights are read while it runs
-        check_known(model.config)
         self.decoder = Decoder(model)
         self.layers = self.decoder.layers
         self._embedding: Tensor = model.get_input_embeddings().get_parameter("weight")
@@ -241,7 +240,7 @@ class Runner:
 
         def run_layer(layer: int, hidden: Tensor) -> Tensor:
             arguments = self.decoder.with_past(layer, calls[layer], past)
-            with in_dtype(self.compute_dtype, self.dtype, self._copies), _any_shape(hidden):
+            with in_dtype(self.compute_dtype, self.dtype, self._copies), any_shape(hidden.device):
                 out = self.layers[layer](hidden, **arguments)
             self.decoder.see(out)
             return out if isinstance(out, Tensor) else out[0]
@@ -287,9 +286,9 @@ class Runner:
             return self.decoder.head(hidden).to(wide)
 
 
-def _any_shape(hidden: Tensor) -> AbstractContextManager[Any]:
+def any_shape(device: torch.device) -> AbstractContextManager[Any]:
     """Attention without cuDNN in this block: it plans for every shape anew, which takes longer than ours run."""
-    return sdpa_kernel(_UNPLANNED_ATTENTION) if hidden.is_cuda else nullcontext()
+    return sdpa_kernel(_UNPLANNED_ATTENTION) if device.type == "cuda" else nullcontext()
 
 
 class _Recomputed(torch.autograd.Function):
@@ -319,13 +318,10 @@ class _Recomputed(torch.autograd.Function):
         return gradient, None, None
 
 
-def causal_mask(time: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, 1, time, time), zero where a position may look and very negative where it may not.
-
-    The eager attention, unlike the fused ones, does not apply causality by itself.
-    """
+def causal_mask(rows: int, time: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, 1, time, time), zero where a position may look and very negative where it may not."""
     mask = torch.full((time, time), torch.finfo(dtype).min, dtype=dtype, device=device)
-    return mask.triu(1)[None, None]
+    return mask.triu(1).expand(rows, 1, -1, -1)
 
 
 @contextmanager

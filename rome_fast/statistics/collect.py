@@ -16,6 +16,7 @@ from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
 from ..processes import ALONE, Processes
 from ..runner import Runner, evaluating
+from ..verification import check_model
 from ..weights import align_
 from ..weights.files import check_writable
 from .layer import LayerStatistics, check_ridge
@@ -146,6 +147,7 @@ def collect(
 
     `resumed` is called with (tokens done, tokens wanted) where an interrupted run goes on.
     """
+    check_model(runner)
     wanted = sorted(set(layers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= len(runner.layers):
         raise ArgumentError(f"layers: got {list(layers)}, wanted some of 0 .. {len(runner.layers) - 1}")
