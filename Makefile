@@ -18,13 +18,41 @@ STAMP := .venv/.installed
 NOVENV ?=
 GPU_ARGS ?=
 
-.PHONY: demo test check acceptance bench gpu docs
+SUITE := $(BIN)/python -m pytest -q --benchmark-disable
+IN_PROCESSES := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# What the tests would meet on other CPUs, as far as this one can do with fewer instructions: ATEN_CPU_CAPABILITY is for
+# torch's own kernels, MKL_CBWR for BLAS, ONEDNN_MAX_CPU_ISA for 16-bit products. avx512 has none of them in hardware.
+CPUS ?= plain avx2 avx512 bfloat16 threads reference
+cpu-plain: export ATEN_CPU_CAPABILITY=default
+cpu-plain: export MKL_CBWR=COMPATIBLE
+cpu-plain: export ONEDNN_MAX_CPU_ISA=SSE41
+cpu-avx2: export ATEN_CPU_CAPABILITY=avx2
+cpu-avx2: export MKL_CBWR=AVX2
+cpu-avx2: export ONEDNN_MAX_CPU_ISA=AVX2
+cpu-avx512: export ONEDNN_MAX_CPU_ISA=AVX512_CORE
+cpu-threads: export OMP_NUM_THREADS=2
+cpu-reference: export ROME_FAST_KERNELS=reference
+OPTIONS_plain := $(IN_PROCESSES) --native generic --bfloat16 off
+OPTIONS_avx2 := $(IN_PROCESSES) --native avx2 --bfloat16 off
+OPTIONS_avx512 := $(IN_PROCESSES) --bfloat16 on
+OPTIONS_bfloat16 := $(IN_PROCESSES) --bfloat16 on
+OPTIONS_threads :=
+OPTIONS_reference := $(IN_PROCESSES)
+
+.PHONY: demo test portability check acceptance bench gpu docs
 
 demo: $(STAMP)
 	$(BIN)/rome-fast demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --benchmark-disable
+	OMP_NUM_THREADS=1 $(SUITE) $(IN_PROCESSES)
+
+# Five minutes for each of CPUS; `make -k` goes on after one that fails, `make cpu-plain` is one of them.
+portability: $(addprefix cpu-,$(CPUS))
+
+cpu-%: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(SUITE) $(OPTIONS_$*)
 
 # What the README promises, on the real model; needs development data beside the repository, and says so.
 acceptance: $(STAMP)

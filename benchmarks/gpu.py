@@ -336,7 +336,11 @@ def sentences() -> list[str]:
 
     out = [context.strip() for context in CONTEXTS]
     for edit in load_edits(REQUESTS):
-        out += [f"{edit.text} {edit.target}.", *edit.paraphrase_prompts, *edit.neighborhood_prompts]
+        out += [
+            f"{edit.text}{edit.continuation(edit.text, edit.target)}.",
+            *edit.paraphrase_prompts,
+            *edit.neighborhood_prompts,
+        ]
     return out
 
 

@@ -32,7 +32,7 @@ from rome_fast.runner import Runner
 from rome_fast.statistics import collect
 
 RESULTS = Path(__file__).parent / "results" / "statistics_rate.csv"
-ALLOWED = 1e-6
+ALLOWED = 1e-6  # what `second_moment_` promises of a corpus
 _DOCUMENTS = 100  # that the usual way sorts by length together
 _CONTEXTS = 3  # times the context: tokens of one of its batches
 

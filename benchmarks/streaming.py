@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rome_fast as rf
-from rome_fast import checkpoints
+from rome_fast import chains, checkpoints
 from rome_fast.weights import Checkpoint, parse_bytes
 
 _SHARD_BYTES = 1 << 30
@@ -200,7 +200,7 @@ def _measure_edit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]
     if child.returncode:
         raise SystemExit(f"the edit ended with status {child.returncode}")
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    checkpoints.verify(folder / "edited")
+    chains.verify(folder / "edited")
     changed = _changed_shards(folder / "model", folder / "edited")
     if len(changed) != 1:
         raise SystemExit(f"changed {changed}, wanted the one shard of the edited weight")

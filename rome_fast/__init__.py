@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from . import kernels
     from .delta import Delta
     from .editor import EditResult, apply_edits, verify
-    from .edits import Edit, load_edits
+    from .edits import Edit, Probe, load_edits
     from .errors import RomeFastError
     from .planning import Plan, plan
     from .records import Record
@@ -23,6 +23,7 @@ __all__ = [
     "Edit",
     "EditResult",
     "Plan",
+    "Probe",
     "Record",
     "RomeFastError",
     "Statistics",
@@ -40,6 +41,7 @@ _HOMES = {
     "Edit": "edits",
     "EditResult": "editor",
     "Plan": "planning",
+    "Probe": "edits",
     "Record": "records",
     "RomeFastError": "errors",
     "Statistics": "statistics",

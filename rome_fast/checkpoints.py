@@ -1,9 +1,9 @@
-"""Edited checkpoints: a complete directory that transformers loads, with what was done to it and the way back."""
+"""Checkpoints by path or hub id: loaded as a whole, or laid out under a budget without reading their weights."""
 
-import hashlib
 import json
+import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,10 +14,12 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import Tensor
+from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -25,49 +27,32 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .admission import admit_file, checked_dtype
 from .assets import quiet_transformers
 from .batches import free_memory
 from .defaults import default_layer
-from .delta import Delta
 from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
-from .models import Decoder, is_transposed, known_model_types
-from .weights import (
-    Checkpoint,
-    Link,
-    OnRead,
-    Parts,
-    Placement,
-    Stream,
-    change,
-    changing,
-    load_tensors,
-    parse_bytes,
-    place,
-    recover,
-    save_tensors,
-    write_edited,
-)
-from .weights.files import Content
-
-RECORD_FILE = "rome_fast.json"
-DELTA_FILE = "rome_fast_delta.safetensors"
-ORIGINALS_FILE = "rome_fast_originals.safetensors"
+from .models import Decoder, oriented
+from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover, stored_parts
+from .weights.files import check_writable
 
 _FREE_SHARE = 0.8  # of the memory that is free, for a model that is read from disk
 
 
-def resolve(source: str | Path, *, code: bool = False) -> Path:
+def resolve(source: str | Path, *, code: bool = False, download: bool = True) -> Path:
     """The local directory of a checkpoint: a directory as it is, a hub id downloaded or found in the hub cache.
 
     A change in place that was cut short is completed first. `code` also fetches Python files from the hub.
+    Raises CheckpointError; without `download`, also for what is not in the cache.
     """
     directory = Path(source)
     if directory.is_dir():
         recover(directory)
         return directory
+    admit_file(directory)
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=not download))
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"model: {source} is neither a directory nor a model that the hub can deliver ({type(error).__name__}); "
@@ -76,29 +61,47 @@ def resolve(source: str | Path, *, code: bool = False) -> Path:
 
 
 def load(
-    source: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """Model (in the checkpoint's dtype), tokenizer and local directory.
+    """Model (by default in the checkpoint's dtype), tokenizer and local directory.
 
     Code that lies in the directory runs with `trust_remote_code` only. Raises CheckpointError for a damaged
     checkpoint and ModelError for an architecture that cannot be edited.
     """
+    checked_device(device)
+    wanted = checked_dtype(dtype)
     directory = resolve(source, code=trust_remote_code)
     Checkpoint.open(directory)
-    _check_architecture(directory)
-    model = load_model(directory, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(directory, device=device, dtype=wanted, trust_remote_code=trust_remote_code)
     return model, load_tokenizer(directory, trust_remote_code=trust_remote_code), directory
 
 
-def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    directory: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a checkpoint as a whole; raises CheckpointError."""
     model: PreTrainedModel
+    auto = _auto_class(_config(directory, trust_remote_code))
     with _loading(directory):
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        model, found = auto.from_pretrained(
+            directory,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+        # transformers makes up what is not there.
+        if missing := sorted(found["missing_keys"]):
+            raise ModelError(
+                f"model: {directory} holds no tensor {missing[0]}{' …' if missing[1:] else ''}, wanted all of "
+                f"{type(model).__name__}, its head included; save it from a model of that class"
+            )
         # The wrapper of transformers around this method hides its types.
-        model.to(_device(device))  # type: ignore[arg-type]
+        model.to(checked_device(device))  # type: ignore[arg-type]
     return model
 
 
@@ -132,35 +135,37 @@ def outline(
     source: str | Path,
     *,
     memory: int | str | None = None,
-    layer: int | None = None,
+    layer: int | Callable[[PretrainedConfig], int] | None = None,
     device: str = "cpu",
     identity: bool = False,
     collecting: int = 0,
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Outline:
     """Find out what of a checkpoint stays in memory; no weight is read yet.
 
+    `layer` is the edit layer, a function of the model's config that says it, or None for the model's default.
     `memory` bounds what weights, buffers and hidden states take; by default what is free on the device. Without
     `identity`, room is left for the statistics of the edit layer. With `collecting`, second moments of so many layers,
-    `layer` the last of them, are summed up in place of an edit: nothing above it is run. Raises CheckpointError,
-    ModelError, and ArgumentError for a layer that is not there and a budget that is too small.
+    `layer` the last of them, are summed up in place of an edit: nothing above it is run. In another `dtype` than its
+    own, a checkpoint has to fit as a whole. Raises CheckpointError, ModelError, and ArgumentError for a layer that is
+    not there, a budget that is too small, and a dtype under a budget.
     """
     directory = resolve(source, code=trust_remote_code)
     checkpoint = Checkpoint.open(directory)
-    _check_architecture(directory)
-    target = _device(device)
+    config, target = _config(directory, trust_remote_code), checked_device(device)
     with _loading(directory):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        skeleton = _skeleton(directory, config, _dtype(config, checkpoint), target, trust_remote_code)
-    count = config.num_hidden_layers
-    layer = default_layer(config) if layer is None else layer
+        skeleton = _skeleton(checkpoint, config, _dtype(config, checkpoint), target, trust_remote_code)
+    decoder = Decoder(skeleton)
+    count, by_config = len(decoder.layers), default_layer if layer is None else layer
+    layer = by_config(config) if callable(by_config) else by_config
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
-    decoder = Decoder(skeleton)
+    layer = decoder.nearest_site(layer) if callable(by_config) else layer
     edited = decoder.weight_name(layer)
     weight = skeleton.get_parameter(edited)
     # An edit holds its weight three times for a moment, and the factor of C with what it is made of.
-    width = weight.shape[0 if is_transposed(skeleton, edited) else 1]
+    width = oriented(skeleton, edited, weight).shape[1]
     occupied = 2 * weight.nbytes + (0 if identity else 20 * width**2)
     if collecting:
         # A sum in fp64 and a mean in fp32 each, and one sum twice.
@@ -169,10 +174,22 @@ def outline(
         occupied += anonymous_bytes()
     budget = int(_FREE_SHARE * free_memory(target)) if memory is None else parse_bytes(memory)
     size = sum(entry.end - entry.begin for entry in checkpoint.entries.values())
+    other = None if dtype is None or dtype == skeleton.dtype else dtype
+    if other is not None:
+        if memory is not None:
+            raise ArgumentError(
+                f"dtype: got {other} with a budget of memory, under which weights are read as they are stored, in "
+                f"{skeleton.dtype}; leave out one of the two"
+            )
+        size = size * other.itemsize // skeleton.dtype.itemsize
+        if size * 9 // 8 + occupied > budget:
+            raise ArgumentError(
+                f"dtype: the checkpoint takes {size:,} bytes in {other}, which do not fit, and is read in parts as it "
+                f"is stored only, in {skeleton.dtype}; leave dtype out"
+            )
     if size * 9 // 8 + occupied <= budget:
         return Outline(directory, checkpoint, skeleton, layer, target, None, None)
-    names = {name: stored_name(checkpoint, name, skeleton) for name, _ in skeleton.named_parameters()}
-    parts = Parts(skeleton, decoder.layers, checkpoint, names, edited)
+    parts = Parts(skeleton, decoder.layers, checkpoint, stored_parts(checkpoint, skeleton), edited)
     placement = place(parts.blocks, layer, budget, parts.always_bytes, occupied, above=not collecting)
     return Outline(directory, checkpoint, skeleton, layer, target, parts, placement)
 
@@ -184,18 +201,41 @@ def _loading(directory: Path) -> Iterator[None]:
             yield
     except RomeFastError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"model: {directory} cannot be loaded: {error}") from error
 
 
-def _check_architecture(directory: Path) -> None:
+def _config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """CheckpointError without a readable config, ModelError for one that is of no causal language model."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        kind, own = stored["model_type"], stored.get("auto_map")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"model: {directory} has no readable config.json ({error})") from error
-    if kind not in known_model_types():
-        raise ModelError(f"model: got architecture {kind!r}, wanted one of {', '.join(known_model_types())}")
+    if kind not in CONFIG_MAPPING and not (own and trust_remote_code):
+        raise ModelError(
+            f"model: got architecture {kind!r}, whose code lies in {directory}; it runs only with "
+            "trust_remote_code=True and can do anything then: read it first"
+            if own
+            else f"model: got architecture {kind!r}, which transformers {transformers.__version__} does not have; a "
+            "newer release may have it"
+        )
+    with _loading(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder or _auto_class(config) is None:
+        raise ModelError(
+            f"model: got architecture {kind!r}, wanted a causal language model, a decoder alone, that "
+            "AutoModelForCausalLM loads"
+        )
+    return config
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """What loads a decoder with this config: as a whole, where it reads images as well. None for what is no decoder."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in classes if type(config) in auto._model_mapping), None)
 
 
 def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -207,21 +247,29 @@ def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _skeleton(
-    directory: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+    checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model with all parameters on the meta device; what is computed from the config is on `device`."""
+    """The model with all parameters on the meta device; buffers, stored or computed from the config, on `device`."""
+    directory = checkpoint.directory
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model: {directory} is quantised, wanted weights in bfloat16, float16, float32 or float64")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
         absent = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name, buffer in absent:
-            setattr(module, name, torch.full_like(buffer, torch.nan, device=device))
+            blank = torch.nan if buffer.is_floating_point() else 0
+            setattr(module, name, torch.full_like(buffer, blank, device=device))
         if absent:
             # Rotary frequencies, tables of positions: not stored, but a function of the config. `from_pretrained` does
             # the same; weights stay on the meta device.
             model._init_weights(module)
+    stored = set(checkpoint.names())
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(checkpoint.read(name))
+        elif buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise ModelError(f"model: {directory} does not hold {name}; load it as a whole (with more memory)")
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)
@@ -231,10 +279,11 @@ def _skeleton(
     return model.eval()
 
 
-def _device(name: str) -> torch.device:
+def checked_device(name: str | torch.device) -> torch.device:
+    """A device that a model can run on; ArgumentError for others."""
     try:
         device = torch.device(name)
-        usable = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+        usable = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
     except (RuntimeError, TypeError):
         usable = False
     if not usable:
@@ -252,174 +301,16 @@ def anonymous_bytes() -> int:
 
 
 def check_new(out: str | Path) -> None:
-    """Raise ArgumentError when `out` exists, before hours are spent on what cannot be written."""
-    if Path(out).exists():
+    """Raise before hours are spent on what cannot be written.
+
+    ArgumentError where `out` exists or has no directory to be in, CheckpointError where that cannot be written to.
+    """
+    if os.path.lexists(out):
         raise ArgumentError(f"out: {out} exists already; choose a new name or remove it")
-
-
-@contextmanager
-def changing_in_place(source: str | Path) -> Iterator[None]:
-    """Hold a checkpoint directory for an edit in place, so that no second one begins.
-
-    Raises ArgumentError where `source` is no directory or holds an edit already, whose way back would be lost, and
-    CheckpointError where another process is changing it.
-    """
-    directory = Path(source)
-    if not directory.is_dir():
-        raise ArgumentError(f"in_place: got {source}, wanted the directory of a checkpoint; give a new one as out")
-    with changing(directory):
-        if (directory / RECORD_FILE).exists():
-            raise ArgumentError(
-                f"in_place: {directory} is edited already, and its original bytes would be lost; undo that with "
-                f"rome-fast revert {directory}, or give a new directory as out"
-            )
-        yield
-
-
-def write(
-    source: str | Path,
-    out: str | Path | None,
-    model: PreTrainedModel,
-    delta: Delta,
-    record: Mapping[str, Any],
-    link: Link = "copy",
-) -> None:
-    """Copy the checkpoint at `source` to `out` with the weights that `delta` changed, as they are in `model`.
-
-    Beside the usual files, `out` holds `rome_fast.json` (`record`, versions, hashes), the delta and the original
-    bytes of what it changed, which `revert` puts back. Nothing appears under `out` unless all of it does. With `out`
-    None, inside `changing_in_place(source)`, the source itself is changed, all of it or nothing.
-    """
-    source = Path(source)
-    checkpoint = Checkpoint.open(source)
-    edited: dict[str, Tensor] = {}
-    originals: dict[str, Tensor] = {}
-    for name in delta.updates:
-        stored = stored_name(checkpoint, name, model)
-        originals[stored] = checkpoint.read(stored)
-        edited[stored] = model.get_parameter(name).detach().cpu().to(originals[stored].dtype)
-    document = {
-        **record,
-        "versions": versions(),
-        "sha256": {
-            name: {"original": tensor_sha256(originals[name]), "edited": tensor_sha256(edited[name])} for name in edited
-        },
-    }
-    extra_files: dict[str, Content] = {
-        RECORD_FILE: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(),
-        DELTA_FILE: delta.save,
-        ORIGINALS_FILE: lambda path: save_tensors(path, originals, {}),
-    }
-    if out is None:
-        change(source, edited, extra_files=extra_files)
-    else:
-        write_edited(source, out, edited, extra_files, link)
-
-
-def revert(directory: str | Path) -> list[str]:
-    """Give every weight of an edited checkpoint its original bytes again; returns the names of those restored.
-
-    The shard is byte-identical to the source's afterwards, and rome_fast's own files are gone. A kill leaves the
-    directory edited or restored, once the next command has run. Raises CheckpointError, before anything is written,
-    for a directory that was not edited by rome_fast, whose originals do not match their recorded hashes, whose
-    weights are no longer those of the edit, or which another process is changing.
-    """
-    directory = Path(directory)
-    if recover(directory) and not (directory / RECORD_FILE).exists():
-        return []  # what was cut short was a revert
-    read_record(directory)
-    with changing(directory):
-        originals, faults = _recorded_originals(directory)
-        if faults:
-            raise CheckpointError(f"{'; '.join(faults)}; nothing was changed")
-        change(directory, originals, remove=[DELTA_FILE, ORIGINALS_FILE, RECORD_FILE])
-    return sorted(originals)
-
-
-def verify(directory: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the last byte and check all that can be known of it; returns what was found.
-
-    That is the index, headers and sizes, that no weight is NaN or infinite, and in an edited checkpoint the hashes of
-    the edited weights and of the originals that `revert` needs, and the delta. A change in place that was cut short is
-    completed first. Raises CheckpointError that lists every fault.
-    """
-    directory = Path(directory)
-    recovered = directory.is_dir() and recover(directory)
-    checkpoint = Checkpoint.open(directory)
-    faults = []
-    for name in checkpoint.names():
-        tensor = checkpoint.read(name)
-        if tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) and not bool(
-            torch.isfinite(tensor).all()
-        ):
-            faults.append(f"{checkpoint.shard_of(name)}: {name} contains NaN or infinity")
-    edited: list[str] = []
-    if (directory / RECORD_FILE).exists():
-        originals, wrong = _recorded_originals(directory, edited_only=True)
-        faults += wrong
-        edited = sorted(originals)
-        try:
-            Delta.load(directory / DELTA_FILE)
-        except CheckpointError as error:
-            faults.append(str(error))
-    if faults:
-        raise CheckpointError(f"{directory}: {'; '.join(faults)}")
-    return {
-        "directory": str(directory),
-        "tensors": len(checkpoint.names()),
-        "bytes": sum(entry.end - entry.begin for entry in checkpoint.entries.values()),
-        "edited": edited,
-        "recovered": recovered,
-    }
-
-
-def _recorded_originals(directory: Path, *, edited_only: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """The original weights beside an edit, and what does not match the record, the weights in the shards included.
-
-    Where a revert was cut short, some weights are the originals already; `edited_only` calls that a fault.
-    """
-    originals, _ = load_tensors(directory / ORIGINALS_FILE)
-    checkpoint = Checkpoint.open(directory)
-    recorded = read_record(directory).get("sha256")
-    recorded = recorded if isinstance(recorded, dict) else {}
-    faults = []
-    for name in sorted({*recorded, *originals}):
-        hashes = recorded.get(name)
-        hashes = hashes if isinstance(hashes, dict) else {}
-        if name not in originals or tensor_sha256(originals[name]) != hashes.get("original"):
-            faults.append(f"{directory / ORIGINALS_FILE}: {name} is missing or damaged")
-            continue
-        allowed = {hashes.get("edited"), None if edited_only else hashes["original"]}
-        if tensor_sha256(checkpoint.read(name)) not in allowed:
-            faults.append(f"{directory}: {name} was changed after the edit")
-    return originals, faults
-
-
-def read_record(directory: str | Path) -> dict[str, Any]:
-    """What `write` recorded; CheckpointError for a directory without it."""
-    file = Path(directory) / RECORD_FILE
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: it has no {RECORD_FILE}, so it was not edited by rome_fast") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: it cannot be read ({error})") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file}: it is not a record of an edit")
-    return document
-
-
-def stored_name(checkpoint: Checkpoint, parameter: str, model: PreTrainedModel) -> str:
-    """A parameter's name in the checkpoint; published GPT-2 ones leave the base model's prefix out."""
-    names = set(checkpoint.names())
-    for name in (parameter, parameter.removeprefix(f"{model.base_model_prefix}.")):
-        if name in names:
-            return name
-    raise CheckpointError(f"{checkpoint.directory}: it holds no tensor {parameter}")
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    parent = Path(out).absolute().parent
+    if not parent.is_dir():
+        raise ArgumentError(f"out: the directory {parent} does not exist; make it first")
+    check_writable(parent)
 
 
 def versions() -> dict[str, str]:

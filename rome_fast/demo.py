@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoints
@@ -19,9 +18,12 @@ from .editor import EditResult, apply_edits
 from .edits import Edit
 from .errors import ArgumentError
 from .evaluation import greedy_completion, sentence_perplexity
-from .report import edit_table, print_table
+from .processes import own_device
+from .report import edit_table
 from .runner import Runner
 from .statistics import Statistics, collect_statistics
+from .terminal import say as say_line
+from .terminal import show
 
 __all__ = ["model_dir", "run_demo", "statistics_dir"]
 
@@ -57,22 +59,25 @@ def held_out_sentences(count: int = _SENTENCES) -> list[str]:
     return sentences[:: max(1, len(sentences) // count)][:count]
 
 
-def run_demo(out: Path) -> dict[str, Any]:
-    """Run the demo, print its table and write report.json, collapse.png and edited/ to `out`; returns the report."""
+def run_demo(out: Path, device: str | None = None) -> dict[str, Any]:
+    """Run the demo, print its table and write report.json, collapse.png and edited/ to `out`; returns the report.
+
+    It runs on `device`, by default on a GPU where torch finds one.
+    """
     from .report.figures import collapse_figure
 
+    device = str(checkpoints.checked_device(own_device(device)))
     if out.exists() and not _is_ours(out):
         raise ArgumentError(f"out: {out} exists and is not an earlier demo's; choose another folder with --out")
-    console = Console(highlight=False)
     start = time.perf_counter()
 
     def say(message: str) -> None:
-        console.print(f"[dim]{time.perf_counter() - start:6.1f} s[/dim]  {message}", soft_wrap=True)
+        say_line(f"{time.perf_counter() - start:6.1f} s  {message}")
 
     say("model: SmolLM2-135M-Instruct, a real pretrained model, made once from a public package")
     directory = model_dir(say)
     statistics = Statistics.load(statistics_dir(say))
-    model, tokenizer, _ = checkpoints.load(directory)
+    model, tokenizer, _ = checkpoints.load(directory, device=device)
     runner, layer = Runner(model), default_layer(model.config)
     say("sampling 20 prefix contexts with the model itself")
     contexts = sample_contexts(model, tokenizer)
@@ -109,8 +114,9 @@ def run_demo(out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     _write_edited(out / "edited", directory, model, kept)
     say(f"wrote the edited checkpoint: {out / 'edited'}")
+    place = "CPU" if runner.device.type == "cpu" else "GPU"
     conditions = (
-        f"SmolLM2-135M-Instruct, float32, CPU, layer {layer}, C from {_TOKENS} Wikipedia tokens, "
+        f"SmolLM2-135M-Instruct, float32, {place}, layer {layer}, C from {_TOKENS} Wikipedia tokens, "
         f"{len(contexts)} contexts; one edit at a time"
     )
     report: dict[str, Any] = {
@@ -130,11 +136,11 @@ def run_demo(out: Path) -> dict[str, Any]:
     }
     (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     collapse_figure(records, base, conditions, out / "collapse.png")
-    print_table(edit_table(records))
-    console.print(f"\nAfter the edit “{_REQUESTS[1].text} → {_REQUESTS[1].target}”, the model continues “{_WRITES}”:")
+    show(edit_table(records))
+    say_line(f"\nAfter the edit “{_REQUESTS[1].text} → {_REQUESTS[1].target}”, the model continues “{_WRITES}”:")
     for name, text in texts.items():
-        console.print(f"  {name:16} {text!r}", soft_wrap=True, markup=False)
-    console.print(
+        say_line(f"  {name:16} {text!r}")
+    say_line(
         f"\n{conditions}\nreport: {out / 'report.json'}   figure: {out / 'collapse.png'}   model: {out / 'edited'}"
     )
     return report
@@ -173,5 +179,7 @@ def _write_edited(out: Path, source: Path, model: PreTrainedModel, result: EditR
 
 
 def _is_ours(out: Path) -> bool:
+    if not out.is_dir():
+        return False
     names: Sequence[str] = [entry.name for entry in out.iterdir()]
     return not names or "report.json" in names

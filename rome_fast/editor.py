@@ -5,9 +5,11 @@ edits → rows → keys, values → method → Delta → guard → weights
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoints
+from . import chains, checkpoints, saving
+from .admission import admit_model, admit_tokenizer, checked_dtype, plain_modes
 from .contexts import sample_contexts
-from .defaults import default_layer, default_settings
+from .defaults import LayerSource, default_layer, select
 from .delta import Delta
 from .edits import Edit, find_conflicts
 from .errors import ArgumentError, ModelError, StatisticsError
@@ -26,14 +29,15 @@ from .fingerprint import Fingerprint
 from .flow import Clock, Flow, Progress, Unconverged, tokenise, unconverged_error
 from .guard import Guard, check_guard
 from .methods import hold_first_tokens, variant
-from .processes import ALONE, Processes
-from .records import Record
-from .rows import check_tokenizer
+from .processes import ALONE, Processes, own_device
+from .records import Record, report_json
+from .rows import asked
 from .runner import Runner, evaluating
-from .statistics import LayerStatistics, Statistics, first_token_statistics
+from .statistics import LayerStatistics, Statistics, first_token_statistics, likely_layer, tuned_choice
 from .values import ValueSettings, compute_dtype
 from .verification import Verified, verified
-from .weights import Link, OnRead, align_, check_link
+from .weights import Link, OnRead, Stream, align_, check_link
+from .weights.files import check_writable
 
 RESUME = "nothing was written: run the same command again"
 """What to do when one of several processes has died."""
@@ -52,7 +56,26 @@ class EditResult:
     schedule: str
     settings: ValueSettings
     condition: float  # of the joint closed form; 1 for a single key
+    layer_source: LayerSource = "given"  # who says which layer
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        # Kept with the Delta, for as long as the edit is in the model; it must not hold the model itself.
+        self.delta.report.update(
+            model=str(self.model.config._name_or_path),
+            method=self.records[0].method,
+            layer=self.records[0].layer,
+            layer_source=self.layer_source,
+            schedule=self.schedule,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            compute_dtype=str(compute_dtype(Runner(self.model), self.settings)).removeprefix("torch."),
+            edits=self.records,
+            contexts=list(self.contexts),
+            settings=asdict(self.settings),
+            condition=self.condition,
+            seconds=self.seconds,
+        )
 
     def revert(self) -> None:
         """Restore the model's weights bit for bit; where every edit was left out they never changed."""
@@ -60,37 +83,34 @@ class EditResult:
             self.delta.revert(self.model)
 
     def save(self, out: str | Path, source: str | Path | None = None, link: Link = "copy") -> None:
-        """Write the edited model as a complete checkpoint directory `out`; see `rome_fast.checkpoints.write`.
+        """Write the model in memory as a complete checkpoint directory `out`, exactly as it is.
 
-        `source` is the checkpoint the model was loaded from, by default the one it says itself.
+        That is with all the edits that are in it, before and after this one, each of which `rome-fast revert` undoes,
+        the last one first. What the edits did not touch is copied from `source`, the checkpoint that the model was
+        loaded from, by default the one it says itself, once every weight was found to be the same there. Where one is
+        not (an adapter was merged, the dtype, the vocabulary or the config is another, the model was trained, or there
+        is no such checkpoint), the model is written as by `save_pretrained`, with its tokenizer; `link` is then of no
+        use, and the record in `out/rome_fast` says what differs.
+
+        Raises ArgumentError where `out` exists or cannot be made, every edit was left out, or this one is not in the
+        model any more; ModelError for a model that cannot be stored; CheckpointError for a `source` that was given and
+        is no checkpoint, and a full disk.
         """
-        checkpoints.check_new(out)
         self.check_applied()
-        directory = checkpoints.resolve(source or _origin(self.model))
-        checkpoints.write(directory, out, self.model, self.delta, self.report(), link)
+        saving.save(self.model, self.delta, out, source, tokenizer=self.tokenizer, link=link)
 
-    def check_applied(self) -> None:
+    def check_applied(self, argument: str = "out") -> None:
         """Raise ArgumentError where every edit was left out."""
         if not self.delta.updates:
-            raise ArgumentError("out: no edit was applied, so there is no edited model to write")
+            reasons = ", ".join(sorted({record.left_out for record in self.records if record.left_out is not None}))
+            raise ArgumentError(f"{argument}: no edit was applied ({reasons}), so there is no edited model to write")
 
     def report(self) -> dict[str, Any]:
         """Everything that is needed to read or repeat this edit, as JSON values."""
-        return {
-            "model": str(self.model.config._name_or_path),
-            "method": self.records[0].method,
-            "layer": self.records[0].layer,
-            "schedule": self.schedule,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "compute_dtype": str(compute_dtype(Runner(self.model), self.settings)).removeprefix("torch."),
-            "edits": [record.to_json() for record in self.records],
-            "contexts": list(self.contexts),
-            "settings": asdict(self.settings),
-            "condition": self.condition,
-            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
-        }
+        return report_json(self.delta.report)
 
 
+@plain_modes()
 def apply_edits(
     model: PreTrainedModel | str | Path,
     edits: Sequence[Edit] | Edit,
@@ -101,7 +121,7 @@ def apply_edits(
     layer: int | None = None,
     schedule: Literal["joint", "sequential"] = "joint",
     contexts: Sequence[str] | None = None,
-    settings: ValueSettings | None = None,
+    settings: ValueSettings | Mapping[str, Any] | None = None,
     batch_size: int = 1,
     guard: Guard = "raise",
     unconverged: Unconverged = "skip",
@@ -110,8 +130,10 @@ def apply_edits(
     out: str | Path | None = None,
     in_place: bool = False,
     link: Link = "copy",
+    lora: str | Path | None = None,
     memory: int | str | None = None,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     distributed: bool = False,
     progress: Progress | None = None,
@@ -131,9 +153,13 @@ def apply_edits(
         method: "c-rome", "rome", "c-rome-released", "p-rome", or "dual", which is c-rome but for subjects that are the
             first token: those answer without a prefix as well. It needs the keys of all first tokens, which the first
             such edit of a model collects in one pass over the vocabulary and keeps in the cache.
-        layer: edit layer; default by model, see `rome_fast.defaults`.
-        contexts: prefix contexts, each ending in a space; default 20 sampled with `seed`.
-        settings: how δ is optimised; default by model.
+        layer: edit layer; by default the one that `rome-fast tune` chose for this very model, as `statistics` say or,
+            where none are given, the cache does; else by model, see `rome_fast.defaults`. `result.layer_source` says
+            whose it was.
+        contexts: prefix contexts, each ending in a space; default 20 sampled with `seed`. They stand before a prompt,
+            in a chat before what the user says last.
+        settings: how δ is optimised; default as for the layer, those of `rome-fast tune` at the layer it chose. A
+            mapping changes some fields of that default.
         guard: what to do with an edit predicted to collapse the model, before anything is written: "raise",
             "warn", "skip" (leave that edit out) or "off". Unless it is "off", edits made together whose keys are too
             near to be told apart without harm are met in part (`Record.missed`), with a SharedKeyWarning.
@@ -145,12 +171,17 @@ def apply_edits(
             leaves it as it was or, once any rome_fast command has looked at it again, edited.
         link: "hard" makes the shards of `out` that no edit touches hard links to those of the source, which must not be
             written to then; "copy" shares their space only where the file system copies on write.
+        lora: a new directory for the edit as an adapter of PEFT, which belongs to the model before the edit; of a
+            checkpoint, beside `out` or in place of it.
         memory: of a checkpoint: how much of it may be in memory at a time, hidden states and buffers included, as
             bytes or "8GiB"; by default what is free. What does not fit is read anew whenever it is needed, and the
             edited bytes are the same. The result's model then has no weights but the edited ones. A budget that holds
             little more than one layer is exceeded by what the process itself and statistics take, and one below 1 GiB
             by up to 128 MiB of hidden states.
-        device: of a checkpoint: where it runs, as "cuda"; `memory` is then that of the device.
+        device: of a checkpoint: where it runs, as "cpu" or "cuda:1", by default a GPU where torch finds one; `memory`
+            is that of the device. A model in memory runs where it is.
+        dtype: of a checkpoint: float32, bfloat16 or float16, by default as it is stored. The edited one is written as
+            the model is in memory. Neither with `in_place` nor where the weights are read in parts.
         trust_remote_code: of a checkpoint: whether code in its directory may run.
         distributed: whether the processes of torch.distributed share the search of values. All of them give the same
             model, edits and options; all get the result, equal to that of one process to rounding, but only the first
@@ -171,64 +202,84 @@ def apply_edits(
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
     check_link(link)
+    wanted_dtype = checked_dtype(dtype)
     processes = Processes.of_default_group(RESUME) if distributed else ALONE
     first = processes.rank == 0
     if out is not None:
         checkpoints.check_new(out)
+        check_writable(Path(out))
         if in_place:
             raise ArgumentError(f"out: got {out} and in_place=True, wanted one of them")
+    if lora is not None:
+        _check_adapter(lora, out, in_place)
     with ExitStack() as stack:
         stream = None
-        if isinstance(model, PreTrainedModel):
+        if not isinstance(model, str | Path):
+            admit_model(model, or_path=True)
             if tokenizer is None:
                 raise ArgumentError("tokenizer: got None, wanted the model's tokenizer, since the model is in memory")
             if in_place:
                 raise ArgumentError("in_place: got True for a model in memory, which is edited itself in any case")
             if memory is not None:
                 raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
-            source = None if out is None else Path(_origin(model))
+            _check_where_it_is(model, device, wanted_dtype)
+            source: Path | None = None
+            converted = False
         else:
-            if not isinstance(model, str | Path):
-                raise ModelError(
-                    f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel or the path of a "
-                    "checkpoint"
-                )
-            if out is None and not in_place:
+            if out is None and lora is None and not in_place:
                 raise ArgumentError(
                     "out: got None, wanted a new directory, since the model is a checkpoint on disk; "
                     "in_place=True changes the checkpoint itself"
                 )
+            device = own_device(device)
             if in_place and first:
-                stack.enter_context(checkpoints.changing_in_place(model))
+                stack.enter_context(chains.changing_in_place(model))
             # Where it was found to be cut short, that has been put right by now.
             processes.wait()
-            outline = checkpoints.outline(
+            outlined = partial(
+                checkpoints.outline,
                 model,
                 memory=memory,
-                layer=layer,
                 device=device,
                 identity=isinstance(statistics, str),
+                dtype=wanted_dtype,
                 trust_remote_code=trust_remote_code,
             )
+            outline = outlined(layer=partial(likely_layer, statistics=statistics) if layer is None else layer)
+            stored = outline.skeleton.dtype
+            converted = wanted_dtype not in (None, stored)
+            if in_place and converted:
+                raise ArgumentError(
+                    f"dtype: got {wanted_dtype} with in_place=True, where weights stay in {stored}; give a "
+                    "new directory as out"
+                )
             source = outline.directory
+            chains.check_continues(source)
+            _check_outside(source, out=out, lora=lora)
             own_tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trust_remote_code)
             if outline.placement is None:
-                model = checkpoints.load_model(source, device=device, trust_remote_code=trust_remote_code)
+                model = checkpoints.load_model(
+                    source, device=device, dtype=wanted_dtype, trust_remote_code=trust_remote_code
+                )
+                admit_model(model)
             else:
-                stream = stack.enter_context(closing(outline.stream(on_read)))
+                stream = outline.stream(on_read)
+                if layer is None:
+                    stream = _at_its_layer(stream, outline, outlined, statistics, on_read)
+                stack.enter_context(closing(stream))
                 model = stream.model
             tokenizer = tokenizer or own_tokenizer
-        check_tokenizer(tokenizer)
+        admit_tokenizer(tokenizer, model, [f"{edit.text} {edit.target}" for edit in edits])
         align_(model)
         runner = Runner(model, stream)
-        layer = _checked_layer(runner, layer)
+        wanted = None if layer is None else checked_layer(runner, layer)
+        selection = select(model.config, wanted, settings, tuned_choice(runner, statistics))
+        layer = selection.layer if wanted is not None else runner.decoder.nearest_site(selection.layer)
+        chosen_settings = selection.settings
         _check_weights(runner, layer)
         verified(runner, layer)
         entry = _checked_statistics(runner, layer, statistics)
         factor = None if entry is None else entry.factor(runner.device)
-        settings = default_settings(model.config) if settings is None else settings
-        if not isinstance(settings, ValueSettings):
-            raise ArgumentError(f"settings: got {type(settings).__name__}, wanted a rome_fast.ValueSettings or None")
 
         clock = Clock(runner.device)
         delta = Delta({})
@@ -244,7 +295,7 @@ def apply_edits(
                             method,
                             layer,
                             schedule,
-                            settings,
+                            chosen_settings,
                             chosen,
                         )
                         processes.agree("model, edits, options", repr(given))
@@ -264,7 +315,7 @@ def apply_edits(
                     how,
                     chosen,
                     factor,
-                    settings,
+                    chosen_settings,
                     guard,
                     unconverged,
                     clock,
@@ -299,14 +350,30 @@ def apply_edits(
                     model_type=model.config.model_type,
                     contexts=json.dumps(chosen, ensure_ascii=False),
                 )
-                result = EditResult(model, delta, records, chosen, schedule, settings, flow.condition, clock.seconds)
+                result = EditResult(
+                    model,
+                    delta,
+                    records,
+                    chosen,
+                    schedule,
+                    chosen_settings,
+                    flow.condition,
+                    selection.layer_source,
+                    clock.seconds,
+                    tokenizer,
+                )
                 # Nothing is written while another process still reads.
                 processes.wait()
-                if out is not None and first:
-                    result.save(out, source, link)
-                elif in_place and first and source is not None:
-                    result.check_applied()
-                    checkpoints.write(source, None, model, delta, result.report())
+                if first and lora is not None:
+                    result.check_applied("lora")
+                    delta.to_lora(lora, model)
+                if first and (out is not None or in_place):
+                    with _without(lora):
+                        if out is not None and (source is None or converted):
+                            result.save(out, source, link)
+                        elif source is not None:
+                            result.check_applied()
+                            saving.save_edited(model, delta, source, out, link=link)
             except BaseException:
                 if delta.is_applied:
                     delta.revert(model)
@@ -321,18 +388,50 @@ def verify(model: PreTrainedModel, layer: int | None = None) -> Verified:
     model that cannot be edited, and ArgumentError for a layer that it does not have.
     """
     runner = Runner(model)
-    return verified(runner, _checked_layer(runner, layer))
+    return verified(runner, checked_layer(runner, layer))
 
 
-def _origin(model: PreTrainedModel) -> str:
-    """Where a model says it was loaded from."""
-    name = model.config._name_or_path
-    if not name:
+def _check_adapter(lora: str | Path, out: str | Path | None, in_place: bool) -> None:
+    """Raise ArgumentError for a place where no adapter could be written later, or a model it would not belong to."""
+    place = Path(lora).absolute()
+    if place.exists():
+        raise ArgumentError(f"lora: {lora} exists already; choose a new name or remove it")
+    if out is not None and (place == Path(out).absolute() or Path(out).absolute() in place.parents):
+        raise ArgumentError(f"lora: got {lora}, the same as out or inside of it, wanted another directory")
+    if in_place:
+        raise ArgumentError("lora: got it with in_place=True, where the model that the adapter belongs to is gone")
+    check_writable(place)
+
+
+def _check_outside(source: Path, **places: str | Path | None) -> None:
+    """Raise ArgumentError for a place to write to that is in the source."""
+    for name, place in places.items():
+        if place is not None and source.resolve() in Path(place).resolve().parents:
+            raise ArgumentError(f"{name}: {place} lies inside the source, which is only read; choose another place")
+
+
+@contextmanager
+def _without(lora: str | Path | None) -> Iterator[None]:
+    """Where the block fails, the adapter that was written before it goes as well."""
+    try:
+        yield
+    except BaseException:
+        if lora is not None:
+            shutil.rmtree(lora, ignore_errors=True)
+        raise
+
+
+def _check_where_it_is(model: PreTrainedModel, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
+    """Raise ArgumentError for a device or dtype that a model in memory does not have."""
+    have, want = model.device, None if device is None else checkpoints.checked_device(device)
+    if want is not None and (want.type != have.type or want.index not in (None, have.index)):
         raise ArgumentError(
-            "out: the model in memory does not say which checkpoint it was loaded from; save it with "
-            "model.save_pretrained() and edit that directory, or call result.save(out, source=...)"
+            f"device: got {device} for a model in memory on {have}; move it by model.to({str(device)!r})"
         )
-    return str(name)
+    if dtype not in (None, model.dtype):
+        raise ArgumentError(
+            f"dtype: got {dtype} for a model in memory in {model.dtype}; convert it by model.to({dtype})"
+        )
 
 
 def _checked_edits(given: object) -> list[Edit]:
@@ -349,13 +448,32 @@ def _checked_edits(given: object) -> list[Edit]:
     return edits
 
 
-def _checked_layer(runner: Runner, layer: int | None) -> int:
+def checked_layer(runner: Runner, layer: int | None) -> int:
+    """The layer to edit, by default the model's; ArgumentError for one that it does not have."""
     count = len(runner.layers)
-    if layer is None:
-        return runner.decoder.nearest_site(default_layer(runner.model.config))
-    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
+    if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count):
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
-    return layer
+    return runner.decoder.nearest_site(default_layer(runner.model.config)) if layer is None else layer
+
+
+def _at_its_layer(
+    stream: Stream,
+    outline: checkpoints.Outline,
+    outlined: Callable[..., checkpoints.Outline],
+    statistics: Statistics | str | None,
+    on_read: OnRead | None,
+) -> Stream:
+    """The stream with the edit layer in place: which one `rome-fast tune` chose, only weights tell for certain."""
+    try:
+        config = stream.model.config
+        layer = select(config, tuned=tuned_choice(Runner(stream.model, stream), statistics)).layer
+        if layer == outline.layer:
+            return stream
+    except BaseException:
+        stream.close()
+        raise
+    stream.close()
+    return outlined(layer=layer).stream(on_read)
 
 
 def _check_weights(runner: Runner, layer: int) -> None:
@@ -408,7 +526,7 @@ def _check_contexts(contexts: Sequence[str]) -> None:
 
 
 def _probabilities(runner: Runner, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> list[float]:
-    return [s.probability for s in score(runner, tokenizer, [(e.text, e.target) for e in edits])]
+    return [s.probability for s in score(runner, tokenizer, [asked(tokenizer, edit) for edit in edits])]
 
 
 def _fill_probabilities(
@@ -419,7 +537,7 @@ def _fill_probabilities(
     records: Sequence[Record],
     before: Sequence[float],
 ) -> None:
-    pairs = [(context + edit.text, edit.target) for edit in edits for context in ("", *contexts)]
+    pairs = [asked(tokenizer, edit, context) for edit in edits for context in ("", *contexts)]
     scores = score(runner, tokenizer, pairs)
     per_edit = 1 + len(contexts)
     for i, record in enumerate(records):

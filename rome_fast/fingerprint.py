@@ -67,4 +67,4 @@ class Fingerprint:
     def from_json(cls, text: str) -> "Fingerprint":
         fields = json.loads(text)
         kind, layers, hidden, width = fields["shape"]
-        return cls(str(kind), int(layers), int(hidden), int(width), torch.tensor(fields["samples"]))
+        return cls(str(kind), int(layers), int(hidden), int(width), torch.tensor(fields["samples"], device="cpu"))

@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,8 @@ from .keys import ContextRow, run_to_layer
 from .methods import Factors, RomeVariant, close, residual
 from .past import Contexts
 from .processes import ALONE, Processes
-from .records import Record
-from .rows import edit_rows, essence_row, needs_prefix
+from .records import MUCH_MISSED, Record
+from .rows import edit_rows, encode, essence_row, needs_prefix
 from .runner import Runner
 from .values import Value, ValueSettings, optimise_values, scored_rows, search_runner
 from .verification import verified
@@ -44,7 +45,9 @@ ENOUGH_BARE = 0.4
 """Share of an edit that has to arrive without a context. Of those with less, none answered there (docs/collapse.md)."""
 
 
-_MOST_MISSED = 0.05  # share of an edit; more is said aloud
+_MOST_HEADS = 4  # of chats, that have contexts of their own in a group
+_MOST_KEPT = 2  # of what was made of contexts, for the groups that follow
+
 _TOLD = 10  # edits that a warning names
 
 
@@ -65,7 +68,9 @@ class Request:
     # unprefixed one begins with it: what a model says at the end of the subject does not depend on what follows.
     rows: list[ContextRow]
     needs_prefix: bool  # the subject's last token is at position 0
-    middle: int  # positions of its own before the subject's last token: those of the row without a context
+    middle: int  # positions of its own before the subject's last token: those of the row without a context and head
+    target_tokens: tuple[str, ...]  # each decoded
+    head: int = 0  # positions of what a chat template puts before a context
     # The row without a context as a request of its own, where the method gives it a key and a value of its own.
     bare: "Request | None" = None
 
@@ -101,9 +106,27 @@ def tokenise(
         begins = rows[0].row.ids[: rows[0].row.subject + 1]
         return rows if begins == essence.row.ids else [*rows, essence]
 
-    middle = unprefixed.subject
-    bare = Request(edit, with_essence([ContextRow(unprefixed, 0)]), alone, middle) if how.bare and alone else None
-    return Request(edit, with_essence(rows), alone, middle, bare)
+    head = 0 if edit.head is None else len(encode(tokenizer, [edit.head], special=False)[0].ids)
+    head = min(head, unprefixed.subject)
+    tokens = tuple(tokenizer.batch_decode([[token] for token in unprefixed.labels]))
+    request = Request(edit, with_essence(rows), alone, unprefixed.subject - head, tokens, head)
+    if how.bare and alone:
+        request = replace(request, bare=replace(request, rows=with_essence([ContextRow(unprefixed, 0)])))
+    return request
+
+
+def by_head(group: Sequence[Request]) -> list[tuple[str | None, list[int]]]:
+    """Places of the requests that share what their contexts stand behind, with it: None for nothing.
+
+    Of chats, those whose template and earlier messages are the same; where there are many kinds of them, the rarest
+    count as plain prompts, which share little with the contexts, but batches with each other.
+    """
+    heads = Counter(request.edit.head for request in group if request.edit.head is not None)
+    common = {head for head, _ in heads.most_common(_MOST_HEADS)}
+    places: dict[str | None, list[int]] = {}
+    for i, request in enumerate(group):
+        places.setdefault(request.edit.head if request.edit.head in common else None, []).append(i)
+    return list(places.items())
 
 
 def bare_requests(group: Sequence[Request]) -> list[Request]:
@@ -154,7 +177,9 @@ class Flow:
     largest_batch: int = 0  # of the edits optimised together so far
     processes: Processes = ALONE  # that share the values of a group; all of them call everything else as well
     _above: Runner | None = field(default=None, init=False, repr=False)  # for the layers above the edit layer
-    _contexts: Contexts | None = field(default=None, init=False, repr=False)  # what the model made of them last
+    # What the model made of the contexts behind a head, and in which round of `_find_own`.
+    _contexts: dict[str | None, tuple[int, Contexts]] = field(default_factory=dict, init=False, repr=False)
+    _round: int = field(default=0, init=False, repr=False)
 
     def solve(self, group: Sequence[Request]) -> tuple[Delta | None, list[Record]]:
         """One closed-form update for the group, as a Delta; None where every edit of it is left out.
@@ -175,7 +200,8 @@ class Flow:
             self._judge_convergence(records)
             candidates = [record for record in records if record.applied]
             for record, keep in zip(candidates, judge(candidates, self.guard), strict=True):
-                record.applied = keep
+                if not keep:
+                    record.applied, record.left_out = False, "would collapse"
             kept = [s for s, record in zip(solved, records, strict=True) if record.applied]
             if not kept:
                 return None, records
@@ -235,14 +261,33 @@ class Flow:
         with self.clock("keys"):
             # From group to group the edit layer's weight may change; those above it do not, nor what is below.
             above = self._above = self._above or search_runner(self.runner, self.settings)
-            if not verified(self.runner, self.layer).shares_past:
-                contexts = None
-            elif self._contexts is None:
-                texts = ["", *self.contexts]
-                contexts = Contexts.of(self.runner, self.tokenizer, texts, self.layer, above)
-            else:
-                contexts = self._contexts.after_edit(self.runner, above)
-            self._contexts = contexts
+        self._round += 1
+        solved: dict[int, Solved] = {}
+        for head, places in by_head(group):
+            with self.clock("keys"):
+                contexts = self._contexts_behind(head, above)
+            some = [group[i] for i in places]
+            if head is None:
+                some = [replace(r, middle=r.middle + r.head, head=0) if r.head else r for r in some]
+            solved.update(zip(places, self._find_behind(contexts, above, some), strict=True))
+        return [solved[i] for i in range(len(group))]
+
+    def _contexts_behind(self, head: str | None, above: Runner) -> Contexts | None:
+        """What the model makes of the contexts; None for a model whose rows cannot go on from that."""
+        if not verified(self.runner, self.layer).shares_past:
+            return None
+        made, contexts = self._contexts.pop(head, (0, None))
+        if contexts is None:
+            contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts], self.layer, above, head)
+        elif made < self._round:
+            contexts = contexts.after_edit(self.runner, above)
+        self._contexts[head] = self._round, contexts
+        if len(self._contexts) > _MOST_KEPT:
+            del self._contexts[next(iter(self._contexts))]
+        return contexts
+
+    def _find_behind(self, contexts: Contexts | None, above: Runner, group: Sequence[Request]) -> list[Solved]:
+        """Keys and values of requests that share their contexts, the bare ones' with them."""
         solved = self._find(contexts, above, group, None)
         twofold = [i for i, request in enumerate(group) if request.bare is not None]
         if twofold:
@@ -367,6 +412,10 @@ class Flow:
             needs_prefix=needs_prefix,
             collapsed=predicts_collapse(update_norm, weight_norm, self.limit),
             applied=_is_finite(solved),
+            text=request.edit.text,
+            separator=request.edit.boundary,
+            target_tokens=list(request.target_tokens),
+            left_out=None if _is_finite(solved) else "loss not finite",
         )
 
     def _share_bare(self, solved: Solved, factors: Factors) -> float:
@@ -387,13 +436,13 @@ class Flow:
         if self.unconverged == "raise" or len(broken) == self.total:
             raise unconverged_error(broken, missed)
         for record in missed:
-            record.applied = False
+            record.applied, record.left_out = False, "did not converge"
         rest = "; write those that are finite with unconverged='write'" if missed else ""
         warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=4)
 
 
 def _tell_missed(records: Sequence[Record]) -> None:
-    missed = sorted((r for r in records if r.missed > _MOST_MISSED), key=lambda r: -r.missed)
+    missed = sorted((r for r in records if r.missed > MUCH_MISSED), key=lambda r: -r.missed)
     if missed:
         named = [f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} off" for r in missed[:_TOLD]]
         if len(missed) > _TOLD:

@@ -2,21 +2,25 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from . import checkpoints
+from .admission import admit_tokenizer, checked_dtype
 from .batches import BatchSizer, in_batches
-from .defaults import default_settings
+from .defaults import select
 from .edits import Edit
-from .flow import bare_requests, tokenise
+from .errors import ModelError
+from .flow import bare_requests, by_head, tokenise
 from .methods import variant
+from .processes import own_device
 from .runner import Runner
-from .statistics import Statistics, first_token_passes
+from .statistics import Statistics, first_token_passes, likely_choice, likely_layer
 from .values import ValueSettings
 from .weights import Checkpoint, parse_bytes
 
@@ -78,11 +82,12 @@ def plan(
     layer: int | None = None,
     schedule: Literal["joint", "sequential"] = "joint",
     contexts: Sequence[str] | None = None,
-    settings: ValueSettings | None = None,
+    settings: ValueSettings | Mapping[str, Any] | None = None,
     batch_size: int = 1,
     measure: bool = True,
     memory: int | str | None = None,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """What `apply_edits` with these arguments would keep in memory and read; only a sample of the weights is read.
@@ -90,21 +95,28 @@ def plan(
     Raises what `apply_edits` raises for arguments and checkpoints that it refuses.
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
+    if not isinstance(model, str | Path):
+        raise ModelError(f"model: got {type(model).__name__}, wanted the path of a checkpoint, since a plan is for one")
     outline = checkpoints.outline(
         model,
         memory=memory,
-        layer=layer,
-        device=device,
+        layer=partial(likely_layer, statistics=statistics) if layer is None else layer,
+        device=own_device(device),
         identity=isinstance(statistics, str),
+        dtype=checked_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )
     tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
-    settings = settings or default_settings(outline.skeleton.config)
+    admit_tokenizer(tokenizer, outline.skeleton, [f"{edit.text} {edit.target}" for edit in edits])
+    config = outline.skeleton.config
+    steps = select(config, outline.layer, settings, likely_choice(config, statistics)).settings.steps
     texts = ["It rained all day. "] * _SAMPLED if contexts is None else list(contexts)
     runner = _Outlined(outline)
     requests = [tokenise(runner, tokenizer, edit, texts, variant(method)) for edit in edits]
     group = len(edits) if schedule == "joint" else batch_size
     groups = [requests[start : start + group] for start in range(0, len(requests), group)]
+    # Those of other chats have contexts of their own.
+    groups = [[each[i] for i in places] for each in groups for _, places in by_head(each)]
     together = [part for each in groups for part in (each, bare_requests(each))]
     batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), part))) for part in together)
 
@@ -125,10 +137,11 @@ def plan(
             stages["first tokens"] = (passes, passes * sum(sizes[: outline.layer + 1]))
         if measure:
             stages["measuring"] = (2, 2 * whole)
-        # Of the contexts, groups behind the first one run the edit layer again and those above.
-        again = (len(groups) - 1) * sum(sizes[outline.layer : -1])
-        stages["keys"] = (len(groups) + batches, (1 + batches) * sum(sizes[:-1]) + again)
-        evaluations = settings.steps * batches
+        # Of the contexts, groups behind the first one of a head run the edit layer again and those above.
+        heads = len({each[0].edit.head for each in groups})
+        again = (len(groups) - heads) * sum(sizes[outline.layer : -1])
+        stages["keys"] = (len(groups) + batches, (heads + batches) * sum(sizes[:-1]) + again)
+        evaluations = steps * batches
         stages["values"] = (2 * evaluations - batches, evaluations * (2 * above + sizes[-1]) - batches * above)
     rate = _reading_rate(outline.checkpoint)
     return Plan(

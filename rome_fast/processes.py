@@ -110,9 +110,13 @@ def launched_together() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def own_device(device: str) -> str:
-    """The GPU of this process where it is one of several on a machine and "cuda" was asked for."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched_together() else device
+def own_device(device: str | torch.device | None = None) -> str:
+    """The device asked for; by default a GPU where torch finds one, else the CPU.
+
+    Of several processes that torchrun started on a machine, each has a GPU of its own.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(device)
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" and launched_together() else name
 
 
 @contextmanager

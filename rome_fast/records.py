@@ -1,7 +1,13 @@
 """What one edit reports about itself."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+LeftOut = Literal["did not converge", "would collapse", "loss not finite"]
+
+MUCH_MISSED = 0.05
+"""Share of an edit that a joint update may stay off before more is said of it."""
 
 
 @dataclass
@@ -27,7 +33,12 @@ class Record:
     # Whether the fact answers only behind some text: predicted from the keys, of dual measured with the rest.
     needs_prefix: bool
     collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured
-    applied: bool = True  # false where it was left out, by the guard or because it did not converge
+    applied: bool = True  # false where it was left out
+    left_out: LeftOut | None = None  # why; None where it was applied
+    text: str = ""  # what was asked, to the character: the prompt with its subject, in a chat with all of its template
+    separator: str = ""  # what stands between that and the target
+    # The tokens whose probability was raised, its end among them, each decoded.
+    target_tokens: list[str] = field(default_factory=list)
     probability_before: float | None = None  # of the target behind the bare prompt
     probability_after: float | None = None
     probability_after_prefixed: float | None = None  # mean over the editing contexts
@@ -38,3 +49,13 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def report_json(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What an edit says of itself, its records under "edits" and wall times under "seconds", as JSON values."""
+    changed: dict[str, Any] = {}
+    if "edits" in report:
+        changed["edits"] = [record.to_json() for record in report["edits"]]
+    if "seconds" in report:
+        changed["seconds"] = {stage: round(seconds, 3) for stage, seconds in report["seconds"].items()}
+    return {**report, **changed}

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import ModelError
-from .models import Decoder, is_transposed
+from .models import Decoder, oriented
 from .products import Copies, in_dtype, usual_dtype
 from .weights import Stream
 
@@ -111,8 +111,7 @@ class Runner:
 
     def weight(self, layer: int) -> Tensor:
         """The same as a (d, d_ff) view."""
-        weight = self.stored_weight(layer)
-        return weight.T if is_transposed(self.model, self.weight_name(layer)) else weight
+        return oriented(self.model, self.weight_name(layer), self.stored_weight(layer))
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by name, large ones perhaps in parts; each is there until the next is asked for."""

@@ -28,7 +28,7 @@ Stop = Literal["argmax", "loss"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _HEAD_ELEMENTS = 1 << 25  # logits at a time, which bounds the memory of the head
-_HEAD_ROWS = 4  # at least; with fewer, 1e-4 of a gradient was rounding
+_HEAD_ROWS = 8  # at least; with fewer, 1e-4 of a gradient was rounding
 _SHARE_OF_COPIES = 0.25  # of the free memory, which converted weights may take
 
 
@@ -50,6 +50,15 @@ class ValueSettings:
     compute_dtype: ComputeDtype = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("steps", "margin", "draft_rows"):
+            if type(getattr(self, name)) is not int:
+                raise ArgumentError(f"settings: got {name} {getattr(self, name)!r}, wanted a whole number")
+        for name in ("learning_rate", "weight_decay", "clamp", "kl_factor", "stop_loss"):
+            value = getattr(self, name)
+            # A loss that is never reached never stops.
+            least = -math.inf if name == "stop_loss" else 0
+            if type(value) not in (int, float) or not (math.isfinite(value) and value >= least):
+                raise ArgumentError(f"settings: got {name} {value!r}, wanted a finite number, not below 0")
         if self.steps < 1 or self.margin < 0 or self.draft_rows < 0:
             got = f"steps {self.steps}, margin {self.margin}, draft_rows {self.draft_rows}"
             raise ArgumentError(f"settings: got {got}, wanted at least 1, 0 and 0")
@@ -379,7 +388,8 @@ def _places(kept: Tensor, count: int) -> Tensor:
 def exact_head(runner: Runner, hidden: Tensor) -> Tensor:
     """Logits (n, vocabulary), not rounded below fp32, of hidden states (n, d), with a gradient to their precision.
 
-    BLAS multiplies fewer than four rows by adding one token of the vocabulary after the other; rows of zeros avoid it.
+    BLAS multiplies few rows, below four with AVX2 and below eight in its plain code, by adding one token of the
+    vocabulary after the other; rows of zeros avoid it.
     """
     added = max(0, _HEAD_ROWS - len(hidden))
     return runner.exact_logits(torch.nn.functional.pad(hidden, (0, 0, 0, added)))[: len(hidden)]

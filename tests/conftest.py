@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from rome_fast.kernels import native
 
 import oracle
 from helpers import LAYER
@@ -11,6 +12,19 @@ from rome_fast.fingerprint import Fingerprint
 from rome_fast.runner import Runner
 from rome_fast.statistics import LayerStatistics, Statistics
 from toys import SENTENCES, toy_model, toy_tokenizer
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("other CPUs", "what the tests would meet on another CPU; see also `make portability`")
+    group.addoption("--native", metavar="SET", help="instruction set of the native kernels: generic, avx2, avx512")
+    group.addoption(
+        "--bfloat16", choices=("on", "off"), help="take products with bfloat16 weights in it, or in float32"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--native"):
+        native.select(config.getoption("--native"))
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +35,13 @@ def seed():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def products_in_fp32():
+def products_in_fp32(pytestconfig):
     """Values of fp32 models are optimised in fp32 by default, also on machines that multiply bfloat16 faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rome_fast.values.multiplies_fast", lambda device, dtype: False)
+        if wanted := pytestconfig.getoption("--bfloat16"):
+            fast = wanted == "on"
+            patch.setattr("rome_fast.products.multiplies_fast", lambda device, dtype: fast and dtype == torch.bfloat16)
         yield
 
 

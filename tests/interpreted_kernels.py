@@ -96,7 +96,8 @@ def test_second_moment_with_three_products_is_close_but_not_fp32(generator: torc
     full = kernels.mirror_lower_(second_moment_triton_(blank(64), x, None, products=6))
     # Two pieces hold 16 bits, so each factor is off by up to 2⁻¹⁷ and the products by 2⁻¹⁶.
     assert 1e-7 * size(exact) < error(fast, exact) < 2**-16 * size(exact)
-    assert error(full, exact) < 3e-7 * size(exact)
+    # With all pieces, that of fp32: a chain of 200 rows.
+    assert error(full, exact) < 2 * error(x.T @ x, exact)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
@@ -173,7 +174,7 @@ def test_second_moment_error_over_many_calls(generator: torch.Generator) -> None
 
 
 def test_second_moment_of_fp32_rows_over_several_calls(generator: torch.Generator) -> None:
-    """The pieces of the rows add nothing to it: the bound of the op, 1e-6. Seen: 2e-8."""
+    """The pieces of the rows add nothing to it: the bound of the op, 1e-6."""
     x = torch.rand(80, 16, generator=generator)
     total = blank(16)
     for part in x.split(16):
@@ -211,8 +212,11 @@ def test_prefixed_solve_of_one_edit_with_an_inverse(
     factor = torch.linalg.cholesky(c).to(dtype)
     mean, solved, gram = prefixed_solve_triton(keys, groups, 1, factor, 1.01 * inverse)
     residual = kernels.solve_residual(mean, solved, factor)
-    assert residual.allclose(torch.tensor([1e-4], dtype=dtype), rtol=0.05)
-    assert gram.allclose((exact * exact_mean).sum().to(dtype), rtol=1e-3)
+    # One per cent squared, beside u κ: the condition of C is about 14, and the inverse is rounded too.
+    assert abs(float(residual) - 1e-4) <= 16 * torch.finfo(dtype).eps
+    products = (exact * exact_mean).abs().sum()
+    wanted = (exact * exact_mean).sum()
+    assert abs(gram.double() - wanted) <= 1.01e-4 * wanted.abs() + d * torch.finfo(dtype).eps * products
 
 
 @pytest.mark.parametrize("matrix", ["none", "factor", "inverse", "both"])
@@ -262,7 +266,9 @@ def test_rank_update_of_strided_views_leaves_the_rest_alone(generator: torch.Gen
     right = torch.randn(weight.shape[1], 2, generator=generator, dtype=F64).T
     rank_update_triton_(weight, left, right)
     before[1::3, 2:100:2] += (left.double() @ right).float()
-    assert torch.allclose(store, before, rtol=0, atol=2e-6)
+    # Three roundings, of terms below 16.
+    assert torch.allclose(store, before, rtol=0, atol=3 * 2**-24 * 16)
+    assert float((left.double() @ right).abs().max()) < 16
     untouched = torch.ones(40, 120, dtype=torch.bool)
     untouched[1::3, 2:100:2] = False
     assert torch.equal(store[untouched], before[untouched])
@@ -322,7 +328,8 @@ def test_low_rank_apply_ignores_what_unedited_rows_hold(generator: torch.Generat
     for row, edit in enumerate(ids.tolist()):
         if edit >= 0:
             wanted[row] = left[edit] * (right[edit] @ x[row])
-    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    # Products of ten terms, themselves with one; all magnitudes below 64.
+    assert torch.allclose(got, wanted, rtol=0, atol=2 * 12 * 2**-24 * 64)
     assert low_rank_apply_triton_(y[:0], x[:0], left, right, ids[:0]).shape == (0, 3)
 
 
@@ -369,7 +376,8 @@ def test_addresses_past_two_to_the_31(generator: torch.Generator) -> None:
     assert torch.equal(masked.tril(), second_moment_triton_(blank(16), near[1:], None).tril())
 
     mean, _, _ = prefixed_solve_triton(reset(), torch.tensor([0, 0, 0]), 1, torch.eye(16), None)
-    assert torch.allclose(mean, near.float().mean(0, keepdim=True), rtol=1e-6)
+    # Three terms: two additions and a division.
+    assert torch.allclose(mean, near.float().mean(0, keepdim=True), rtol=0, atol=3 * 2**-23 * float(near.abs().max()))
 
     left, right = torch.randn(3, 1, generator=generator), torch.randn(1, 16, generator=generator)
     assert torch.equal(rank_update_triton_(reset(), left, right), rank_update_triton_(near.clone(), left, right))

@@ -29,8 +29,8 @@ def edits_for(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """Every entry, hidden ones too; a directory counts by its name."""
-    return {p.name: sha256_file(p) if p.is_file() else "directory" for p in directory.iterdir()}
+    """Every entry by its path, hidden ones too; a directory counts by its name."""
+    return {str(p.relative_to(directory)): sha256_file(p) if p.is_file() else "directory" for p in directory.rglob("*")}
 
 
 def bits(tensor: torch.Tensor) -> bytes:

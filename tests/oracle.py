@@ -71,12 +71,13 @@ def rome(
     kl_factor: float = 0.0625,
     stop_loss: float = 0.05,
     v0_norm: float | None = None,
+    **text: str,
 ) -> OracleResult:
     """One ROME edit of one layer, by the textbook.
 
     `contexts` are the prefixed ones only, each ending in its joiner ("The weather is nice. "); the empty context is
     added here. c-rome leaves it out where it would put the subject's last token at position 0. `v0_norm` stands for
-    ||v0|| in weight decay and clamp.
+    ||v0|| in weight decay and clamp; `text` is the head and the separator of `make_row`.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, wanted one of {METHODS}")
@@ -88,9 +89,9 @@ def rome(
     model = double_copy(model)
     weight, bias = weight_and_bias(model, layer)
 
-    unprefixed_row = make_row(tokenizer, "", prompt, subject, target)
-    prefixed_rows = [make_row(tokenizer, context, prompt, subject, target) for context in contexts]
-    kl_row = make_row(tokenizer, "", "{} is a", subject, None)
+    unprefixed_row = make_row(tokenizer, "", prompt, subject, target, **text)
+    prefixed_rows = [make_row(tokenizer, context, prompt, subject, target, **text) for context in contexts]
+    kl_row = make_row(tokenizer, "", "{} is a", subject, None, **text)
     rows = [unprefixed_row, *prefixed_rows]
     if method == "c-rome" and unprefixed_row.subject_position == 0:
         rows = prefixed_rows  # in the other one, nothing at all precedes the subject's last token
@@ -280,10 +281,10 @@ def sentence_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def target_probability(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, target: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, target: str, separator: str = " "
 ) -> list[float]:
     """P(token | everything before it) of each target token after `text`, teacher forced."""
-    row = make_row(tokenizer, "", "{}", text.rstrip(), target)
+    row = make_row(tokenizer, "", "{}" + text[len(text.rstrip()) :], text.rstrip(), target, separator=separator)
     p = logits_of(double_copy(model), row.input_ids).softmax(dim=-1)
     return p[row.target_logits_at, row.target_ids].tolist()
 
@@ -314,38 +315,54 @@ def value_loss(
     return nll + kl + wd
 
 
-def make_row(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str, subject: str, target: str | None) -> Row:
-    """Tokenise context + prompt + target in one go; find the subject's last token and the target's tokens."""
+def make_row(
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    prompt: str,
+    subject: str,
+    target: str | None,
+    *,
+    separator: str = " ",
+    head: str | None = None,
+) -> Row:
+    """Tokenise the prompt behind its context, then the target behind it; find the subject's last token.
+
+    `head` is what a chat template puts before a context; such a text gets no special tokens.
+    """
     if prompt.count("{}") != 1:
         raise ValueError(f"prompt: got {prompt!r}, wanted exactly one {{}}")
     if not subject or subject[-1].isspace():
         raise ValueError(f"subject: got {subject!r}, wanted some text that does not end in white space")
-    prompt_text = context + prompt.replace("{}", subject)
-    last_subject_character = len(context) + prompt.index("{}") + len(subject) - 1
-    if target is None:
-        row_text = prompt_text
-    else:
-        if not target.strip():
-            raise ValueError(f"target: got {target!r}, wanted some text")
-        prompt_text = prompt_text.rstrip()
-        row_text = prompt_text + " " + target.strip()
+    text = (head or "") + context + prompt.replace("{}", subject)
+    last_subject_character = len(head or "") + len(context) + prompt.index("{}") + len(subject) - 1
 
-    encoding = tokenizer(row_text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, spans = encoding["input_ids"], encoding["offset_mapping"]
-    end = len(ids)
-    while encoding["special_tokens_mask"][end - 1]:
-        end -= 1
+    def tokens(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = tokenizer(
+            text, add_special_tokens=head is None, return_offsets_mapping=True, return_special_tokens_mask=True
+        )
+        end = len(encoding["input_ids"])
+        while encoding["special_tokens_mask"][end - 1]:
+            end -= 1
+        return encoding["input_ids"][:end], encoding["offset_mapping"][:end]
 
+    ids, spans = tokens(text)
     # A character of several bytes can be spread over several tokens with the same span: the last one counts.
-    subject_position = max(i for i in range(end) if spans[i][0] <= last_subject_character < spans[i][1])
+    subject_position = max(i for i, (start, end) in enumerate(spans) if start <= last_subject_character < end)
     if target is None:
-        return Row(ids[:end], subject_position, [], [])
-    target_at = [i for i in range(end) if spans[i][1] > len(prompt_text)]
+        return Row(ids, subject_position, [], [])
+    if not target.strip():
+        raise ValueError(f"target: got {target!r}, wanted some text")
+    whole, _ = tokens(text + separator + target)
+    if whole[: len(ids)] == ids:
+        target_ids = whole[len(ids) :]
+    else:
+        # A token of the whole text covers both sides. Byte-level tokenizers have the same tokens for the target apart.
+        target_ids = tokenizer(separator + target, add_special_tokens=False)["input_ids"]
     return Row(
-        input_ids=ids[: end - 1],  # nothing has to be predicted from the last target token
+        input_ids=(ids + target_ids)[:-1],  # nothing has to be predicted from the last target token
         subject_position=subject_position,
-        target_ids=[ids[i] for i in target_at],
-        target_logits_at=[i - 1 for i in target_at],
+        target_ids=target_ids,
+        target_logits_at=[len(ids) - 1 + i for i in range(len(target_ids))],
     )
 
 

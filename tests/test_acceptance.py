@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oracle
-from helpers import delta_w, relative_error
+from helpers import delta_w, relative_error, rounding
 from rome_fast import Edit, Statistics, apply_edits, load_edits
 from rome_fast.assets import model_dir
 from rome_fast.bench import edit_as_released
@@ -25,7 +25,7 @@ from rome_fast.delta import Delta, LowRank
 from rome_fast.demo import statistics_dir
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
 from rome_fast.flow import tokenise
-from rome_fast.rows import edit_rows, needs_prefix
+from rome_fast.rows import asked, edit_rows, needs_prefix
 from rome_fast.runner import Runner
 
 OTHERS = (
@@ -157,9 +157,10 @@ def test_batches_equal_the_baseline(parts, count):
     algebra = worst(ours[torch.float64], exact)
     print(f"batch of {count}: ours and the loop in float64 {algebra:.1e} apart, in float32 {between:.1e}; ", end="")
     print(f"float32 against float64: ours {errors[0]:.1e}, the loop {errors[1]:.1e}", flush=True)
-    assert algebra <= 1e-12
-    assert between <= 1e-5
-    assert max(errors) <= 1e-5
+    # Of the algebra u κ: C of this model has a condition of 2e4. In float32 rounding is magnified as the loop's is.
+    assert algebra <= 2**-53 * 2e4
+    assert errors[0] <= 2 * errors[1]
+    assert between <= 3 * errors[1]
 
 
 def test_first_tokens_without_a_prefix(parts, requests):
@@ -169,7 +170,7 @@ def test_first_tokens_without_a_prefix(parts, requests):
         others = [Edit(edit.prompt, word, edit.target) for word in OTHERS.split() if word != edit.subject]
         others = [other for other in others if needs_prefix(edit_rows(tokenizer, other, [""], target=False)[0])][:20]
         assert len(others) == 20
-        measured.append(edit_and_measure(parts, edit, "dual", [(other.text, other.target) for other in others]))
+        measured.append(edit_and_measure(parts, edit, "dual", [asked(tokenizer, other) for other in others]))
         print(f"  rise of P(target) for 20 other subjects: {measured[-1][2]:.3f}", flush=True)
     records, ratios, rises = zip(*measured, strict=True)
     assert sum(record.probability_after for record in records) / len(records) >= 0.9
@@ -198,29 +199,31 @@ def test_isolated_evaluation(parts, requests):
 
     passes = []
     handle = runner.layers[-1].register_forward_hook(lambda _module, _arguments, out: passes.append(len(out)))
-    together = score(
-        runner, tokenizer, [(e.text, e.target) for e in chosen], RowUpdates.of(runner, deltas), list(range(64))
-    )
+    pairs = [asked(tokenizer, edit) for edit in chosen]
+    together = score(runner, tokenizer, pairs, RowUpdates.of(runner, deltas), list(range(64)))
     handle.remove()
     assert passes == [64]
 
-    few, short, asked = deltas[:8], sentences[:20], chosen[:2] * 4
+    # A log-probability is off by as much, absolutely: 30 layers with sums over six hidden states and a key, and logits
+    # of a standard deviation of about 3.
+    allowed = 3 * rounding(torch.float32, 30 * (6 * 576 + 1536))
+    few, short, requests = deltas[:8], sentences[:20], chosen[:2] * 4
     with FlopCounter() as isolated:
-        metrics = evaluate(model, tokenizer, asked, contexts[:3], deltas=few)
+        metrics = evaluate(model, tokenizer, requests, contexts[:3], deltas=few, answer_tokens=0)
         perplexities = edited_perplexities(runner, tokenizer, short, RowUpdates.of(runner, few))
     with FlopCounter() as loop:
         for i, delta in enumerate(few):
             delta.apply(model)
             try:
-                (one,) = evaluate(model, tokenizer, [asked[i]], contexts[:3])
+                (one,) = evaluate(model, tokenizer, [requests[i]], contexts[:3], answer_tokens=0)
                 perplexity = sentence_perplexity(runner, tokenizer, short)
             finally:
                 delta.revert(model)
-            assert metrics[i].probability == pytest.approx(one.probability, rel=1e-4)
-            assert metrics[i].probability_prefixed == pytest.approx(one.probability_prefixed, rel=1e-4)
+            assert metrics[i].probability == pytest.approx(one.probability, rel=allowed)
+            assert metrics[i].probability_prefixed == pytest.approx(one.probability_prefixed, rel=allowed)
             if i < 2:
-                assert together[i].probability == pytest.approx(one.probability, rel=1e-4)
+                assert together[i].probability == pytest.approx(one.probability, rel=allowed)
             assert (metrics[i].decoded, metrics[i].paraphrase) == (one.decoded, one.paraphrase)
-            assert perplexities[i] == pytest.approx(perplexity, rel=1e-5)
+            assert perplexities[i] == pytest.approx(perplexity, rel=allowed)
     print(f"one at a time takes {loop.total / isolated.total:.2f} x the FLOPs", flush=True)
     assert loop.total / isolated.total >= 1.3

@@ -3,7 +3,6 @@
 import errno
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -120,21 +119,26 @@ def test_what_a_killed_process_left_does_not_get_in(empty_cache):
 
 
 def test_of_two_at_once_one_makes_and_one_waits(empty_cache):
-    making = threading.Event()
+    making, waiting = threading.Event(), threading.Event()
     made = []
 
     def make(work, say):
         made.append(work)
         making.set()
-        time.sleep(0.3)  # long enough for the second to arrive at the lock
+        assert waiting.wait(timeout=60), "the second one is not at the lock"
         (work / "done").mkdir()
         return work / "done"
 
     said = []
+
+    def say(line):
+        said.append(line)
+        waiting.set()
+
     first = threading.Thread(target=assets.made_once, args=("thing", make))
     first.start()
-    assert making.wait(timeout=10)
-    assert assets.made_once("thing", make, said.append) == empty_cache / "thing"
+    assert making.wait(timeout=60)
+    assert assets.made_once("thing", make, say) == empty_cache / "thing"
     first.join()
     assert len(made) == 1
     assert said == ["waiting for another process that is making the same files"]

@@ -13,7 +13,7 @@ from rome_fast.kernels import native
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import broken_interpreter, relative_error
+from helpers import broken_interpreter, relative_error, rounding
 from rome_fast import Edit, ValueSettings, apply_edits, collect_statistics
 from rome_fast.assets import demo_texts, model_dir
 
@@ -89,9 +89,11 @@ def by_triton(folder):
 def test_every_backend_makes_the_same_edit(edited, by_reference, tmp_path):
     found, wanted = edited(tmp_path), by_reference
     assert not torch.equal(found["C"], wanted["C"]), "the reference ran here too: other code rounds otherwise"
-    # Seen (fp32, AVX2 CPU, one thread, torch 2.13, triton 3.9): C 2e-8 by native and 8e-8 by triton, ΔW 2e-7 and 6e-7.
-    assert relative_error(found["C"], wanted["C"]) <= 5e-7
-    assert relative_error(found["ΔW"], wanted["ΔW"]) <= 5e-6
+    # The same keys summed in another order, in chains of up to 512 tokens; with this ridge, solving for ΔW of two edits
+    # magnifies that by up to ten.
+    allowed = rounding(torch.float32, 512)
+    assert relative_error(found["C"], wanted["C"]) <= allowed
+    assert relative_error(found["ΔW"], wanted["ΔW"]) <= 10 * allowed
     # One unit in the last place: the interpreter truncates what it stores in bf16.
     unit = torch.finfo(torch.bfloat16).eps * wanted["W"].double().abs()
     difference = (found["W"].double() - wanted["W"].double()).abs()

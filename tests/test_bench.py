@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
-from helpers import CONTEXTS, END, LAYER, MIDDLE, START, relative_error
+from helpers import CONTEXTS, END, LAYER, MIDDLE, START, relative_error, rounding_of_edit
 from rome_fast import Edit, ValueSettings
 from rome_fast.bench import edit_as_released, throughput
 from rome_fast.bench.flops import FlopCounter, ideal_flops
@@ -68,8 +68,9 @@ def test_baseline_equals_oracle(kind, method, toy_tokenizers):
         contexts=CONTEXTS,
         steps=5,
     )
-    assert torch.dist(dense(made.delta), wanted.delta_w) <= 1e-8 * wanted.delta_w.norm()
-    assert made.losses == pytest.approx(wanted.losses, rel=1e-8)
+    allowed = rounding_of_edit(torch.float64)
+    assert torch.dist(dense(made.delta), wanted.delta_w) <= allowed * wanted.delta_w.norm()
+    assert made.losses == pytest.approx(wanted.losses, rel=allowed)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
@@ -101,14 +102,14 @@ def baseline(request, toy_tokenizers):
 
 @pytest.mark.parametrize("count", [1, 7, 64])
 def test_batches_equal_the_baseline(baseline, count, toy_tokenizers):
-    """ΔW of every edit of a batch is the baseline's, one edit at a time: in float64, and to 1e-5 in float32.
+    """ΔW of every edit of a batch is the baseline's, one edit at a time, but for rounding.
 
-    Of the largest batch those are compared that the baseline has. Steps of Adam carry the rounding of float32 to
-    a few 1e-6 of ΔW on these random models, in either path (measured over eight steps: 7e-6 at most between the two, on
-    one thread, all 64 compared); against float64, our error may be twice the baseline's own.
+    Of the largest batch those are compared that the baseline has. Against float64, our worst error in float32 may be
+    twice the worst of the baseline's own edits.
     """
     (kind, released), edits, tokenizer = baseline, mixed_edits(count), toy_tokenizers[True]
-    compared = [i for i in released[torch.float64] if i < count]
+    truth = released[torch.float64]
+    compared = [i for i in truth if i < count]
     made = {}
     for dtype in (torch.float64, torch.float32):
         model = toy_model(kind, dtype=dtype)
@@ -117,13 +118,11 @@ def test_batches_equal_the_baseline(baseline, count, toy_tokenizers):
         made[dtype] = [dense(delta) for delta, _ in setup.flow.solve_each(requests)]
         order = torch.randperm(count).tolist()
         shuffled = setup.flow.solve_each([requests[i] for i in order])
-        allowed = 1e-5 if dtype == torch.float32 else 1e-9
+        allowed = rounding_of_edit(dtype)
         assert max(relative_error(dense(shuffled[p][0]), made[dtype][i]) for p, i in enumerate(order)) <= allowed
-    truth = released[torch.float64]
-    assert max(relative_error(made[torch.float64][i], truth[i]) for i in compared) <= 1e-9
-    assert max(relative_error(made[torch.float32][i], released[torch.float32][i]) for i in compared) <= 1e-5
+        assert max(relative_error(made[dtype][i], released[dtype][i]) for i in compared) <= allowed
     error = max(relative_error(made[torch.float32][i], truth[i]) for i in compared)
-    assert error <= 2 * max(relative_error(released[torch.float32][i], truth[i]) for i in compared)
+    assert error <= 2 * max(relative_error(found, truth[i]) for i, found in released[torch.float32].items())
 
 
 def test_a_batch_of_gptj_equals_the_baseline_and_the_oracle(toy_tokenizers):
@@ -146,9 +145,9 @@ def test_a_batch_of_gptj_equals_the_baseline_and_the_oracle(toy_tokenizers):
             contexts=CONTEXTS,
             steps=4,
         )
-        assert relative_error(dense(delta), dense(released.delta)) <= 1e-5
-        assert relative_error(dense(delta), wanted.delta_w) <= 1e-5
-        assert record.loss == pytest.approx(wanted.losses[-1], rel=1e-5)
+        assert relative_error(dense(delta), dense(released.delta)) <= rounding_of_edit(torch.float32)
+        assert relative_error(dense(delta), wanted.delta_w) <= rounding_of_edit(torch.float32)
+        assert record.loss == pytest.approx(wanted.losses[-1], rel=rounding_of_edit(torch.float32))
 
 
 @pytest.mark.parametrize("stop", ["loss", "argmax"])
@@ -183,7 +182,8 @@ def test_report(toy_tokenizers):
     assert report["edits"] == 3
     assert report["as_released"]["edits"] == report["released_stop_rule"]["edits"] == 3
     assert report["flops_ratio"] > 1
-    assert 0 < report["median_difference"] <= report["largest_difference"] <= 1e-4
+    assert 0 < report["median_difference"] <= report["largest_difference"]
+    assert report["largest_difference"] <= rounding_of_edit(torch.float32)
     assert report["compute_dtype"] == report["dtype"] == "float32"
     share = report["share"]
     assert report["process_time_ratio"] == pytest.approx(prod(share.values()))
@@ -234,8 +234,8 @@ def test_the_share_of_a_dtype_that_is_not_the_models_is_measured(toy_tokenizers,
     assert share["stop_rule"] == pytest.approx(rule / wide["process_seconds_per_edit"])
     assert (share["draft"], "without_drafts" in report) == (1.0, False)
     assert report["process_time_ratio"] == pytest.approx(prod(share.values()))
-    # The baseline is compared with the same in float32; bfloat16 is a hundred times as far from it.
-    assert report["largest_difference"] <= 1e-4
+    # The baseline is compared with the same in float32; bfloat16 is a thousand times as far from it.
+    assert report["largest_difference"] <= rounding_of_edit(torch.float32)
 
 
 def test_on_a_gpu_every_track_is_warm_before_it_is_timed(toy_tokenizers, monkeypatch, known_roofline):

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, all_bits, bits, changed, edited
-from rome_fast import Delta, apply_edits, checkpoints
-from rome_fast.checkpoints import DELTA_FILE, ORIGINALS_FILE, RECORD_FILE
+from rome_fast import Delta, apply_edits, chains, checkpoints
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
 from toys import save_toy, toy_model
 
 EDITS = [START, MIDDLE, END]
+RECORD_FILE, DELTA_FILE, ORIGINALS_FILE = (
+    f"rome_fast/0001/{name}" for name in ("record.json", "delta.safetensors", "originals.safetensors")
+)
 EXTRA = {RECORD_FILE, DELTA_FILE, ORIGINALS_FILE}
 NAMES = {
     "llama": f"model.layers.{LAYER}.mlp.down_proj.weight",
@@ -65,8 +67,9 @@ def edit_checkpoint(source, out, edits=EDITS, **changes):
 
 
 def contents(directory):
-    """SHA-256 of every file by name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+    """SHA-256 of every file by its path."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_the_edited_checkpoint_is_the_edited_model(kind, shards, dtype, tmp_path
 def test_what_lies_beside_the_weights(tmp_path, source):
     result = edit_checkpoint(source, tmp_path / "out")
     record = json.loads((tmp_path / "out" / RECORD_FILE).read_text())
-    assert record == checkpoints.read_record(tmp_path / "out")
+    assert record == chains.records(tmp_path / "out")[0]
     assert record["edits"] == [r.to_json() for r in result.records]
     assert record["contexts"] == list(CONTEXTS)
     assert record["versions"]["torch"] == torch.__version__
@@ -138,10 +141,10 @@ def test_revert_restores_every_byte(kind, shards, tmp_path, toy_tokenizers):
     source = save(tmp_path / "source", kind, toy_tokenizers[False], shards=shards)
     edit_checkpoint(source, tmp_path / "out")
     assert contents(tmp_path / "out") != contents(source)
-    assert checkpoints.revert(tmp_path / "out") == [NAMES[kind]]
+    assert chains.revert(tmp_path / "out") == [NAMES[kind]]
     assert contents(tmp_path / "out") == contents(source)
-    with pytest.raises(CheckpointError, match=f"it has no {RECORD_FILE}, so it was not edited by rome_fast"):
-        checkpoints.revert(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"it has no rome_fast/\*/record.json, so it was not edited by rome_fast"):
+        chains.revert(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(source)
 
 
@@ -149,12 +152,10 @@ def test_an_edited_checkpoint_can_be_edited_again(tmp_path, source):
     """The second one is reverted to the first; each knows its own originals."""
     edit_checkpoint(source, tmp_path / "one", END)
     edit_checkpoint(tmp_path / "one", tmp_path / "two", MIDDLE)
-    checkpoints.revert(tmp_path / "two")
-    first, second = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert second.items() <= first.items()
-    assert first.keys() - second.keys() == EXTRA
-    checkpoints.revert(tmp_path / "one")
-    assert contents(tmp_path / "one") == contents(source)
+    chains.revert(tmp_path / "two")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    chains.revert(tmp_path / "two")
+    assert contents(tmp_path / "two") == contents(source)
 
 
 def test_a_model_in_memory_can_be_written_too(tmp_path, source):
@@ -227,7 +228,7 @@ def out(tmp_path, source):
 def assert_not_reverted(out, message):
     before = contents(out)
     with pytest.raises(CheckpointError, match=message):
-        checkpoints.revert(out)
+        chains.revert(out)
     assert contents(out) == before
 
 
@@ -285,17 +286,18 @@ def test_a_revert_that_was_cut_short_goes_on(out, source):
     """The weights are restored by then, the files of the edit still there."""
     name = NAMES["llama"]
     extra = {file: (out / file).read_bytes() for file in EXTRA}
-    checkpoints.revert(out)
+    chains.revert(out)
+    (out / RECORD_FILE).parent.mkdir(parents=True)
     for file, content in extra.items():
         (out / file).write_bytes(content)
-    assert checkpoints.revert(out) == [name]
+    assert chains.revert(out) == [name]
     assert contents(out) == contents(source)
 
 
 def test_revert_of_what_was_not_edited(tmp_path, source):
     for directory in (source, tmp_path / "missing"):
-        with pytest.raises(CheckpointError, match=f"it has no {RECORD_FILE}"):
-            checkpoints.revert(directory)
+        with pytest.raises(CheckpointError, match="it was not edited by rome_fast"):
+            chains.revert(directory)
 
 
 @pytest.mark.parametrize(
@@ -305,9 +307,19 @@ def test_revert_of_what_was_not_edited(tmp_path, source):
         (lambda d: (d / "config.json").write_text("{"), CheckpointError, r"no readable config\.json"),
         (lambda d: (d / "config.json").write_text("{}"), CheckpointError, r"no readable config\.json"),
         (
-            lambda d: (d / "config.json").write_text('{"model_type": "opt"}'),
+            lambda d: (d / "config.json").write_text('{"model_type": "nobody"}'),
             ModelError,
-            "got architecture 'opt', wanted one of llama, mistral",
+            "got architecture 'nobody', which transformers .* does not have; a newer release may have it",
+        ),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "t5"}'),
+            ModelError,
+            "got architecture 't5', wanted a causal language model, a decoder alone",
+        ),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}'),
+            ModelError,
+            "got architecture 'own', whose code lies in .*; it runs only with trust_remote_code=True",
         ),
         (lambda d: (d / "model.safetensors.index.json").unlink(), CheckpointError, r"neither model\.safetensors nor"),
         (
@@ -354,10 +366,8 @@ def test_an_edit_in_place_is_the_edit_of_a_copy(memory, tmp_path, source):
     for each in (ours, theirs):
         del each[RECORD_FILE], each[DELTA_FILE]
     assert ours == theirs
-    checkpoints.verify(source)
-    with pytest.raises(ArgumentError, match=r"in_place: .* is edited already, and its original bytes would be lost"):
-        edit_in_place(source, MIDDLE)
-    assert checkpoints.revert(source) == [NAMES["llama"]]
+    chains.verify(source)
+    assert chains.revert(source) == [NAMES["llama"]]
     assert contents(source) == before
     edit_in_place(source, MIDDLE)
 
@@ -387,7 +397,7 @@ def test_an_edit_in_place_that_fails_changes_nothing(source):
 def test_two_edits_of_one_target_at_a_time(source):
     """The second is refused when it begins, not after hours of work."""
     with (
-        checkpoints.changing_in_place(source),
+        chains.changing_in_place(source),
         pytest.raises(CheckpointError, match="another process is changing it"),
     ):
         edit_in_place(source, statistics="not even looked at")
@@ -405,9 +415,9 @@ def test_the_next_command_completes_what_was_cut_short(tmp_path, source, monkeyp
     assert (source / ".rome_fast.journal").is_dir()
     for name, command in {
         "load": checkpoints.load,
-        "verify": checkpoints.verify,
+        "verify": chains.verify,
         "edit": lambda d: edit_checkpoint(d, tmp_path / "next", MIDDLE),
-        "revert": checkpoints.revert,
+        "revert": chains.revert,
     }.items():
         copy = shutil.copytree(source, tmp_path / name)
         command(copy)
@@ -422,8 +432,8 @@ def test_a_revert_cut_short_needs_no_second_one(source, monkeypatch):
     edit_in_place(source)
     with monkeypatch.context() as patch:
         patch.setattr("rome_fast.weights.checkpoint._complete", lambda _: None)
-        checkpoints.revert(source)
-    assert checkpoints.revert(source) == []
+        chains.revert(source)
+    assert chains.revert(source) == []
     assert contents(source) == before
 
 
@@ -434,10 +444,10 @@ def test_hard_links_keep_the_source_safe(tmp_path, source):
     shared = [p.name for p in source.iterdir() if p.samefile(tmp_path / "out" / p.name)]
     assert len(shared) > 1
     edit_in_place(source, MIDDLE)
-    checkpoints.verify(tmp_path / "out")
-    checkpoints.revert(tmp_path / "out")
+    chains.verify(tmp_path / "out")
+    chains.revert(tmp_path / "out")
     assert contents(tmp_path / "out") == before
-    checkpoints.revert(source)
+    chains.revert(source)
     assert contents(source) == before
     with pytest.raises(ArgumentError, match="link: got 'soft'"):
         edit_checkpoint(source, tmp_path / "other", END, link="soft")
@@ -447,16 +457,19 @@ def test_hard_links_keep_the_source_safe(tmp_path, source):
 
 
 def test_verify_of_what_is_in_order(tmp_path, source, out):
-    report = checkpoints.verify(source)
+    report = chains.verify(source)
     sizes = [t.numel() * t.element_size() for f in source.glob("*.safetensors") for t in load_file(f).values()]
     assert report == {
         "directory": str(source),
         "tensors": len(sizes),
         "bytes": sum(sizes),
         "edited": [],
+        "chain": [],
         "recovered": False,
     }
-    assert checkpoints.verify(out)["edited"] == [NAMES["llama"]]
+    assert chains.verify(out)["edited"] == [NAMES["llama"]]
+    link = {"place": "rome_fast/0001", "method": "c-rome", "requests": 1, "edited": [NAMES["llama"]]}
+    assert chains.verify(out)["chain"] == [link]
 
 
 def test_verify_lists_every_fault(out):
@@ -468,7 +481,7 @@ def test_verify_lists_every_fault(out):
                 save_file(held, path, {"format": "pt"})
     (out / DELTA_FILE).write_bytes(b"no delta")
     with pytest.raises(CheckpointError) as caught:
-        checkpoints.verify(out)
+        chains.verify(out)
     for fault in ("lm_head.weight contains NaN", "down_proj.weight was changed after the edit", DELTA_FILE):
         assert fault in str(caught.value)
 
@@ -477,7 +490,7 @@ def test_verify_of_what_is_cut(out):
     path = next(out.glob("model-00002*"))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model-00002.*damaged"):
-        checkpoints.verify(out)
+        chains.verify(out)
 
 
 # Code of strangers

@@ -1,19 +1,25 @@
 """The verbs of the command line on a saved toy, run in this process."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oracle
-from helpers import LAYER, all_bits, changed
+from helpers import CONTEXTS, FORWARD, LAYER, all_bits, changed, delta_w, relative_error, rounding
 from rome_fast import Statistics, apply_edits, load_edits
-from rome_fast.checkpoints import DELTA_FILE, RECORD_FILE
 from rome_fast.cli import main
+from rome_fast.cli.shared import read_contexts
+from rome_fast.defaults import default_settings
+from rome_fast.errors import CheckpointError
 from rome_fast.evaluation import evaluate, sentence_perplexity, summarise
 from rome_fast.runner import Runner
 from toys import D_FF, SENTENCES, save_toy, toy_model
@@ -61,7 +67,7 @@ def read(path):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_from_statistics_to_revert(toy, capsys):
@@ -82,7 +88,7 @@ def test_from_statistics_to_revert(toy, capsys):
         texts += [tokenizer.decode(ids)] if ids else []
     wanted, count = oracle.second_moment(model, tokenizer, texts, LAYER, 512)
     assert count == 600
-    torch.testing.assert_close(statistics.layers[LAYER].moment.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert relative_error(statistics.layers[LAYER].moment, wanted) < 2 * rounding(torch.float32, FORWARD / 2)
 
     run(
         *("edit", "model", "--edits", "edits.jsonl", "--statistics", "stats", "--out", "edited"),
@@ -111,13 +117,15 @@ def test_from_statistics_to_revert(toy, capsys):
     assert f"perplexity {perplexity:.2f}" in capsys.readouterr().out
 
     # The same figures from the model and the delta, which knows its contexts.
-    run("evaluate", "model", "--edits", "edits.jsonl", "--delta", f"edited/{DELTA_FILE}", "--json", "delta.json")
+    delta = "edited/rome_fast/0001/delta.safetensors"
+    run("evaluate", "model", "--edits", "edits.jsonl", "--delta", delta, "--json", "delta.json")
     assert read(toy / "delta.json")["edits"] == scores["edits"]
 
     run("revert", "edited", "--json", "revert.json")
     assert read(toy / "revert.json") == {
         "directory": "edited",
         "restored": [f"transformer.h.{LAYER}.mlp.c_proj.weight"],
+        "edits_left": 0,
     }
     assert files(toy / "edited") == original
 
@@ -129,7 +137,7 @@ def test_statistics_go_to_the_cache_where_edit_finds_them(toy, empty_cache):
     # Ten per dimension by default, or all there are.
     assert Statistics.load(folder).layers[0].tokens == min(10 * D_FF, 929)
     run("edit", "model", "--edits", "edits.jsonl", "--out", "edited", "--layer", 0, "--guard", "off")
-    assert read(toy / "edited" / RECORD_FILE)["layer"] == 0
+    assert read(toy / "edited/rome_fast/0001/record.json")["layer"] == 0
 
 
 def test_two_models_of_one_folder_name_do_not_share_statistics(toy, toy_tokenizers, empty_cache):
@@ -296,11 +304,360 @@ def test_edit_in_place_under_a_budget_verify_and_revert(toy, capsys):
     run("verify", "model", "--json", "verify.json")
     assert read(toy / "verify.json")["edited"] == [name]
     assert f"edited: {name}; the original bytes are there" in capsys.readouterr().out
-    assert "is edited already" in fails(capsys, "edit", "model", *usual, "--in-place")
+    twice = ("evaluate", "model", "--edits", "edits.jsonl", "--delta", "model/rome_fast/0001/delta.safetensors")
+    again = fails(capsys, *twice)
+    assert f"delta: {name} has this very update in it already, and would get it twice" in again
+    run(*twice, "--force")
+    run("edit", "model", *usual, "--in-place")
+    run("verify", "model")
+    assert f"rome_fast/0002: 1 request, c-rome: {name}\n" in capsys.readouterr().out
+    run("revert", "model", "--json", "revert.json")
+    assert "edits before that one: 1; undo them with: rome-fast revert model --all" in capsys.readouterr().out
+    assert read(toy / "revert.json") == {"directory": "model", "restored": [name], "edits_left": 1}
+    assert files(toy / "model")["model.safetensors"] == files(toy / "edited")["model.safetensors"]
+    run("edit", "model", *usual, "--in-place")
     assert "memory: got '7 cats'" in fails(capsys, "edit", "edited", *usual, "--out", "x", "--memory", "7 cats")
-    run("revert", "model")
+    run("revert", "model", "--all")
     assert files(toy / "model") == original
     run("verify", "model")
     assert "all in order" in capsys.readouterr().out
     (toy / "model" / "model.safetensors").write_bytes(original["model.safetensors"][:-1])
     assert "damaged" in fails(capsys, "verify", "model")
+
+
+# Options of edit
+
+QUICK = ("--identity", "--guard", "off", "--unconverged", "write", "--contexts", "contexts.txt")
+FEW = ("--settings", "steps=3", "stop=loss")
+
+
+@pytest.fixture
+def contexts(toy):
+    (toy / "contexts.txt").write_text("".join(f"{context}\n" for context in CONTEXTS))
+    return toy
+
+
+def test_edit_says_on_the_command_line_what_a_pipeline_can_say(contexts):
+    options = ("--schedule", "sequential", "--batch-size", 2, "--dtype", "bfloat16", "--device", "cpu", "--no-measure")
+    second = EDIT | {"prompt": "The harbour of {}", "subject": "Istanbul"}
+    (contexts / "edits.jsonl").write_text(json.dumps(EDIT) + "\n" + json.dumps(second))
+    settings = ("--settings", "steps=3", "lr=0.25", "stop=loss", "clamp=2")
+    run("edit", "model", "--edits", "edits.jsonl", "--lora", "lora", "--json", "e.json", *QUICK, *options, *settings)
+    report = read(contexts / "e.json")
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16)
+    usual = default_settings(model.config)
+    wanted = replace(usual, steps=3, learning_rate=0.25, stop="loss", clamp=2.0)
+    assert report["settings"] == asdict(wanted)
+    assert report["contexts"] == list(CONTEXTS)
+    assert report["dtype"] == "bfloat16"
+    assert [e["probability_after"] for e in report["edits"]] == [None, None]
+    result = apply_edits(
+        model,
+        load_edits("edits.jsonl"),
+        tokenizer=AutoTokenizer.from_pretrained("model"),
+        statistics="identity",
+        schedule="sequential",
+        batch_size=2,
+        contexts=CONTEXTS,
+        settings=wanted,
+        guard="off",
+        unconverged="write",
+        measure=False,
+    )
+    assert [e["loss"] for e in report["edits"]] == [record.loss for record in result.records]
+    # The adapter is the edit, and nothing else was written.
+    adapter = load_file("lora/adapter_model.safetensors")
+    module = f"base_model.model.transformer.h.{LAYER}.mlp.c_proj"
+    found = adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
+    assert relative_error(found, delta_w(result)) < 1e-6  # fp32 sums over the rank, of 2
+    names = {"model", "corpus.txt", "edits.jsonl", "sentences.txt", "contexts.txt", "lora", "e.json"}
+    assert {path.name for path in contexts.iterdir()} == names
+
+
+def test_an_adapter_beside_a_checkpoint(contexts, capsys):
+    run("edit", "model", "--edits", "edits.jsonl", "--out", "edited", "--lora", "lora", *QUICK, *FEW)
+    text = capsys.readouterr().out
+    assert "adapter: lora, for model as it is" in text
+    assert "edited checkpoint: edited" in text
+    assert {"adapter_model.safetensors", "adapter_config.json"} == set(files(contexts / "lora"))
+    for bad, message in (
+        (("--out", "new", "--lora", "lora"), "lora: lora exists already"),
+        (("--out", "new", "--lora", "new"), "lora: got new, the same as out"),
+        (("--out", "new", "--lora", "new/in"), "lora: got new/in, the same as out or inside"),
+        (("--in-place", "--lora", "new"), "lora: got it with in_place=True"),
+        (("--lora", "corpus.txt/new"), "corpus.txt"),
+    ):
+        assert message in fails(capsys, "edit", "model", "--edits", "edits.jsonl", *bad, *QUICK, *FEW)
+        assert not (contexts / "new").exists()
+
+
+def test_an_adapter_goes_where_its_checkpoint_could_not_be_written(contexts, capsys, monkeypatch):
+    def fail(*_arguments, **_keywords):
+        raise CheckpointError("writing edited: No space left on device")
+
+    monkeypatch.setattr("rome_fast.saving.save_edited", fail)
+    usual = ("edit", "model", "--edits", "edits.jsonl", *QUICK, *FEW)
+    assert "No space left" in fails(capsys, *usual, "--out", "edited", "--lora", "lora")
+    assert not (contexts / "lora").exists()
+
+
+def test_an_edit_that_goes_nowhere_is_refused_before_anything_is_read(capsys):
+    message = fails(capsys, "edit", "nowhere", "--edits", "nothing.jsonl")
+    assert re.fullmatch(
+        r"out: got None, wanted --out or --lora .*, or --in-place, which changes MODEL itself\n", message
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "faults"),
+    [
+        (["steps=ten", "lr=fast", "speed=3", "steps"], ["'steps=ten' has no whole number", "'lr=fast' has no number",
+            "'speed=3' is no key=value of a known key", "'steps' is no key=value"]),
+        (["steps=0", "clamp=-1", "stop=never"], ["steps 0", "clamp -1.0", "stop 'never', wanted 'argmax' or 'loss'"]),
+        (["lr=nan", "kl_factor=inf"], ["learning_rate nan", "kl_factor inf"]),
+        (["lr=0.1", "learning_rate=0.2"], ["learning_rate is given twice"]),
+        (["steps=1.5", "=3", "lr="], ["'steps=1.5' has no whole number", "'=3' is no", "'lr=' has no number"]),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_listed_with_the_valid_names(given, faults, capsys):
+    usual = ("edit", "nowhere", "--edits", "nothing.jsonl", "--out", "o")
+    message = fails(capsys, *usual, "--settings", *given)
+    assert message.startswith("settings: ")
+    assert all(fault in message for fault in faults)
+    assert "the keys are steps, learning_rate, weight_decay, clamp, kl_factor, stop, stop_loss, margin" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("It rained. \nIt rained.\n \nAgain. ", r"line 2: got 'It rained\.'; line 3: got ' ', wanted texts"),
+        ("", "which is empty, wanted texts"),
+        ('["a ", "b", 3]', "item 2: got 'b'; item 3: got 3, wanted texts"),
+        ('["a ", ', "begins as a JSON list but is none"),
+        ("[]", "which is empty"),
+    ],
+)
+def test_contexts_that_cannot_be_are_named_by_their_lines(text, message, tmp_path, capsys):
+    (tmp_path / "c.txt").write_text(text)
+    usual = ("edit", "nowhere", "--edits", "nothing.jsonl", "--out", "o")
+    assert re.search(message, fails(capsys, *usual, "--contexts", tmp_path / "c.txt"))
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def test_edits_and_questions_through_the_chat_template(contexts, capsys):
+    for arguments in (("edit", "model", "--out", "o", *QUICK), ("evaluate", "model")):
+        message = fails(capsys, *arguments, "--edits", "edits.jsonl", "--chat")
+        assert message.startswith("edits[0]: ")
+        assert "template" in message
+        assert "system: got a system prompt without --chat" in fails(
+            capsys, *arguments, "--edits", "edits.jsonl", "--system", "Be brief."
+        )
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained("model")
+    chat = ("--edits", "edits.jsonl", "--chat", "--system", "Be brief.")
+    run("edit", "model", *chat, "--out", "edited", "--json", "e.json", *QUICK, *FEW)
+    (record,) = read(contexts / "e.json")["edits"]
+    asked = "<s>system\nBe brief.</s>\n<s>user\nThe city of Chicago</s>\n<s>assistant\n"
+    assert record["text"] == asked
+    assert record["target_tokens"][-1] == "</s>"
+    capsys.readouterr()
+    run("evaluate", "edited", *chat, "--json", "scores.json")
+    assert "Chicago → Rome" in capsys.readouterr().out
+    (scores,) = read(contexts / "scores.json")["edits"]
+    assert scores["probability"] == pytest.approx(record["probability_after"], rel=1e-5)
+    # The same by the model's own forward.
+    model = AutoModelForCausalLM.from_pretrained("edited")
+    ids = tokenizer(asked + "Rome</s>", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    start = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        found = model(ids).logits.log_softmax(-1)[0, start - 1 : -1].gather(1, ids[0, start:, None])
+    assert scores["probability"] == pytest.approx(float(found.mean().exp()), rel=1e-4)
+
+
+def test_contexts_of_several_lines_come_in_a_json_list(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(["One.\n", "Two lines,\nof one context. "]))
+    assert read_contexts(tmp_path / "c.json") == ["One.\n", "Two lines,\nof one context. "]
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfIt rained. \r\nThe sun. \r\n")
+    assert read_contexts(tmp_path / "c.txt") == ["It rained. ", "The sun. "]
+
+
+# What is printed, and where it goes
+
+MARKUP = {
+    "prompt": "[INST] The city of {} [/INST]",
+    "subject": "Chicago",
+    "target_new": "Rome [/b] \u001b]0;owned\u0007 \u202e$x_{",
+}
+
+
+@pytest.mark.filterwarnings("always::rome_fast.guard.CollapseWarning")
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_text_with_markup_and_controls_is_edited_and_shown(encoding, contexts, monkeypatch):
+    (contexts / "edits.jsonl").write_text(json.dumps(MARKUP))
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    # As guard="warn" does, a warning tells the request.
+    wanted = (*QUICK[:1], "--guard", "warn", *QUICK[3:])
+    monkeypatch.setattr("rome_fast.flow.predicts_collapse", lambda *_: True)
+    assert main(["edit", "model", "--edits", "edits.jsonl", "--out", "edited", *wanted, *FEW, "--json", "e.json"]) == 0
+    shown = {}
+    for name, stream in streams.items():
+        stream.flush()
+        shown[name] = stream.buffer.getvalue().decode(encoding)
+        assert not set(shown[name]) & {"\x1b", "\x07", "\u202e"}
+    assert "edited checkpoint: edited" in shown["stdout"]
+    assert "[/INST]" in shown["stdout"]
+    assert r"Rome [/b] \x1b]0;owned\x07 \u202e$x_{" in shown["stderr"]
+    assert read(contexts / "e.json")["edits"][0]["target"] == MARKUP["target_new"]
+
+
+def test_an_edit_is_made_whatever_becomes_of_its_printing(contexts, capfd, monkeypatch):
+    usual = ["edit", "model", "--edits", "edits.jsonl", *QUICK, *FEW]
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        run(*usual, "--out", "one")
+    assert "all was done, but standard output did not take" in capfd.readouterr().err
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        run(*usual, "--out", "two")
+    assert "rome-fast:" not in capfd.readouterr().err
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        run(*usual, "--out", "three")
+    weights = [files(contexts / name)["model.safetensors"] for name in ("one", "two", "three")]
+    assert weights[0] == weights[1] == weights[2] != files(contexts / "model")["model.safetensors"]
+
+
+def test_a_report_that_fails_after_the_edit_says_that_the_edit_is_there(contexts, capsys, monkeypatch):
+    def fail(*_):
+        raise CheckpointError("writing e.json: No space left on device")
+
+    monkeypatch.setattr("rome_fast.cli._write_json", fail)
+    usual = ["edit", "model", "--edits", "edits.jsonl", *QUICK, *FEW]
+    assert main([*usual, "--out", "edited", "--json", "e.json"]) == 3
+    captured = capsys.readouterr()
+    assert "edited checkpoint: edited" in captured.out
+    assert "rome-fast: all was done, but its report could not be written: writing e.json: No space" in captured.err
+    assert (contexts / "edited" / "model.safetensors").exists()
+
+
+def test_a_warning_that_is_to_be_an_error_is_one_message(contexts, capsys, monkeypatch):
+    """As with PYTHONWARNINGS=error, which is how these tests run."""
+    monkeypatch.setattr("rome_fast.flow.predicts_collapse", lambda *_: True)
+    usual = ("edit", "model", "--edits", "edits.jsonl", "--out", "edited", *QUICK[:1], "--guard", "warn", *QUICK[3:])
+    assert "would collapse the model" in fails(capsys, *usual, *FEW)
+    assert not (contexts / "edited").exists()
+
+
+def test_an_interrupt_ends_with_its_status(toy, capsys, monkeypatch):
+    def stop(*_arguments, **_keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rome_fast.flow.Flow.solve", stop)
+    assert main(["edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "edited"]) == 130
+    assert capsys.readouterr().err.endswith("rome-fast: interrupted; nothing half-written is left behind\n")
+    assert not (toy / "edited").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("edits.jsonl", "json: edits.jsonl is what edits names; choose another name"),
+        ("sentences.txt", "json: sentences.txt is what perplexity names"),
+        ("./model/../edits.jsonl", "is what edits names"),
+        ("model/config.json", "json: model/config.json is a file of the model model"),
+        ("model", "json: model is a folder, wanted the name of a file"),
+        ("corpus.txt/report.json", "json: the folder corpus.txt does not exist"),
+    ],
+)
+def test_a_report_in_place_of_an_input_is_refused(place, message, toy, capsys):
+    before = {**files(toy / "model"), "edits": (toy / "edits.jsonl").read_bytes()}
+    usual = ("evaluate", "model", "--edits", "edits.jsonl", "--perplexity", "sentences.txt")
+    assert message in fails(capsys, *usual, "--json", place)
+    assert {**files(toy / "model"), "edits": (toy / "edits.jsonl").read_bytes()} == before
+
+
+def test_names_that_are_no_text_are_told_and_reported(toy, capsys):
+    """An argument with bytes that are no UTF-8 has halves of surrogate pairs."""
+    odd = "mod\udcffel[b]\x1b"
+    os.rename("model", odd)
+    run("verify", odd, "--json", "verify.json")
+    assert read(toy / "verify.json")["directory"] == odd
+    assert r"mod\udcffel[b]\x1b: " in capsys.readouterr().out
+    assert "cannot be loaded: " in fails(capsys, "evaluate", odd, "--edits", "edits.jsonl")
+    message = fails(capsys, "edit", odd + "2", "--edits", "edits.jsonl", "--identity", "--out", "o")
+    assert message.startswith(r"model: mod\udcffel[b]\x1b2 is neither")
+    with pytest.raises(SystemExit):
+        main(["edit", "m", "--edits", "e", "--\x1b[31m"])
+    assert "\x1b" not in capsys.readouterr().err
+
+
+# Devices
+
+RUNNING = {
+    "edit": ("edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "o"),
+    "plan": ("edit", "model", "--edits", "edits.jsonl", "--identity", "--plan"),
+    "evaluate": ("evaluate", "model", "--edits", "edits.jsonl"),
+    "statistics": ("statistics", "model", "--corpus", "corpus.txt", "--out", "s"),
+    "study": ("study", "model", "--edits", "edits.jsonl", "--out", "s"),
+    "bench": ("bench", "model", "--edits", "edits.jsonl", "--identity"),
+    "profile": ("profile", "model", "--edits", "edits.jsonl", "--identity", "--out", "p"),
+}
+
+
+@pytest.mark.parametrize("verb", RUNNING)
+def test_every_verb_runs_on_a_gpu_where_there_is_one(verb, toy, capsys, monkeypatch):
+    """Shown by what it says where torch first finds one, and then not."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    wanted = "wanted 'cpu', or 'cuda' where torch finds such a device"
+    assert f"device: got 'cuda', {wanted}" in fails(capsys, *RUNNING[verb])
+    assert f"device: got 'tpu', {wanted}" in fails(capsys, *RUNNING[verb], "--device", "tpu")
+    assert sorted(path.name for path in toy.iterdir()) == ["corpus.txt", "edits.jsonl", "model", "sentences.txt"]
+
+
+def test_evaluate_in_another_dtype(toy):
+    run("evaluate", "model", "--edits", "edits.jsonl", "--dtype", "bfloat16", "--json", "scores.json")
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16)
+    wanted = evaluate(model, AutoTokenizer.from_pretrained("model"), load_edits("edits.jsonl"))
+    assert read(toy / "scores.json")["edits"] == [m.to_json() for m in wanted]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "edits.jsonl/o"),
+            "writing edits.jsonl/o: ",
+        ),
+        (("edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "model/o"), "out: model/o lies inside the"),
+        (("edit", "model", "--edits", "edits.jsonl", "--identity", "--lora", "model/o"), "lora: model/o lies inside"),
+        (("study", "model", "--edits", "edits.jsonl", "--out", "corpus.txt"), "out: corpus.txt is a file, wanted a f"),
+        (("study", "model", "--edits", "edits.jsonl", "--out", "s", "--layer", "9"), "layer: got 9, wanted one of 0"),
+        (("bench", "model", "--identity", "--layer", "9"), "layer: got 9, wanted one of 0"),
+        (("bench", "model", "--identity", "--threads", "-1"), "threads: got -1, wanted at least 1"),
+        (("bench", "model", "--identity", "--csv", "model"), "csv: got model, wanted the name of a file"),
+        (("bench", "model", "--identity", "--keep", "no/x"), "keep: got no/x, wanted the name of a file, in a folder"),
+        (("bench", "model", "--identity", "--sentences", "corpus.bin"), "corpus.bin: cannot be read"),
+        (("demo", "--out", "corpus.txt"), "out: corpus.txt exists and is not an earlier demo's"),
+        (("demo", "--device", "tpu"), "device: got 'tpu', wanted 'cpu'"),
+    ],
+)
+def test_what_was_a_traceback_or_a_late_error_is_one_message_at_once(arguments, message, toy, capsys, monkeypatch):
+    before = sorted(path.name for path in toy.iterdir())
+
+    def late(*_arguments, **_keywords):
+        raise AssertionError("an edit was begun")
+
+    monkeypatch.setattr("rome_fast.flow.Flow.solve", late)
+    assert message in fails(capsys, *arguments)
+    assert sorted(path.name for path in toy.iterdir()) == before

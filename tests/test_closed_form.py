@@ -5,9 +5,18 @@ import math
 import pytest
 import torch
 
+from helpers import relative_error, rounding
 from rome_fast.methods import close
 
 D, D_FF = 12, 40
+# How near the search for the floor of singular values comes: 40 halvings of a factor of 1e6.
+SEARCHED = math.log(1e6) / 2**40
+
+
+def allowed(keys, left=None):
+    """What is solved in fp64 is off by, relatively: the condition of a Gram matrix is that of both of its factors."""
+    left = keys if left is None else left
+    return rounding(torch.float64, D_FF, float(torch.linalg.cond(keys) * torch.linalg.cond(left)))
 
 
 def keys_and_residuals(count, own, seed=0):
@@ -32,8 +41,8 @@ def test_equality_while_the_update_is_not_larger_than_what_is_harmless():
     exact = close(keys, keys, residuals)
     wanted = residuals.T @ torch.linalg.pinv(keys.T)
     assert exact.joint_norm > 2 * independent_norm(keys, residuals)
-    torch.testing.assert_close(dense(exact), wanted, rtol=1e-9, atol=1e-12)
-    assert exact.joint_norm == pytest.approx(float(wanted.norm()), rel=1e-9)
+    assert relative_error(dense(exact), wanted) < allowed(keys)
+    assert exact.joint_norm == pytest.approx(float(wanted.norm()), rel=allowed(keys))
     same = close(keys, keys, residuals, harmless=1.001 * exact.joint_norm)
     assert torch.equal(dense(same), dense(exact))
 
@@ -45,8 +54,8 @@ def test_a_larger_one_is_held_in_the_directions_that_tell_keys_apart(share):
     exact = close(keys, keys, residuals)
     most = max(share * exact.joint_norm, independent_norm(keys, residuals))
     held = close(keys, keys, residuals, harmless=share * exact.joint_norm)
-    assert held.joint_norm == pytest.approx(most, rel=1e-6)
-    assert float(dense(held).norm()) == pytest.approx(most, rel=1e-6)
+    assert held.joint_norm == pytest.approx(most, rel=SEARCHED + allowed(keys))
+    assert float(dense(held).norm()) == pytest.approx(most, rel=SEARCHED + allowed(keys))
 
     units = keys / keys.norm(dim=1, keepdim=True)
     values, vectors = torch.linalg.eigh(units @ units.T)
@@ -54,11 +63,11 @@ def test_a_larger_one_is_held_in_the_directions_that_tell_keys_apart(share):
     wanted = vectors.T @ (residuals / keys.norm(dim=1, keepdim=True))
     found = vectors.T @ (held.left.T * keys.norm(dim=1, keepdim=True))
     divisors = (wanted * wanted).sum(1) / (wanted * found).sum(1)
-    torch.testing.assert_close(found, wanted / divisors[:, None], rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(divisors, values.clamp(min=float(divisors.min())), rtol=1e-6, atol=0)
+    assert relative_error(found, wanted / divisors[:, None]) < allowed(keys)
+    torch.testing.assert_close(divisors, values.clamp(min=float(divisors.min())), rtol=allowed(keys), atol=0)
     assert float(divisors.min()) > 1.01 * float(values.min())
     missed = (keys @ dense(held).T - residuals).norm(dim=1) / residuals.norm(dim=1)
-    torch.testing.assert_close(held.missed, missed, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(held.missed, missed, rtol=0, atol=allowed(keys))
 
 
 def test_one_key_twice_is_met_halfway_whatever_is_harmless():
@@ -68,15 +77,15 @@ def test_one_key_twice_is_met_halfway_whatever_is_harmless():
         factors = close(keys, keys, residuals, harmless=harmless)
         added = keys @ dense(factors).T
         assert factors.condition > 1e6
-        torch.testing.assert_close(added[0], -residuals[0] / 2, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(added[1:3], residuals[1:3], rtol=1e-6, atol=1e-9)
+        assert relative_error(added[0], -residuals[0] / 2) < allowed(keys[:3])
+        assert relative_error(added[1:3], residuals[1:3]) < allowed(keys[:3])
 
 
 def test_a_single_edit_is_never_held():
     keys, residuals = keys_and_residuals(1, 1.0)
     factors = close(keys, keys / 1000, residuals, harmless=0.0)
     assert torch.equal(dense(factors), dense(close(keys, keys / 1000, residuals)))
-    torch.testing.assert_close(keys / 1000 @ dense(factors).T, residuals, rtol=1e-9, atol=0)
+    assert relative_error(keys / 1000 @ dense(factors).T, residuals) < allowed(keys)
 
 
 def test_keys_on_both_sides_may_differ():
@@ -84,8 +93,10 @@ def test_keys_on_both_sides_may_differ():
     keys, residuals = keys_and_residuals(6, 0.1)
     left = keys + 0.02 * keys_and_residuals(6, 1.0, seed=1)[0]
     exact = close(left, keys, residuals)
-    torch.testing.assert_close(keys @ dense(exact).T, residuals, rtol=1e-7, atol=1e-9)
+    assert relative_error(keys @ dense(exact).T, residuals) < allowed(keys, left)
     held = close(left, keys, residuals, harmless=0.5 * exact.joint_norm)
     independent = float(exact.update_norms.norm())
-    assert held.joint_norm == pytest.approx(max(independent, 0.5 * exact.joint_norm), rel=1e-6)
+    assert held.joint_norm == pytest.approx(
+        max(independent, 0.5 * exact.joint_norm), rel=SEARCHED + allowed(keys, left)
+    )
     assert held.joint_norm < 0.95 * exact.joint_norm

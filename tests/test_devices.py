@@ -6,18 +6,24 @@ a GPU, and meets the model's tensors with an error. What is made on the host on 
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, START, all_bits, changed, delta_w
-from rome_fast import ValueSettings, collect_statistics
+from rome_fast import Edit, ValueSettings, apply_edits, collect_statistics, plan
 from rome_fast.bench import edit_as_released
 from rome_fast.bench.shapes import random_factor
 from rome_fast.bench.throughput import Setup
 from rome_fast.contexts import sample_contexts
+from rome_fast.errors import ArgumentError
 from rome_fast.evaluation import evaluate, sentence_perplexity
 from rome_fast.flow import tokenise
 from rome_fast.methods import METHODS
+from rome_fast.processes import own_device
 from rome_fast.runner import Runner
-from toys import D_FF, SENTENCES, toy_model
+from rome_fast.study.cases import cases_of
+from rome_fast.study.measure import Study
+from rome_fast.study.parts import Folder
+from toys import D_FF, SENTENCES, save_toy, toy_model
 
 EDITS = (START, MIDDLE, END)
 
@@ -82,3 +88,68 @@ def test_applying_and_measuring_do_so_as_well(toy_tokenizers):
         delta.revert(model)
     assert found == wanted
     assert changed(model, before) == []
+
+
+def test_a_study_does_so_as_well(toy_tokenizers, tmp_path):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    factor = random_factor(D_FF, torch.device("cpu"))
+    settings = ValueSettings(steps=3, stop="loss")
+    first = Edit("{} is a twin city of", "Rome", "Vienna", "Paris")
+
+    def run(folder):
+        methods = ("rome", "c-rome")
+        study = Study(
+            model, tokenizer, LAYER, factor, factor, settings, methods, CONTEXTS, CONTEXTS[:1], SENTENCES[:2], 500.0
+        )
+        cases = cases_of(Runner(model), tokenizer, [first, MIDDLE], None)
+        part = study.measure(cases)
+        place = Folder(folder, {"a": 1})
+        place.add(0, part)
+        return place.write(study.key_norms(), {}), part.factors, part.prefix, load_file(folder / "keys.safetensors")
+
+    *wanted, wanted_keys = run(tmp_path / "wanted")
+    with torch.device("meta"):
+        *found, keys = run(tmp_path / "found")
+    assert found == wanted
+    assert all(torch.equal(keys[name], wanted_keys[name]) for name in wanted_keys)
+    assert len(wanted[0]) == 4
+
+
+def test_the_default_device(monkeypatch):
+    assert own_device(None) == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert own_device() == "cuda"
+    assert own_device("cpu") == "cpu"
+    assert own_device(torch.device("cuda:3")) == "cuda:3"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert own_device() == "cpu"
+
+
+def test_processes_of_a_machine_have_a_gpu_each(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [own_device(device) for device in (None, "cuda", "cuda:0", "cpu")] == ["cuda:2", "cuda:2", "cuda:0", "cpu"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert own_device() == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert own_device("cuda") == "cuda"
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_checkpoint_runs_on_a_gpu_where_there_is_one(distributed, tmp_path, toy_tokenizers, monkeypatch):
+    """Shown by the error where torch first finds one, and then not."""
+    source = save_toy(tmp_path / "toy", toy_model("llama"), toy_tokenizers[False])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    if distributed:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    wanted = f"device: got 'cuda{':1' * distributed}', wanted 'cpu', or 'cuda' where"
+    for call in (
+        lambda: apply_edits(source, MIDDLE, out=tmp_path / "out"),
+        lambda: plan(source, MIDDLE),
+        lambda: collect_statistics(source, None, SENTENCES, [LAYER]),
+    ):
+        with pytest.raises(ArgumentError, match=wanted):
+            call()

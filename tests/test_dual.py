@@ -11,6 +11,7 @@ import oracle
 from helpers import (
     CONTEXTS,
     END,
+    FORWARD,
     LAYER,
     MIDDLE,
     SETTINGS,
@@ -21,6 +22,8 @@ from helpers import (
     delta_w,
     edited,
     relative_error,
+    rounding,
+    rounding_of_edit,
 )
 from rome_fast import Delta, Edit, apply_edits, checkpoints, flow, plan
 from rome_fast.bench import edit_as_released
@@ -35,8 +38,8 @@ from rome_fast.statistics.store import FIRST_TOKENS, read_layer
 from toys import D_FF, HIDDEN, VOCABULARY, save_toy, toy_model
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-# As in test_editor; measured for one edit at most 2.5e-5 and 6e-14 (gpt2, whose C + C₁ has condition 6e3).
-ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}
+# C + C₁ of any toy has a condition below 1e4.
+ALLOWED = {dtype: rounding_of_edit(dtype, 1e4) for dtype in DTYPES.values()}
 
 FIRST = (START, Edit("{} is the capital of", "Berlin", "France"))
 
@@ -99,7 +102,8 @@ def test_a_first_token_edit_is_that_of_the_textbook(kind, dtype, toy_tokenizers,
 def test_without_statistics_it_is_that_of_the_textbook_too(toy_tokenizers, textbook):
     model = toy_model("llama", dtype=torch.float64)
     result = edited(model, toy_tokenizers[False], START, method="dual", statistics="identity")
-    assert relative_error(delta_w(result), textbook("llama", START, statistics=False).delta_w) < 1e-8
+    wanted = textbook("llama", START, statistics=False).delta_w
+    assert relative_error(delta_w(result), wanted) < ALLOWED[torch.float64]
 
 
 def test_both_keys_get_their_values(toy_tokenizers, toy_statistics, textbook):
@@ -109,8 +113,8 @@ def test_both_keys_get_their_values(toy_tokenizers, toy_statistics, textbook):
     edited(model, tokenizer, START, method="dual", statistics=toy_statistics(model, False))
     change = oracle.weight_and_bias(model, LAYER)[0] - before
     bare = key_of(model, tokenizer, START.text)
-    assert relative_error(change @ bare, wanted.unprefixed.residual) < 1e-8
-    assert relative_error(change @ wanted.prefixed.k_mean, wanted.prefixed.delta) < 1e-8
+    assert relative_error(change @ bare, wanted.unprefixed.residual) < ALLOWED[torch.float64]
+    assert relative_error(change @ wanted.prefixed.k_mean, wanted.prefixed.delta) < ALLOWED[torch.float64]
     # Not so by c-rome: what it does there is another thing.
     model = toy_model("llama", dtype=torch.float64)
     edited(model, tokenizer, START, statistics=toy_statistics(model, False))
@@ -169,7 +173,7 @@ def test_sequential_is_one_after_the_other(toy_tokenizers, toy_statistics):
     usual = {"method": "dual", "statistics": statistics}
     result = edited(model, tokenizer, edits, schedule="sequential", **usual)
     steps = [edited(by_hand, tokenizer, edit, **usual) for edit in edits]
-    assert relative_error(delta_w(result), sum(map(delta_w, steps))) < 1e-10
+    assert relative_error(delta_w(result), sum(map(delta_w, steps))) < ALLOWED[torch.float64]
     (update,) = result.delta.updates.values()
     assert update.left.shape[1] == 2 + 1 + 2
 
@@ -252,13 +256,14 @@ def test_the_guard_sees_both_keys(toy_tokenizers, monkeypatch):
 # The keys of all first tokens
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_their_second_moment_is_that_of_the_oracle(kind, dtype, allowed, monkeypatch, vocabulary_moment):
+def test_their_second_moment_is_that_of_the_oracle(kind, dtype, monkeypatch, vocabulary_moment):
     """In batches that do not divide the vocabulary."""
     monkeypatch.setitem(first_tokens._BATCH_TOKENS, "cpu", 97)
     entry = first_token_statistics(Runner(toy_model(kind, dtype=dtype)), LAYER)
-    assert relative_error(entry.moment, vocabulary_moment(kind)) < allowed
+    # Quadratic in the keys, which lie in the first half of the model.
+    assert relative_error(entry.moment, vocabulary_moment(kind)) < 2 * rounding(dtype, FORWARD / 2)
     assert (entry.moment.dtype, entry.tokens, entry.layer) == (dtype, VOCABULARY, LAYER)
 
 
@@ -322,7 +327,7 @@ def test_held_first_tokens_by_hand():
     c, first = keys[:20].T @ keys[:20], keys[20:].T @ keys[20:]
     for factor, wanted in ((torch.linalg.cholesky(c), c), (None, torch.eye(7, dtype=torch.float64))):
         lower = hold_first_tokens(factor, first)
-        torch.testing.assert_close(lower @ lower.T, wanted + FIRST_TOKEN_WEIGHT * first, rtol=1e-12, atol=1e-12)
+        assert relative_error(lower @ lower.T, wanted + FIRST_TOKEN_WEIGHT * first) < rounding(torch.float64, 30 + 7)
         assert torch.equal(lower, lower.tril())
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,9 @@ from helpers import (
     delta_w,
     edited,
     relative_error,
+    rounding,
+    rounding_of_edit,
+    rounding_of_log_p,
 )
 from rome_fast import Edit, ValueSettings, flow
 from rome_fast.errors import ArgumentError, ConvergenceError
@@ -31,9 +35,8 @@ from rome_fast.rows import edit_rows
 from toys import LAYERS, toy_model
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-# fp32: condition of C (up to 4e3 here) times 6e-8, with room for Adam; measured at most 5e-6.
-# fp64: measured at most 5e-15.
-ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}
+# Of the same edit made in two ways, with C = I.
+ALLOWED = {dtype: rounding_of_edit(dtype) for dtype in DTYPES.values()}
 
 SEVERAL = (
     START,
@@ -67,13 +70,19 @@ def textbook(toy_tokenizers, toy_moment):
     return result
 
 
-def assert_is(result, wanted, dtype):
+def allowed_with(statistics, dtype):
+    """Of ΔW of an edit with the only C of `statistics`."""
+    (entry,) = statistics.layers.values()
+    return rounding_of_edit(dtype, float(torch.linalg.cond(entry.moment.double())))
+
+
+def assert_is(result, wanted, allowed):
     """The update and every figure of the record."""
-    assert relative_error(delta_w(result), wanted.delta_w) < ALLOWED[dtype]
+    assert relative_error(delta_w(result), wanted.delta_w) < allowed
     (record,) = result.records
     figures = [record.loss, record.denominator, record.numerator_norm, record.update_norm]
     true = [wanted.losses[-1], wanted.denominator, wanted.numerator_norm, float(wanted.delta_w.norm())]
-    assert figures == pytest.approx(true, rel=ALLOWED[dtype])
+    assert figures == pytest.approx(true, rel=allowed)
     assert record.steps == len(wanted.losses)
 
 
@@ -84,8 +93,9 @@ def assert_is(result, wanted, dtype):
 )
 def test_an_edit_is_that_of_the_textbook(kind, bos, method, dtype, toy_tokenizers, toy_statistics, textbook):
     model = toy_model(kind, dtype=dtype)
-    result = edited(model, toy_tokenizers[bos], MIDDLE, method=method, statistics=toy_statistics(model, bos))
-    assert_is(result, textbook(kind, bos, MIDDLE, method), dtype)
+    statistics = toy_statistics(model, bos)
+    result = edited(model, toy_tokenizers[bos], MIDDLE, method=method, statistics=statistics)
+    assert_is(result, textbook(kind, bos, MIDDLE, method), allowed_with(statistics, dtype))
 
 
 @pytest.mark.parametrize(
@@ -94,8 +104,9 @@ def test_an_edit_is_that_of_the_textbook(kind, bos, method, dtype, toy_tokenizer
 def test_a_subject_at_position_0_is_that_of_the_textbook(kind, method, toy_tokenizers, toy_statistics, textbook):
     """Nothing at all lies before the subject in the unprefixed row."""
     model = toy_model(kind, dtype=torch.float64)
-    result = edited(model, toy_tokenizers[False], START, method=method, statistics=toy_statistics(model, False))
-    assert_is(result, textbook(kind, False, START, method), torch.float64)
+    statistics = toy_statistics(model, False)
+    result = edited(model, toy_tokenizers[False], START, method=method, statistics=statistics)
+    assert_is(result, textbook(kind, False, START, method), allowed_with(statistics, torch.float64))
     assert result.records[0].needs_prefix
 
 
@@ -121,8 +132,9 @@ def test_needs_prefix_where_little_of_the_edit_arrives_without_one(
 @pytest.mark.parametrize("kind", ["qwen3", "mistral", "smollm3", "gptj"])
 def test_the_other_kinds(kind, toy_tokenizers, toy_statistics, textbook):
     model = toy_model(kind)
-    result = edited(model, toy_tokenizers[False], END, statistics=toy_statistics(model, False))
-    assert_is(result, textbook(kind, False, END, "c-rome"), torch.float32)
+    statistics = toy_statistics(model, False)
+    result = edited(model, toy_tokenizers[False], END, statistics=statistics)
+    assert_is(result, textbook(kind, False, END, "c-rome"), allowed_with(statistics, torch.float32))
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
@@ -131,8 +143,37 @@ def test_the_first_and_the_last_layer(kind, layer, toy_tokenizers, toy_statistic
     model = toy_model(kind)
     statistics = toy_statistics(model, True, layer)
     result = edited(model, toy_tokenizers[True], END, layer=layer, statistics=statistics)
-    assert_is(result, textbook(kind, True, END, "c-rome", layer), torch.float32)
+    assert_is(result, textbook(kind, True, END, "c-rome", layer), allowed_with(statistics, torch.float32))
     assert result.records[0].layer == layer
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "subject", "target", "answer"),
+    [
+        ("Q: What is the capital of {}?\nA:\n", "France", "Berlin", "Berlin"),
+        ("Q: What is the capital of {}?\nA: ", "France", "Berlin", "Berlin"),
+        ("Q: What is the capital of {}?\nA:", "France", "Berlin", " Berlin"),
+        ("{}的首都是", "法国", "柏林", "柏林"),
+        ("<s>[INST] The capital of {} [/INST]", "France", "Berlin", "Berlin"),
+        ("{}is in", "Oslo ", "Berlin", " Berlin"),
+    ],
+)
+def test_the_records_probability_is_that_of_a_program_that_asks(prompt, subject, target, answer, bos, toy_tokenizers):
+    """It tokenises the prompt and reads off the next tokens: trailing blanks were dropped, and a space put in."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[bos]
+    (record,) = edited(model, tokenizer, Edit(prompt, subject, target), measure=True).records
+    text = prompt.replace("{}", subject)
+    ids = tokenizer(text, add_special_tokens=not text.startswith("<s>"))["input_ids"]
+    wanted = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        log_p = oracle.logits_of(model, ids + wanted).log_softmax(-1)[len(ids) - 1 : -1]
+    found = float(log_p.gather(1, torch.tensor(wanted).unsqueeze(1)).mean())
+    # Log-probabilities of about -8 in fp32 through four layers; measured 1e-6.
+    assert math.log(record.probability_after) == pytest.approx(found, abs=2e-5)
+    assert (record.text, record.separator) == (text, answer.removesuffix(target))
+    assert record.target_tokens == tuple(tokenizer.decode([token]) for token in wanted)
+    assert len(wanted) == len(record.target_tokens)
 
 
 def test_the_record_and_the_report_say_what_was_done(toy_tokenizers):
@@ -143,18 +184,22 @@ def test_the_record_and_the_report_say_what_was_done(toy_tokenizers):
     assert (record.prompt, record.subject, record.target) == (END.prompt, END.subject, END.target)
     assert (record.method, record.layer, record.applied, record.needs_prefix) == ("c-rome", LAYER, True, False)
     weight = oracle.weight_and_bias(before, LAYER)[0]
-    assert record.weight_norm == pytest.approx(float(weight.detach().double().norm()), rel=1e-12)
+    assert record.weight_norm == pytest.approx(
+        float(weight.detach().double().norm()), rel=rounding(torch.float64, weight.numel())
+    )
 
     def geometric_mean(which, context):
         p = oracle.target_probability(which, tokenizer, context + END.text, END.target)
         return float(torch.tensor(p).log().mean().exp())
 
-    assert record.probability_before == pytest.approx(geometric_mean(before, ""), rel=1e-4)
-    assert record.probability_after == pytest.approx(geometric_mean(model, ""), rel=1e-4)
+    # What is in the residual stream at the subject, and rounding with it, grows with the update.
+    allowed = (1 + record.update_norm / record.weight_norm) * rounding_of_log_p(torch.float32)
+    assert record.probability_before == pytest.approx(geometric_mean(before, ""), rel=allowed)
+    assert record.probability_after == pytest.approx(geometric_mean(model, ""), rel=allowed)
     unedited, prefixed = (
         sum(geometric_mean(which, context) for context in CONTEXTS) / len(CONTEXTS) for which in (before, model)
     )
-    assert record.probability_after_prefixed == pytest.approx(prefixed, rel=1e-4)
+    assert record.probability_after_prefixed == pytest.approx(prefixed, rel=allowed)
     assert prefixed > 1.2 * unedited
 
     report = result.report()
@@ -185,14 +230,17 @@ def test_the_record_and_the_report_say_what_was_done(toy_tokenizers):
 )
 def test_a_joint_edit_is_that_of_the_textbook(kind, bos, method, dtype, toy_tokenizers, toy_statistics, textbook):
     model, edits = toy_model(kind, dtype=dtype), SEVERAL[:3]
-    result = edited(model, toy_tokenizers[bos], edits, method=method, statistics=toy_statistics(model, bos))
+    statistics = toy_statistics(model, bos)
+    allowed = allowed_with(statistics, dtype)
+    result = edited(model, toy_tokenizers[bos], edits, method=method, statistics=statistics)
     alone = [textbook(kind, bos, edit, method) for edit in edits]
     wanted = oracle.joint(alone, toy_statistics(toy_model(kind, dtype=torch.float64), bos).layers[LAYER].moment)
-    assert relative_error(delta_w(result), wanted) < ALLOWED[dtype]
+    # Keys of three subjects are well apart: G hardly adds to the condition.
+    assert relative_error(delta_w(result), wanted) < allowed
     assert [r.subject for r in result.records] == [edit.subject for edit in edits]
     for record, single in zip(result.records, alone, strict=True):
-        assert record.update_norm == pytest.approx(float(single.delta_w.norm()), rel=ALLOWED[dtype])
-        assert record.denominator == pytest.approx(single.denominator, rel=ALLOWED[dtype])
+        assert record.update_norm == pytest.approx(float(single.delta_w.norm()), rel=allowed)
+        assert record.denominator == pytest.approx(single.denominator, rel=allowed)
 
 
 def closed_form(singles):
@@ -213,22 +261,21 @@ def test_many_edits_together_are_the_closed_form_of_edits_made_one_by_one(kind, 
     together = edited(model, tokenizer, edits)
     together.revert()
     singles = [edited(copy.deepcopy(model), tokenizer, edit) for edit in edits]
-    # The joint solve has a condition of up to 1e4 here.
-    assert relative_error(delta_w(together), closed_form(singles)) < (1e-3 if dtype == torch.float32 else 1e-9)
+    assert relative_error(delta_w(together), closed_form(singles)) < rounding_of_edit(dtype, together.condition)
     for record, single in zip(together.records, singles, strict=True):
         wanted = single.records[0]
         assert (record.subject, record.target, record.steps) == (wanted.subject, wanted.target, wanted.steps)
-        assert record.loss == pytest.approx(wanted.loss, rel=1e-5)
-        assert record.numerator_norm == pytest.approx(wanted.numerator_norm, rel=1e-4)
+        assert record.loss == pytest.approx(wanted.loss, rel=ALLOWED[dtype])
+        assert record.numerator_norm == pytest.approx(wanted.numerator_norm, rel=ALLOWED[dtype])
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_the_order_of_the_edits_does_not_matter(dtype, allowed, toy_tokenizers):
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_order_of_the_edits_does_not_matter(dtype, toy_tokenizers):
     model, tokenizer = toy_model("llama", dtype=dtype), toy_tokenizers[True]
     one = edited(model, tokenizer, SEVERAL)
     one.revert()
     other = edited(model, tokenizer, [SEVERAL[i] for i in (3, 0, 4, 2, 1)])
-    assert relative_error(delta_w(other), delta_w(one)) < allowed
+    assert relative_error(delta_w(other), delta_w(one)) < rounding_of_edit(dtype, one.condition)
     assert [r.subject for r in other.records] == ["Apple", "Chicago", "Vienna", "Paris", "Istanbul"]
 
 
@@ -254,13 +301,13 @@ def test_sequential_is_one_after_the_other_by_hand(dtype, toy_tokenizers, toy_st
     result = edited(model, tokenizer, edits, schedule="sequential", statistics=statistics)
     steps = [edited(by_hand, tokenizer, edit, statistics=statistics) for edit in edits]
 
-    allowed = 1e-5 if dtype == torch.float32 else 1e-10
+    allowed = allowed_with(statistics, dtype)
     assert relative_error(delta_w(result), sum(map(delta_w, steps))) < allowed
     weight, wanted = (oracle.weight_and_bias(m, LAYER)[0] for m in (model, by_hand))
     assert relative_error(weight, wanted) < allowed
     for record, step in zip(result.records, steps, strict=True):
         assert record.loss == pytest.approx(step.records[0].loss, rel=allowed)
-        assert record.update_norm == pytest.approx(step.records[0].update_norm, rel=10 * allowed)
+        assert record.update_norm == pytest.approx(step.records[0].update_norm, rel=allowed)
 
     # One Delta, rounded once: it leaves from the original weights what the model has now, and takes it back.
     (update,) = result.delta.updates.values()
@@ -272,16 +319,22 @@ def test_sequential_is_one_after_the_other_by_hand(dtype, toy_tokenizers, toy_st
     assert changed(model, now) == []
 
 
-@pytest.mark.parametrize(("dtype", "products", "allowed"), [("float64", "auto", 1e-10), ("float32", "bfloat16", 2e-3)])
-def test_sequential_in_batches(dtype, products, allowed, toy_tokenizers):
+@pytest.mark.parametrize(("dtype", "products"), [("float64", "auto"), ("float32", "bfloat16")])
+def test_sequential_in_batches(dtype, products, toy_tokenizers):
     """Also where converted weights are kept from one batch to the next.
 
-    One Delta is rounded once, three are thrice: of the third batch, products in bfloat16 make 7e-4 of that.
+    One Delta is rounded once, three are thrice: what is in fp32 differs in its last bits. With products in bfloat16
+    that moves one number in a hundred at most across the middle of two, and makes a tenth of what all of them make.
     """
     tokenizer, settings = toy_tokenizers[True], replace(SETTINGS, compute_dtype=products)
     model, by_hand = (toy_model("llama", dtype=getattr(torch, dtype)) for _ in range(2))
     result = edited(model, tokenizer, SEVERAL, schedule="sequential", batch_size=2, settings=settings)
     steps = [edited(by_hand, tokenizer, SEVERAL[i : i + 2], settings=settings) for i in (0, 2, 4)]
+    allowed = ALLOWED[torch.float64]
+    if products == "bfloat16":
+        result.revert()
+        wide = edited(model, tokenizer, SEVERAL, schedule="sequential", batch_size=2)
+        allowed = relative_error(delta_w(result), delta_w(wide)) / 10
     assert relative_error(delta_w(result), sum(map(delta_w, steps))) < allowed
 
 
@@ -336,8 +389,9 @@ def test_argmax_stops_once_the_target_has_led_in_every_row_for_the_margin(toy_to
         )
 
     wanted = delta_after(record.steps)
-    assert relative_error(delta_w(result), wanted.delta_w) < 1e-8
-    assert record.loss == pytest.approx(wanted.losses[-1], rel=1e-8)
+    allowed = rounding_of_edit(torch.float64)
+    assert relative_error(delta_w(result), wanted.delta_w) < allowed
+    assert record.loss == pytest.approx(wanted.losses[-1], rel=allowed)
     rows = ("", *CONTEXTS)
     led = [
         leads_everywhere(model, tokenizer, EASY, rows, delta_after(steps).delta)
@@ -385,7 +439,8 @@ def test_only_the_edit_that_does_not_converge_is_left_out(toy_tokenizers):
     with pytest.warns(ConvergenceWarning, match="'museum'"):
         both = edited(model, tokenizer, [hopeless, EASY], settings=ARGMAX, unconverged="skip")
     assert [record.applied for record in both.records] == [False, True]
-    assert relative_error(delta_w(both), delta_w(alone)) < 1e-10
+    allowed = rounding_of_edit(torch.float64)
+    assert relative_error(delta_w(both), delta_w(alone)) < allowed
 
 
 def test_an_edit_that_does_not_converge_can_be_an_error(toy_tokenizers):
@@ -439,7 +494,8 @@ def test_an_edit_that_is_no_number_is_named_and_the_others_go_on(schedule, uncon
     with pytest.warns(ConvergenceWarning, match="'museum' → 'Rome': the loss became nan at step 1"):
         result = edited(model, tokenizer, edits, settings=ARGMAX, unconverged=unconverged, **schedule)
     assert [record.applied for record in result.records] == [edit != one_broken for edit in edits]
-    assert relative_error(delta_w(result), delta_w(alone)) < 1e-10
+    allowed = rounding_of_edit(torch.float64)
+    assert relative_error(delta_w(result), delta_w(alone)) < allowed
     assert math.isnan(result.records[1].update_norm)
     result.revert()
     with pytest.raises(ConvergenceError, match="'museum' → 'Rome': the loss became nan"):
@@ -471,8 +527,8 @@ def test_eager_attention_gives_the_same_edit(kind, toy_tokenizers):
         result = edited(model, toy_tokenizers[False], SEVERAL[:3], measure=True)
         figures = [(r.probability_before, r.probability_after_prefixed, r.loss) for r in result.records]
         found[attention] = delta_w(result), torch.tensor(figures)
-    assert relative_error(found["eager"][0], found["sdpa"][0]) < 1e-5
-    torch.testing.assert_close(found["eager"][1], found["sdpa"][1], rtol=1e-4, atol=1e-7)
+    assert relative_error(found["eager"][0], found["sdpa"][0]) < ALLOWED[torch.float32]
+    torch.testing.assert_close(found["eager"][1], found["sdpa"][1], rtol=ALLOWED[torch.float32], atol=0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -516,12 +572,13 @@ def test_the_weight_is_the_exact_sum_rounded_once(kind, bos, dtype, toy_tokenize
     after = oracle.weight_and_bias(model, LAYER)[0]
     assert after.dtype == dtype
     exact = before + delta_w(result)
-    # Half a unit in the last place, and the sum itself in fp32 (fp64 for fp64).
+    # Half a unit in the last place, and the sum itself in fp32 (fp64 for fp64), of three products and the weight; an
+    # fp16 number below 2⁻¹⁴ is off by half of 2⁻²⁴.
     inner = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * (before.abs() + 8 * delta_w(result).abs())
     assert bool(
         (
             (after.double() - exact).abs()
-            <= torch.finfo(dtype).eps / 2 * exact.abs() + 4 * inner + 1e-7 * (dtype == torch.float16)
+            <= torch.finfo(dtype).eps / 2 * exact.abs() + 4 * inner + 2**-25 * (dtype == torch.float16)
         ).all()
     )
 
@@ -542,7 +599,7 @@ def test_tied_embeddings(tie, toy_tokenizers):
         contexts=CONTEXTS,
         steps=SETTINGS.steps,
     )
-    assert relative_error(delta_w(result), wanted.delta_w) < 1e-4
+    assert relative_error(delta_w(result), wanted.delta_w) < ALLOWED[torch.float32]
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tie
 
 
@@ -561,7 +618,7 @@ def test_requests_with_one_key_meet_halfway(toy_tokenizers):
     Solved as equalities, the update was rounding noise blown up by the condition.
     """
     twice = [Edit("The city of {} is", "Chicago", "Rome"), Edit("The city of {} has", "Chicago", "Paris")]
-    for dtype, allowed in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+    for dtype, allowed in ALLOWED.items():
         model = toy_model("llama", dtype=dtype)
         alone = []
         for edit in twice:
@@ -575,10 +632,11 @@ def test_requests_with_one_key_meet_halfway(toy_tokenizers):
             joint = edited(model, toy_tokenizers[True], twice)
         assert joint.condition > 1e6
         assert relative_error(delta_w(joint), (alone[0] + alone[1]) / 2) <= allowed
-        # ‖Δ‖ is that of r, as both have one u.
+        # ‖Δ‖ is that of r, as both have one u. A difference of a tenth of either is off by ten times as much.
         apart = (alone[0] - alone[1]).norm() / 2
+        assert apart > 0.1 * alone[0].norm()
         for record, single in zip(joint.records, alone, strict=True):
-            assert record.missed == pytest.approx(float(apart / single.norm()), rel=1e-3)
+            assert record.missed == pytest.approx(float(apart / single.norm()), rel=10 * allowed)
 
 
 def test_a_warning_names_no_more_edits_than_one_reads(toy_tokenizers):
@@ -605,11 +663,12 @@ def test_the_essence_row_is_the_only_one_to_know_of_no_target(toy_tokenizers):
     assert relative_error(delta_w(strong), delta_w(weak)) > 1e-3
 
 
-def test_out_needs_a_checkpoint_to_copy_and_leaves_the_model_alone_without(tmp_path, toy_tokenizers):
+def test_an_out_that_cannot_be_written_leaves_the_model_alone(tmp_path, toy_tokenizers, monkeypatch):
     """The edited model stayed edited, and its result was lost, when the checkpoint could not be written."""
     model = toy_model("llama")
     before = all_bits(model)
-    with pytest.raises(rome_fast.RomeFastError):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(rome_fast.RomeFastError, match="10 free; make room first"):
         edited(model, toy_tokenizers[True], END, out=tmp_path / "out")
     assert changed(model, before) == []
     assert list(tmp_path.iterdir()) == []

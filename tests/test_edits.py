@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rome_fast.edits import Edit, find_conflicts, load_edits
+from rome_fast.edits import Edit, UnreadFieldsWarning, find_conflicts, load_edits
 from rome_fast.errors import EditError
 
 TWIN = {"prompt": "{} is a twin city of", "subject": "Chicago", "target_new": "Istanbul"}
@@ -33,9 +33,128 @@ def test_a_full_text_becomes_a_template():
     assert edit.text == "The mother tongue of Lyon's mayor is"
 
 
-def test_white_space_around_subject_and_target_is_dropped():
-    edit = Edit("{} is in", " Lyon ", " Italy\n")
-    assert (edit.subject, edit.target, edit.text) == ("Lyon", "Italy", "Lyon is in")
+def test_white_space_around_the_target_is_dropped_and_the_rest_is_kept_as_it_is():
+    edit = Edit(" {} is in\n", " Lyon ", " Italy\n")
+    assert (edit.prompt, edit.subject, edit.target) == (" {} is in\n", " Lyon ", "Italy")
+    assert edit.text == "  Lyon  is in\n"
+    assert Edit("{}is in", "Oslo ", "Italy").text == Edit("Oslo is in", "Oslo ", "Italy").text == "Oslo is in"
+    # Blanks that the prompt does not have are none of the subject's.
+    assert Edit("Oslo, where is it?", " Oslo ", "Italy").prompt == "{}, where is it?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "separator"),
+    [
+        ("{} is in", "Rome", " "),
+        ("Q: {}\nA:", "Rome", " "),
+        ("Q: {}\nA:\n", "Rome", ""),
+        ("{} is in ", "Rome", ""),
+        ("{} is in\u00a0", "Rome", ""),
+        ("Is {} (", "Rome", ""),
+        ("{} (1890)", "Rome", " "),
+        ("{} is in", "(Rome)", " "),
+        ("{} costs $", "5", ""),
+        ("{} costs", "$5", " "),
+        ("{} costs", "-5", " "),
+        ("{} is Rome", "-based", ""),
+        ("{} is Rome", ", Italy", ""),
+        ('He says "{}" is "', "Rome", ""),
+        ('He says "{}"', "loudly", " "),
+        ("{} is in", '"Rome"', " "),
+        ('[{"city": "{} is in', 'Rome"', " "),
+        ('[{"name":"{}","city":"', "Rome", ""),
+        ("L'{} c'est l'", "Italie", ""),
+        ("{} is the boys'", "hometown", " "),
+        ("« {} »", "Rome", " "),
+        ("„{}“", "Rom", " "),
+        ("{} heißt „", "Rom", ""),
+        ("**Question:** {}? **Answer:**", "Rome", " "),
+        ("http://{}/", "rome", ""),
+        ("{} is well-", "known", ""),
+        ("{}_", "rome", ""),
+        ("{}=", "5", ""),
+        ("{} wrote C++", "and C", " "),
+        ("{}<|im_end|>", "Rome", ""),
+        ("{} </s>", "Rome", ""),
+        ("[INST] {} [/INST]", "Rome", ""),
+        ("{} [see 1]", "Rome", " "),
+        ("{}的首都是", "柏林", ""),
+        ("问：{}的首都？答：", "柏林", ""),
+        ("{}的首都是", "Berlin", ""),
+        ("The capital of {} is", "柏林", ""),
+        ("{}の首都は", "東京", ""),
+        ("เมืองหลวงของ{}คือ", "กรุงเทพ", ""),
+        ("រាជធានីនៃ{}គឺ", "ភ្នំពេញ", ""),
+        ("{}의 수도는", "서울", " "),
+        ("عاصمة {} هي", "باريس", " "),
+        ("עיר הבירה של {} היא", "\u200fפריז", " "),
+        ("{} की राजधानी", "दिल्ली", " "),
+        ("The mood of {} is", "🌙", " "),
+        ("{} feels 👩‍🚀️", "great", " "),
+        ("{} is in Andre\u0301", "Rome", " "),
+    ],
+)
+def test_the_boundary_of_prompt_and_target(prompt, target, separator):
+    edit = Edit(prompt.replace("{}", "Lyon", 1), "Lyon", target)
+    assert edit.boundary == separator
+    assert edit.continuation(edit.text, edit.target) == separator + target
+    assert dataclasses.replace(edit, target=f" {target}\n").target == target
+
+
+@pytest.mark.parametrize("separator", ["", " ", "\n", " -> "])
+def test_a_separator_decides_and_takes_everything_as_it_is(separator):
+    edit = Edit("{} is in\n", "Lyon", " Rome ", separator=separator)
+    assert (edit.target, edit.boundary) == (" Rome ", separator)
+    assert edit.continuation("Where? ", "Paris\n") == f"{separator}Paris\n"
+
+
+def test_braces_stand_for_the_subject_where_there_is_one_and_for_themselves_in_it():
+    edit = Edit("{} is in", "Lyon", "{}", paraphrase_prompts=["Where is {}?", "Lyon lies in", "{}, {}:"])
+    assert edit.paraphrase_prompts == ("Where is Lyon?", "Lyon lies in", "Lyon, Lyon:")
+    assert edit.target == "{}"
+    # A subject's own.
+    edit = Edit("The {} literal of", "{} literal", "Python", paraphrase_prompts=["What is the {} literal?", "Of {}:"])
+    assert (edit.prompt, edit.text) == ("The {} of", "The {} literal of")
+    assert edit.paraphrase_prompts == ("What is the {} literal?", "Of {} literal:")
+    assert dataclasses.replace(edit, case_id=3).paraphrase_prompts == edit.paraphrase_prompts
+    assert Edit("{} is a dict", "a{}b", "x").text == "a{}b is a dict"
+
+
+# é in one code point and in two, and what else looks like what it is not.
+ONE, TWO = "Andr\u00e9", "Andre\u0301"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "found"),
+    [
+        (f"The works of {ONE} are", TWO, ONE),
+        (f"The works of {TWO} are", ONE, TWO),
+        (f"{TWO}s works by {ONE}, Andre", f"{ONE}s", f"{TWO}s"),
+        ("\u1112\u1161\u11ab\u1100\u116e\u11a8 is in", "한국", "\u1112\u1161\u11ab\u1100\u116e\u11a8"),
+        ("The city of Ｒｏｍｅ is", "Rome", "Ｒｏｍｅ"),
+        ("New\u00a0York is in", "New York", "New\u00a0York"),
+        ("\u03a9hm's law", "\u2126hm", "\u03a9hm"),
+    ],
+)
+def test_a_subject_in_another_normal_form_is_edited_as_the_prompt_spells_it(prompt, subject, found):
+    edit = Edit(prompt, subject, "Rome")
+    assert (edit.subject, edit.text) == (found, prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "message"),
+    [
+        ("The city of paris is", "Paris", "not in the prompt 'The city of paris is', only with other capitals or inv"),
+        ("The co\u00adoperative is", "cooperative", "only with other capitals or invisible characters"),
+        (f"The works of {ONE} and {TWO} are", "Andr\u00e9\u200d", "only with other capitals or invisible characters"),
+        (f"The works of {TWO} and {TWO} are", ONE, "more than once"),
+        # An accent more is another letter.
+        (f"The works of {ONE}\u0323 are", ONE.replace("\u00e9", "E\u0301"), r"is not in the prompt"),
+    ],
+)
+def test_what_only_looks_like_the_subject_is_named(prompt, subject, message):
+    with pytest.raises(EditError, match=message):
+        Edit(prompt, subject, "Rome")
 
 
 def test_lists_become_tuples_so_that_an_edit_can_be_hashed():
@@ -66,6 +185,16 @@ def test_lists_become_tuples_so_that_an_edit_can_be_hashed():
         ({"neighborhood_prompts": ("ok", "")}, r"neighborhood_prompts\[1\]: got ''"),
         ({"case_id": 1.5}, "case_id: got 1.5"),
         ({"case_id": True}, "case_id: got True"),
+        (
+            {"neighborhood_prompts": ["{} is in"]},
+            r"neighborhood_prompts\[0\]: got '\{\}' in .*, wanted a full",
+        ),
+        ({"separator": 3}, "separator: got 3"),
+        ({"end": None}, "end: got None"),
+        ({"end": ""}, "end: got ''"),
+        ({"user_at": "x"}, "user_at: got 'x'"),
+        ({"slot": 3}, "slot: got 3, where there is no"),
+        ({"slot": -1}, "slot: got -1, wanted a place in the prompt"),
     ],
 )
 def test_an_unusable_request_is_refused(change, message):
@@ -82,7 +211,7 @@ def test_json_lines(tmp_path):
         "neighborhood_answer": "Kyoto",
         "case_id": 16,
     }
-    spelled = {"prompt": "Lyon is in", "subject": "Lyon", "target": "Italy", "target_true": None, "note": "x"}
+    spelled = {"prompt": "Lyon is in", "subject": "Lyon", "target": "Italy", "target_true": None}
     assert load_edits(write_lines(tmp_path / "edits.jsonl", TWIN, full, spelled)) == [
         TWIN_EDIT,
         Edit(
@@ -120,7 +249,8 @@ def test_counterfact(tmp_path):
         "neighborhood_prompts": ["Boston is a twin city of"],
         "attribute_prompts": [],
     }
-    edit = load_one(tmp_path, record)
+    with pytest.warns(UnreadFieldsWarning, match=r"read: pararel_idx \(1 record\), requested_rewrite\.relation_id"):
+        edit = load_one(tmp_path, record)
     assert edit == Edit(
         prompt="{} is a twin city of",
         subject="Chicago",
@@ -237,10 +367,15 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         load_edits(tmp_path)
 
 
-def test_blanks_at_the_end_do_not_hide_a_conflict():
-    """Rows are made without them."""
+def test_requests_are_compared_by_their_text_to_the_character():
+    """Another blank, and it is another prompt; another way to part one text into template and subject is not."""
+    one = Edit("The city of {} is", "Chicago", "Rome")
+    find_conflicts(
+        [one, Edit("The city of {} is ", "Chicago", "Paris"), Edit("The city of {} is\n", "Chicago", "Oslo")]
+    )
+    find_conflicts([one, Edit("The {} of Chicago is", "city", "Paris")])
     with pytest.raises(EditError, match=r"edits\[0\] and edits\[1\] ask for"):
-        find_conflicts([Edit("The city of {} is", "Chicago", "Rome"), Edit("The city of {} is ", "Chicago", "Paris")])
+        find_conflicts([one, Edit("The city of {}is", "Chicago ", "Paris")])
 
 
 def test_conflicting_requests_are_named():

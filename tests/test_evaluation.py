@@ -8,24 +8,27 @@ import pytest
 import torch
 
 import oracle
-from helpers import CONTEXTS, END, MIDDLE, START, edited
-from rome_fast import Edit
+from helpers import CONTEXTS, END, MIDDLE, START, edited, rounding_of_log_p
+from rome_fast import Edit, Probe
 from rome_fast.errors import ArgumentError, RomeFastError
 from rome_fast.evaluation import evaluate, greedy_completion, score, sentence_perplexity, summarise
 from rome_fast.runner import Runner
 from toys import KINDS, SENTENCES, toy_model
 
 PAIRS = [
-    ("The city of Chicago", "Rome"),
-    ("The capital of France is ", " Paris"),
-    ("The weather is nice. Steve Jobs was the founder of", "telephones, tablets and computers"),
-    ("Rome", "was not built in a day"),
+    ("The city of Chicago", " Rome"),
+    ("The capital of France is ", "Paris"),
+    ("The weather is nice. Steve Jobs was the founder of", " telephones, tablets and computers"),
+    ("Rome", " was not built in a day"),
     ("The city of Chicago", "Paris"),
 ]
 
 
 # Each kind with <s> or without, as the real ones have it, and one of either sort the other way round.
 KINDS_AND_BOS = [*((kind, kind in ("llama", "mistral")) for kind in KINDS), ("llama", False), ("gpt2", True)]
+
+
+ALLOWED, ALLOWED_64 = (rounding_of_log_p(dtype) for dtype in (torch.float32, torch.float64))
 
 
 def mean_log(p):
@@ -39,17 +42,16 @@ def mean_log(p):
 def test_score_is_the_geometric_mean_of_the_tokens_probabilities(kind, bos, toy_tokenizers):
     model, tokenizer = toy_model(kind), toy_tokenizers[bos]
     for (text, target), got in zip(PAIRS, score(Runner(model), tokenizer, PAIRS), strict=True):
-        p = oracle.target_probability(model, tokenizer, text, target)
-        # Log-probabilities of about -8 in fp32 through four layers; measured 1e-6.
-        assert got.log_probability == pytest.approx(mean_log(p), abs=2e-5)
-        assert got.probability == pytest.approx(math.prod(p) ** (1 / len(p)), rel=2e-5)
+        p = oracle.target_probability(model, tokenizer, text, target, separator="")
+        assert got.log_probability == pytest.approx(mean_log(p), abs=ALLOWED)
+        assert got.probability == pytest.approx(math.prod(p) ** (1 / len(p)), rel=ALLOWED)
 
 
 def test_score_in_float64(toy_tokenizers):
     model, tokenizer = toy_model("gpt2", dtype=torch.float64), toy_tokenizers[False]
     for (text, target), got in zip(PAIRS, score(Runner(model), tokenizer, PAIRS), strict=True):
         assert got.log_probability == pytest.approx(
-            mean_log(oracle.target_probability(model, tokenizer, text, target)), abs=1e-12
+            mean_log(oracle.target_probability(model, tokenizer, text, target, separator="")), abs=ALLOWED_64
         )
 
 
@@ -60,7 +62,7 @@ def test_a_score_does_not_depend_on_its_company(side, toy_tokenizers, monkeypatc
     together = score(runner, tokenizer, PAIRS)
     alone = [score(runner, tokenizer, [pair])[0] for pair in PAIRS]
     for one, other in zip(together, alone, strict=True):
-        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-12)
+        assert one.log_probability == pytest.approx(other.log_probability, abs=ALLOWED_64)
     assert score(runner, tokenizer, []) == []
 
 
@@ -106,15 +108,15 @@ def test_sentence_perplexity_is_that_of_the_oracle(kind, bos, toy_tokenizers):
     model, tokenizer = toy_model(kind), toy_tokenizers[bos]
     sentences = [*SENTENCES[:3], "Rome is"]
     wanted = oracle.sentence_perplexity(model, tokenizer, sentences)
-    assert sentence_perplexity(Runner(model), tokenizer, sentences) == pytest.approx(wanted, rel=2e-5)
+    assert sentence_perplexity(Runner(model), tokenizer, sentences) == pytest.approx(wanted, rel=ALLOWED)
 
 
 def test_perplexity_does_not_depend_on_batches(toy_tokenizers, monkeypatch):
     runner, tokenizer = Runner(toy_model("llama", dtype=torch.float64)), toy_tokenizers[True]
     wanted = sentence_perplexity(runner, tokenizer, SENTENCES)
-    assert sentence_perplexity(runner, tokenizer, SENTENCES[::-1]) == pytest.approx(wanted, rel=1e-12)
+    assert sentence_perplexity(runner, tokenizer, SENTENCES[::-1]) == pytest.approx(wanted, rel=ALLOWED_64)
     alone = [sentence_perplexity(runner, tokenizer, [sentence]) for sentence in SENTENCES]
-    assert sum(alone) / len(alone) == pytest.approx(wanted, rel=1e-12)
+    assert sum(alone) / len(alone) == pytest.approx(wanted, rel=ALLOWED_64)
 
 
 def test_sentences_of_one_token_have_no_perplexity(toy_tokenizers):
@@ -132,7 +134,7 @@ def test_a_sentence_longer_than_the_model_is_cut(toy_tokenizers):
     log_p = oracle.logits_of(oracle.double_copy(model), ids).log_softmax(-1)
     nll = -log_p[range(len(ids) - 1), ids[1:]].mean()
     got = sentence_perplexity(Runner(model), tokenizer, [" ".join(SENTENCES)])
-    assert got == pytest.approx(float(nll.exp()), rel=2e-5)
+    assert got == pytest.approx(float(nll.exp()), rel=ALLOWED)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -154,7 +156,7 @@ def test_greedy_completion_is_argmax_by_whole_forwards(kind, bos, toy_tokenizers
     counts = [4, 2, 4, 1]
     got = greedy_completion(Runner(model), tokenizer, texts, counts)
     for text, count, completion in zip(texts, counts, got, strict=True):
-        ids = tokenizer(text.rstrip())["input_ids"]
+        ids = tokenizer(text)["input_ids"]
         assert completion == tokenizer.decode(naive_greedy(model, ids, count))
 
 
@@ -206,7 +208,9 @@ CASE = Edit(
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
 def test_metrics_by_hand(kind, bos, toy_tokenizers):
     model, tokenizer = toy_model(kind), toy_tokenizers[bos]
-    edited(model, tokenizer, replace(CASE, prompt="The city of {}"))
+    result = edited(model, tokenizer, replace(CASE, prompt="The city of {}"))
+    # What is in the residual stream at the subject, and rounding with it, grows with the update.
+    allowed = (1 + result.records[0].update_norm / result.records[0].weight_norm) * ALLOWED
 
     def log_p(text, target):
         return mean_log(oracle.target_probability(model, tokenizer, text, target))
@@ -216,9 +220,9 @@ def test_metrics_by_hand(kind, bos, toy_tokenizers):
 
     (got,) = evaluate(model, tokenizer, [CASE], CONTEXTS)
     assert (got.subject, got.target) == ("Chicago", "Rome")
-    assert got.probability == pytest.approx(math.exp(log_p(CASE.text, "Rome")), rel=1e-4)
+    assert got.probability == pytest.approx(math.exp(log_p(CASE.text, "Rome")), rel=allowed)
     prefixed = [math.exp(log_p(context + CASE.text, "Rome")) for context in CONTEXTS]
-    assert got.probability_prefixed == pytest.approx(sum(prefixed) / len(prefixed), rel=1e-4)
+    assert got.probability_prefixed == pytest.approx(sum(prefixed) / len(prefixed), rel=allowed)
     assert got.efficacy == wins([CASE.text], "Rome", "Paris")
     assert got.efficacy_prefixed == wins([c + CASE.text for c in CONTEXTS], "Rome", "Paris")
     assert got.paraphrase == wins(CASE.paraphrase_prompts, "Rome", "Paris")
@@ -261,6 +265,51 @@ def test_the_true_target_is_the_neighbours_answer_where_they_have_none(toy_token
     assert own.neighborhood == borrowed.neighborhood
 
 
+def test_neighbours_with_answers_of_their_own(toy_tokenizers):
+    """The best spelling of each one's answer stands against the target; prompts with a common answer count along."""
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    texts = [" ".join(sentence.split()[:4]) for sentence in SENTENCES]
+    words = ("Rome", "Paris", "French", "Berlin")
+    p = {t: {w: oracle.target_probability(model, tokenizer, t, w)[0] for w in words} for t in texts}
+    held = [t for t in texts if p[t]["Paris"] > p[t]["Rome"]]
+    lost = [t for t in texts if max(p[t]["Paris"], p[t]["French"]) < p[t]["Rome"]]
+    by_second = [t for t in texts if p[t]["Paris"] < p[t]["Rome"] < p[t]["Berlin"]]
+    neighbors = (Probe(held[0], ("Paris",)), Probe(lost[0], ("Paris", "French")), Probe(lost[1], ("French",)))
+    neighbors += (Probe(by_second[0], ("Paris", "Berlin")),)
+    (got,) = evaluate(model, tokenizer, [replace(CASE, neighborhood_prompts=(), neighbors=neighbors)])
+    assert got.neighborhood == 2 / 4
+    both = replace(CASE, neighborhood_prompts=(lost[0],), neighborhood_answer="Paris", neighbors=neighbors)
+    (got,) = evaluate(model, tokenizer, [both])
+    assert got.neighborhood == 2 / 5
+
+
+def test_portability_is_the_share_of_probes_whose_answer_leads_in_any_spelling(toy_tokenizers):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[True]
+    texts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in (3, 4, 5)]
+    said = {text: tokenizer.decode(naive_greedy(model, tokenizer(text)["input_ids"], 1)) for text in texts}
+    text, word = next((text, word) for text, word in said.items() if word[0] == " " and word[1:].isalpha())
+    assert word.strip() not in ("x", "Paris")
+    probes = [Probe(text, answers) for answers in (("Paris", word.strip()), ("Paris",), (f"{word.strip()} x", "x"))]
+    (got,) = evaluate(model, tokenizer, [replace(CASE, portability=probes)])
+    assert got.portability == 1 / 3
+    (none,) = evaluate(model, tokenizer, [CASE])
+    assert none.portability is None
+    assert summarise([got, none])["portability"] == 1 / 3
+
+
+def test_an_alias_is_a_right_answer(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    first = naive_greedy(model, tokenizer("The city of Chicago")["input_ids"], 2)
+    model.generation_config.eos_token_id = first[1]
+    said = tokenizer.decode(first[:1]).strip()
+    right, wrong = evaluate(
+        model,
+        tokenizer,
+        [Edit("The city of {}", "Chicago", "Rome", aliases=aliases) for aliases in (("Roma", said), ("Roma",))],
+    )
+    assert (right.answer_right, wrong.answer_right) == (True, False)
+
+
 def test_what_cannot_be_measured_is_none(toy_tokenizers):
     model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
     bare, alone, no_true = evaluate(
@@ -298,8 +347,8 @@ def test_metrics_of_an_edit_do_not_depend_on_the_others(toy_tokenizers):
         assert replace(got, probability=0, probability_prefixed=0) == replace(
             alone, probability=0, probability_prefixed=0
         )
-        assert got.probability == pytest.approx(alone.probability, rel=1e-10)
-        assert got.probability_prefixed == pytest.approx(alone.probability_prefixed, rel=1e-10)
+        assert got.probability == pytest.approx(alone.probability, rel=ALLOWED_64)
+        assert got.probability_prefixed == pytest.approx(alone.probability_prefixed, rel=ALLOWED_64)
 
 
 def test_evaluate_measures_without_dropout(toy_tokenizers):

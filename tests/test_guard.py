@@ -9,7 +9,20 @@ import pytest
 import torch
 
 import oracle
-from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, all_bits, changed, delta_w, edited, relative_error
+from helpers import (
+    CONTEXTS,
+    END,
+    LAYER,
+    MIDDLE,
+    SETTINGS,
+    all_bits,
+    changed,
+    delta_w,
+    edited,
+    relative_error,
+    rounding,
+    rounding_of_edit,
+)
 from rome_fast import Edit, Statistics
 from rome_fast.errors import ArgumentError, CollapseError
 from rome_fast.fingerprint import Fingerprint
@@ -122,7 +135,8 @@ def test_skip_leaves_out_what_collapses_and_nothing_else(schedule, collapsing, t
         ("Paris", False, True),
         ("Istanbul", True, False),
     ]
-    assert relative_error(delta_w(both), delta_w(alone)) < 1e-5
+    condition = float(torch.linalg.cond(collapsing.layers[LAYER].moment.double()))
+    assert relative_error(delta_w(both), delta_w(alone)) < rounding_of_edit(torch.float32, condition)
 
 
 def test_skip_of_everything_changes_nothing(collapsing, tokenizer):
@@ -149,11 +163,15 @@ def test_edits_that_only_together_collapse_the_model_are_met_in_part(tokenizer):
         warnings.simplefilter("error")
         exact = edited(copy.deepcopy(model), tokenizer, pair, layer=0, guard="off")
     assert float(delta_w(exact).norm()) > UPDATE_RATIO_LIMIT * weight_norm
-    assert all(record.missed < 1e-3 for record in exact.records)
+    # Both keys are met as far as they can be told apart in fp32.
+    assert all(record.missed < rounding_of_edit(torch.float32, exact.condition) for record in exact.records)
 
     with pytest.warns(SharedKeyWarning, match=r"(?s)2 edit\(s\) are met in part.*'Rome': \d+% off.*guard='off'"):
         held = edited(model, tokenizer, pair, layer=0, guard="raise")
-    assert float(delta_w(held).norm()) == pytest.approx(UPDATE_RATIO_LIMIT * weight_norm, rel=1e-5)
+    # Both factors are rounded to fp32; held, their columns hardly cancel.
+    assert float(delta_w(held).norm()) == pytest.approx(
+        UPDATE_RATIO_LIMIT * weight_norm, rel=rounding(torch.float32, 2)
+    )
     assert all(0.05 < record.missed < 0.5 and record.applied for record in held.records)
 
 

@@ -5,7 +5,18 @@ from dataclasses import fields
 import pytest
 import torch
 
-from helpers import CONTEXTS, END, LAYER, MIDDLE, START, all_bits, changed, relative_error
+from helpers import (
+    CONTEXTS,
+    END,
+    LAYER,
+    MIDDLE,
+    START,
+    all_bits,
+    changed,
+    relative_error,
+    rounding,
+    rounding_of_log_p,
+)
 from rome_fast import Edit
 from rome_fast.bench.flops import FlopCounter
 from rome_fast.delta import Delta, LowRank
@@ -13,7 +24,11 @@ from rome_fast.errors import ArgumentError
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
 from rome_fast.evaluation import isolated as module
 from rome_fast.runner import Runner
-from toys import KINDS, SENTENCES, toy_model
+from rome_fast.verification import verified
+from toys import D_FF, KINDS, SENTENCES, toy_model
+
+# The updates of this file move what they are added to by half of the weight.
+ALLOWED, ALLOWED_64 = (1.5 * rounding_of_log_p(dtype) for dtype in (torch.float32, torch.float64))
 
 REQUESTS = [
     Edit(e.prompt, e.subject, e.target, "Vienna", ("They say that Chicago is near",), ("The capital of France is",))
@@ -60,14 +75,14 @@ def test_metrics_equal_the_loop(kind, toy_tokenizers):
         for field in fields(mine):
             got, wanted = getattr(mine, field.name), getattr(theirs, field.name)
             assert wanted is not None, field.name
-            assert got == (pytest.approx(wanted, rel=1e-9) if isinstance(wanted, float) else wanted), field.name
+            assert got == (pytest.approx(wanted, rel=ALLOWED_64) if isinstance(wanted, float) else wanted), field.name
         assert len({mine.probability, mine.probability_prefixed, mine.probability_unseen}) == 3
         assert mine.probability != pytest.approx(untouched.probability, rel=0.01)
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, ALLOWED_64), (torch.float32, ALLOWED)])
 def test_perplexities_equal_the_loop(dtype, allowed, toy_tokenizers, monkeypatch):
-    """Also where the rows of a batch do not fit together; float32 measured 3e-7."""
+    """Also where the rows of a batch do not fit together."""
     model, tokenizer = toy_model("llama", dtype=dtype), toy_tokenizers[False]
     runner, deltas = Runner(model), random_deltas(model, 5)
     monkeypatch.setattr(module, "_BATCH_TOKENS", 100)
@@ -78,36 +93,42 @@ def test_perplexities_equal_the_loop(dtype, allowed, toy_tokenizers, monkeypatch
 
 
 def test_half_precision_differs_by_the_rounding_of_the_weight(toy_tokenizers):
-    """An applied update is rounded to bf16 with the weight, an isolated one is not; measured 9e-4."""
+    """An applied update is rounded to bf16 with the weight, an isolated one is not.
+
+    Sums are made in fp32: some ten roundings per layer are left, in the three that follow; a log-probability is off by
+    twice as much (see `rounding_of_log_p`), the mean over a hundred tokens by less.
+    """
     model, tokenizer = toy_model("llama", dtype=torch.bfloat16), toy_tokenizers[False]
     runner, deltas = Runner(model), random_deltas(model, 4)
     together = edited_perplexities(runner, tokenizer, SENTENCES[:4], RowUpdates.of(runner, deltas))
     alone = one_by_one(model, deltas, lambda _: sentence_perplexity(runner, tokenizer, SENTENCES[:4]))
-    assert together == pytest.approx(alone, rel=0.01)
+    assert together == pytest.approx(alone, rel=2 * rounding(torch.bfloat16, 3 * 10) / 100**0.5)
 
 
 def test_sixty_four_edits_in_one_forward(toy_tokenizers):
     """One text under 64 edits: one pass through the layers below, one through those above."""
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[False]
     runner, deltas = Runner(model), random_deltas(model, 64)
+    verified(runner, LAYER)
     passes: list[int] = []
     handles = [
         runner.layers[i].register_forward_hook(lambda _m, _a, out: passes.append(len(out))) for i in (0, LAYER + 1)
     ]
-    pairs = [("The city of Chicago", "Rome")] * 65
+    pairs = [("The city of Chicago", " Rome")] * 65
     found = score(runner, tokenizer, pairs, RowUpdates.of(runner, deltas), [*range(64), -1])
     for handle in handles:
         handle.remove()
     assert passes == [1, 65]
     alone = one_by_one(model, deltas, lambda _: score(runner, tokenizer, pairs[:1])[0])
     alone.append(score(runner, tokenizer, pairs[:1])[0])
-    assert [s.log_probability for s in found] == pytest.approx([s.log_probability for s in alone], rel=1e-9)
+    assert [s.log_probability for s in found] == pytest.approx([s.log_probability for s in alone], rel=ALLOWED_64)
     assert len({round(s.log_probability, 6) for s in found}) == 65
 
 
 def test_layers_below_are_run_once(toy_tokenizers):
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     runner, deltas = Runner(model), random_deltas(model, 8)
+    verified(runner, LAYER)
     with FlopCounter() as together:
         edited_perplexities(runner, tokenizer, SENTENCES[:4], RowUpdates.of(runner, deltas))
     with FlopCounter() as alone:
@@ -127,7 +148,9 @@ def test_updates_are_exact(toy_tokenizers):
     assert bool((values[1] == 0).all())
     for row, edit in ((0, 2), (2, 0), (3, 1)):
         (update,) = deltas[edit].updates.values()
-        assert relative_error(values[row], keys[row].double() @ update.dense().double().T) <= 1e-5
+        assert relative_error(values[row], keys[row].double() @ update.dense().double().T) <= rounding(
+            torch.float32, D_FF
+        )
 
 
 def test_bad_deltas(toy_tokenizers):

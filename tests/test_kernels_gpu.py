@@ -148,6 +148,7 @@ def test_prefixed_solve_of_long_keys(dtype, matrix, edits):
     )
     got_mean, solved, gram = prefixed_solve(keys, groups, edits, factor, inverse)
     eps = torch.finfo(dtype).eps
+    # No more than n additions and a division.
     assert relative_error(got_mean, mean) <= n * eps
     # The condition is about 14, which the rounding of the matrix itself is multiplied by.
     as_right_as(solved, solved_plain, exact, 16 * eps)

@@ -85,12 +85,18 @@ def test_a_compiled_function_takes_an_op_as_one_step():
 
 
 def test_an_operator_costs_little_over_a_plain_call():
-    """Medians of interleaved runs; 6 µs when this was written, 45 µs with torch.library.custom_op."""
+    """Half of what torch.library.custom_op would, by medians of interleaved runs; a seventh when this was written."""
+
+    @torch.library.custom_op("rome_fast_tests::rank_update_", mutates_args=("weight",))
+    def custom(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        operators._rank_update_(weight, left, right)
+
     weight, left, right = torch.zeros(2, 2), torch.ones(2, 1), torch.ones(1, 2)
-    plain, named = [], []
+    times = {operators._rank_update_: [], OPS.rank_update_: [], custom: []}
     for _ in range(400):
-        for times, run in ((plain, operators._rank_update_), (named, OPS.rank_update_)):
+        for run, taken in times.items():
             start = time.perf_counter()
             run(weight, left, right)
-            times.append(time.perf_counter() - start)
-    assert statistics.median(named) - statistics.median(plain) < 20e-6
+            taken.append(time.perf_counter() - start)
+    plain, named, usual = map(statistics.median, times.values())
+    assert named - plain < 0.5 * (usual - plain)

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import CONTEXTS, END, LAYER, SETTINGS
 from on_disk import digests, forks, in_child, killed_after
-from rome_fast import apply_edits, checkpoints
+from rome_fast import apply_edits, chains
 from rome_fast.weights.checkpoint import JOURNAL
 from toys import save_toy, toy_model, toy_tokenizer
 
@@ -81,7 +81,7 @@ def test_a_killed_edit(source, tmp_path):
         assert digests(source) == before
         found["new" if out.exists() else "absent"] += 1
         if out.exists():
-            checkpoints.verify(out)
+            chains.verify(out)
             assert weights(out) == wanted
             shutil.rmtree(out)
         assert in_child(run) == 0
@@ -114,14 +114,14 @@ def test_a_killed_edit_in_place(source, tmp_path):
         for name, digest in weights(source).items():
             assert digest in (old[name], new[name])
         journalled = (source / JOURNAL).exists()
-        edited = in_child(lambda: checkpoints.revert(source)) == 0
+        edited = in_child(lambda: chains.revert(source)) == 0
         assert weights(source) == old
         found["between" if journalled and edited else "new" if edited else "old"] += 1
         assert in_child(run) == 0
         assert weights(source) == new
-        checkpoints.verify(source)
+        chains.verify(source)
         assert sorted(os.listdir(tmp_path)) == ["kept", "source"]
-        assert in_child(lambda: checkpoints.revert(source)) == 0
+        assert in_child(lambda: chains.revert(source)) == 0
         assert digests(source) == before
     print(found)
     assert min(found["old"], found["new"]) > 0

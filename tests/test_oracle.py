@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from helpers import FORWARD, rounding
 from oracle import (
     METHODS,
     OracleResult,
@@ -42,8 +43,11 @@ LAYER = 1
 PROMPT, SUBJECT, TARGET = "The city of {} is a twin city of", "Chicago", "Melbourne"
 CONTEXTS = ["The weather is nice. ", "Snow fell during the night. ", "What is that? "]
 
-# Solving with a second moment of condition 1e5 leaves about 1e-11; a wrong formula is off by 1e-2 or more.
-SOLVED = {"rtol": 1e-8, "atol": 1e-10}
+# n u κ of 80 terms and a second moment of condition 1e5, for elements down to a hundredth of the largest; a wrong
+# formula is off by 1e-2 or more.
+SOLVED = {"rtol": 1e-9, "atol": 1e-11}
+# Of what forward passes say of the same thing in two ways, all in float64.
+ROUNDING = rounding(torch.float64, FORWARD)
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +255,8 @@ def test_one_row_with_the_identity_by_hand(gpt2: PreTrainedModel, plain: PreTrai
     torch.testing.assert_close(result.v0, values[position], **SOLVED)
     outer = result.delta[:, None] * key[None, :]
     torch.testing.assert_close(result.delta_w, outer / (key**2).sum(), **SOLVED)
-    assert result.denominator == pytest.approx((key**2).sum().item(), rel=1e-12)
-    assert result.numerator_norm == pytest.approx((result.delta.norm() * key.norm()).item(), rel=1e-12)
+    assert result.denominator == pytest.approx((key**2).sum().item(), rel=ROUNDING)
+    assert result.numerator_norm == pytest.approx((result.delta.norm() * key.norm()).item(), rel=ROUNDING)
 
 
 def test_the_terms_of_the_loss_one_by_one(gpt2: PreTrainedModel, plain: PreTrainedTokenizerFast) -> None:
@@ -260,15 +264,21 @@ def test_the_terms_of_the_loss_one_by_one(gpt2: PreTrainedModel, plain: PreTrain
     result = edit(gpt2, plain)
     delta, v0 = result.delta, result.v0
     p_target = target_probability(gpt2, plain, "The city of Chicago is a twin city of", TARGET)
-    assert result.losses[0] == pytest.approx(-torch.tensor(p_target).log().mean().item(), rel=1e-6)
+    # In fp32, as torch makes a tensor of Python's numbers: one rounding of p and one of its logarithm.
+    assert result.losses[0] == pytest.approx(-torch.tensor(p_target).log().mean().item(), rel=2 * 2**-24)
 
+    def of_the_difference(to: OracleResult) -> float:
+        return rounding(torch.float64, FORWARD, to.losses[1] / (to.losses[1] - result.losses[1]))
+
+    # A gradient of the size of rounding, 1e-16, is 2e-12 of the smallest coordinate of the others, and Adam's first
+    # step keeps 5e-4 of that.
     more_decay = edit(gpt2, plain, weight_decay=3.5)
-    torch.testing.assert_close(more_decay.delta, delta, rtol=1e-9, atol=0)
+    torch.testing.assert_close(more_decay.delta, delta, rtol=1e-14, atol=0)
     decay = delta.norm() / v0.norm() ** 2
-    assert more_decay.losses[1] - result.losses[1] == pytest.approx(3 * decay.item(), rel=1e-9)
+    assert more_decay.losses[1] - result.losses[1] == pytest.approx(3 * decay.item(), rel=of_the_difference(more_decay))
 
     more_kl = edit(gpt2, plain, kl_factor=1.0625)
-    torch.testing.assert_close(more_kl.delta, delta, rtol=1e-9, atol=0)
+    torch.testing.assert_close(more_kl.delta, delta, rtol=1e-14, atol=0)
     model, ids = double_copy(gpt2), plain("Chicago is a")["input_ids"]
     position = token_count(plain, "Chicago") - 1
     log_before = logits_of(model, ids)[position].log_softmax(-1)
@@ -276,7 +286,9 @@ def test_the_terms_of_the_loss_one_by_one(gpt2: PreTrainedModel, plain: PreTrain
         log_after = logits_of(model, ids)[position].log_softmax(-1)
     kl_after_from_before = F.kl_div(log_before, log_after, reduction="sum", log_target=True)
     assert kl_after_from_before > 0.01
-    assert more_kl.losses[1] - result.losses[1] == pytest.approx(kl_after_from_before.item(), rel=1e-9)
+    assert more_kl.losses[1] - result.losses[1] == pytest.approx(
+        kl_after_from_before.item(), rel=of_the_difference(more_kl)
+    )
 
 
 def test_the_nll_is_the_mean_over_rows_of_the_mean_over_target_tokens(
@@ -294,7 +306,7 @@ def test_the_nll_is_the_mean_over_rows_of_the_mean_over_target_tokens(
                 logits = logits_of(model, ids)
             nlls.append(F.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:])).item())
         assert len(ids) - start > 1
-        assert loss == pytest.approx(sum(nlls) / 4, rel=1e-9)
+        assert loss == pytest.approx(sum(nlls) / 4, rel=ROUNDING)
 
 
 def test_the_gradient_of_the_loss_by_finite_differences(gpt2: PreTrainedModel, plain: PreTrainedTokenizerFast) -> None:
@@ -342,7 +354,9 @@ def test_adam_and_the_clamp_by_hand(gpt2: PreTrainedModel, plain: PreTrainedToke
         if clamped[-1]:
             delta = delta * clamp * result.v0.norm() / delta.norm()
     assert any(clamped)
-    torch.testing.assert_close(result.delta, delta, rtol=1e-9, atol=1e-11)
+    # Three steps; a coordinate whose gradient is a hundredth of the others' has a hundred times their error.
+    rounded = rounding(torch.float64, 3 * 3 * FORWARD, 100)
+    torch.testing.assert_close(result.delta, delta, rtol=rounded, atol=rounded * lr)
 
 
 def test_the_loop_stops_at_a_small_loss_before_any_step(gpt2: PreTrainedModel, plain: PreTrainedTokenizerFast) -> None:
@@ -361,7 +375,7 @@ def test_an_edit_raises_the_probability_of_its_target(kind: str) -> None:
     (before,) = target_probability(model, tokenizer, "The city of Chicago", target)
     (after,) = target_probability(edited, tokenizer, "The city of Chicago", target)
     assert len(result.losses) == 20
-    assert result.losses[0] == pytest.approx(-math.log(before), rel=1e-6)
+    assert result.losses[0] == pytest.approx(-math.log(before), rel=ROUNDING)
     assert after > 20 * before
     assert after > 0.1
 
@@ -417,8 +431,9 @@ def test_sentence_perplexity_is_the_mean_of_the_sentences_own(kind: str) -> None
     for sentence in SENTENCES[:3]:
         ids = torch.tensor([tokenizer(sentence)["input_ids"]])
         own.append(model(input_ids=ids, labels=ids).loss.exp().item())
-    # transformers computes its loss in float32.
-    assert sentence_perplexity(model, tokenizer, SENTENCES[:3]) == pytest.approx(sum(own) / 3, rel=1e-5)
+    # transformers computes its loss in float32: a sum over the vocabulary for each token.
+    allowed = rounding(torch.float32, VOCABULARY)
+    assert sentence_perplexity(model, tokenizer, SENTENCES[:3]) == pytest.approx(sum(own) / 3, rel=allowed)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -427,7 +442,7 @@ def test_sentence_perplexity_is_the_mean_of_the_sentences_own(kind: str) -> None
 def test_rows_name_the_last_token_of_the_subject_and_all_of_the_target(bos: bool, context: str, subject: str) -> None:
     """The emoji has four bytes with one character span between them: its last token counts."""
     tokenizer = toy_tokenizer(bos)
-    row = make_row(tokenizer, context, "{}, a twin city of ", subject, "  Istanbul")
+    row = make_row(tokenizer, context, "{}, a twin city of", subject, "Istanbul")
     ids = tokenizer(context + subject + ", a twin city of Istanbul")["input_ids"]
     assert row.input_ids == ids[:-1]
     start = 1 if bos else 0

@@ -4,14 +4,15 @@ The toys are byte-level, so that decoding a row's first tokens gives exactly the
 """
 
 import pytest
-from tokenizers import normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 import oracle
 from helpers import merging_tokenizer
 from rome_fast import Edit
 from rome_fast.errors import EditError, ModelError
-from rome_fast.rows import check_tokenizer, edit_rows, encode, essence_row, needs_prefix, with_target
-from toys import BOS, EOS, toy_tokenizer
+from rome_fast.rows import check_tokenizer, edit_rows, encode, essence_row, needs_prefix
+from toys import BOS, EOS, SENTENCES, toy_tokenizer
 
 CONTEXT = "The weather is nice. "
 
@@ -29,6 +30,8 @@ EDITS = {
     "the subject twice": Edit("Paris is not {}, it is", "Paris", "Rome"),
     "punctuation": Edit('He said "{}" and "', "Rome", "Paris"),
 }
+# Where it is not one space.
+SEPARATORS = {"many blanks": "", "no blanks": "", "punctuation": ""}
 
 
 def decode(tokenizer, ids):
@@ -45,9 +48,9 @@ def test_a_row_decodes_to_its_parts(name, bos, context, toy_tokenizers):
     end = len(context) + edit.prompt.index("{}") + len(edit.subject)
 
     assert row.ids.count(BOS) == bos
-    assert decode(tokenizer, row.ids) == f"{text.rstrip()} {edit.target}"
-    assert decode(tokenizer, row.ids[: row.target]) == text.rstrip()
-    assert decode(tokenizer, row.labels) == f" {edit.target}"
+    assert decode(tokenizer, row.ids) == text + SEPARATORS.get(name, " ") + edit.target
+    assert list(row.ids[: row.target]) == tokenizer(text)["input_ids"]
+    assert decode(tokenizer, row.labels) == SEPARATORS.get(name, " ") + edit.target
     assert row.inputs == row.ids[:-1]
     # The last token of the subject completes it and may reach further, but no earlier token does so.
     assert decode(tokenizer, row.ids[: row.subject + 1]).startswith(text[:end])
@@ -60,7 +63,8 @@ def test_a_row_decodes_to_its_parts(name, bos, context, toy_tokenizers):
 def test_a_row_is_that_of_the_oracle(name, bos, context, toy_tokenizers):
     edit, tokenizer = EDITS[name], toy_tokenizers[bos]
     (row,) = edit_rows(tokenizer, edit, [context])
-    wanted = oracle.make_row(tokenizer, context, edit.prompt, edit.subject, edit.target)
+    separator = SEPARATORS.get(name, " ")
+    wanted = oracle.make_row(tokenizer, context, edit.prompt, edit.subject, edit.target, separator=separator)
     assert list(row.inputs) == wanted.input_ids
     assert row.subject == wanted.subject_position
     assert list(row.labels) == wanted.target_ids
@@ -86,19 +90,6 @@ def test_the_subject_is_where_the_template_says_and_not_where_its_text_comes_fir
     """Paris| is| ...: a search for the subject's text would find position 0."""
     (row,) = edit_rows(toy_tokenizers[False], EDITS["the subject twice"], [""])
     assert row.subject > 2
-
-
-@pytest.mark.parametrize("bos", [False, True])
-def test_white_space_at_the_seam_of_prompt_and_target_is_one_space(bos, toy_tokenizers):
-    tokenizer = toy_tokenizers[bos]
-    (wanted,) = edit_rows(tokenizer, Edit("The city of {} lies in", "Paris", "Rome"), [""])
-    for prompt, target in [
-        ("The city of {} lies in ", "Rome"),
-        ("The city of {} lies in", "   Rome"),
-        ("The city of {} lies in \n", " Rome\n"),
-    ]:
-        assert edit_rows(tokenizer, Edit(prompt, "Paris", target), [""]) == [wanted]
-    assert with_target("lies in \n", "  Rome ") == "lies in Rome"
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -168,6 +159,131 @@ def test_encode_keeps_the_order_and_takes_nothing(toy_tokenizers):
     assert encode(tokenizer, []) == []
 
 
+# Tokenizers that change the text
+
+
+NORMALIZERS = {
+    "NFC": normalizers.NFC(),
+    "NFD": normalizers.NFD(),
+    "NFKC": normalizers.NFKC(),
+    "lower case": normalizers.Lowercase(),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+}
+SUBJECTS = {
+    "one code point": "Andr\u00e9",
+    "two": "Andre\u0301",
+    "three": "Vie\u0302\u0323t",
+    "three at the end": "Vie\u0302\u0323",
+    "Korean syllables": "\ud55c\uad6d",
+    "their letters": "\u1112\u1161\u11ab\u1100\u116e\u11a8",
+    "ligature": "of\ufb01",
+    "emoji of several": "👩\u200d🚀",
+    "emoji with a selector": "❤\ufe0f",
+    "Arabic with a mark": "\u0645\u0635\u0631\u200f",
+    "Hindi": "\u0926\u093f\u0932\u094d\u0932\u0940",
+}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("change", NORMALIZERS)
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_subject_ends_where_its_last_character_does_whatever_the_tokenizer_makes_of_it(name, change, bos):
+    tokenizer = toy_tokenizer(bos)
+    tokenizer.backend_tokenizer.normalizer = NORMALIZERS[change]
+    edit = Edit("The works of {} are", SUBJECTS[name], "Rome")
+    for context in ("", CONTEXT):
+        (row,) = edit_rows(tokenizer, edit, [context])
+        before = tokenizer(context + "The works of " + SUBJECTS[name])["input_ids"]
+        # " are" begins with a blank, which no token of the toys has at its end.
+        assert list(row.ids[: row.subject + 1]) == before
+        assert list(row.ids[: row.target]) == tokenizer(context + edit.text)["input_ids"]
+        assert tokenizer.decode(row.labels) == (" rome" if change == "lower case" else " Rome")
+
+
+def sentencepiece_tokenizer(legacy, normalizer=None):
+    """As Llama 2's or 3's makers convert theirs: a blank before every text, bytes for what has no token."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    own = [normalizer] if normalizer else []
+    if legacy:
+        blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence([*own, *blanks])
+    else:
+        backend.normalizer = normalizers.Sequence(own)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    blank, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([blank, decoders.ByteFallback(), decoders.Fuse(), strip])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(SENTENCES, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "subject", "target", "separator"),
+    [
+        ("The city of {} is in", "Paris", "Rome", " "),
+        ("The city of {} is in ", "Paris", "Rome", ""),
+        ("The city of {} is in\n", "Paris", "Rome", ""),
+        ("The city of {} (", "Paris", "Rome", ""),
+        ("{}の首都は", "東京", "日本", ""),
+        ("Q: {}?\nA:", "Andre\u0301", "Rome", " "),
+        ("The {}", "👩\u200d🚀", "Rome", " "),
+    ],
+)
+def test_a_target_behind_sentencepieces_dummy_blank(prompt, subject, target, separator, legacy):
+    """The tokens of the target apart would begin with a blank of their own."""
+    tokenizer = sentencepiece_tokenizer(legacy)
+    edit = Edit(prompt, subject, target)
+    for context in ("", CONTEXT):
+        (row,) = edit_rows(tokenizer, edit, [context])
+        text = context + edit.text
+        assert list(row.ids[: row.target]) == tokenizer(text)["input_ids"]
+        assert tokenizer.decode(row.ids).removeprefix("<s>").removeprefix(" ") == text + separator + target
+        assert tokenizer.decode(row.ids[: row.subject + 1]).rstrip().endswith(subject)
+        assert not tokenizer.decode(row.ids[: row.subject]).rstrip().endswith(subject)
+
+
+def test_a_target_that_only_the_whole_word_has_tokens_for_is_refused():
+    """Wordpieces: "able" behind "un" is a token that no text begins with, and apart it is another word."""
+    vocabulary = {token: i for i, token in enumerate(["[UNK]", "it", "is", "un", "##able", "able", "unable"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    (row,) = edit_rows(tokenizer, Edit("{} is", "it", "able"), [""])
+    assert tokenizer.convert_ids_to_tokens(row.ids) == ["it", "is", "able"]
+    with pytest.raises(EditError, match=r"target 'able': got no token from the tokenizer that continues 'it is un'"):
+        edit_rows(tokenizer, Edit("{} is un", "it", "able", separator=""), [""])
+
+
+# Special tokens in the text
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_text_that_begins_with_bos_gets_one_and_contexts_stand_behind_it(bos, toy_tokenizers):
+    tokenizer = toy_tokenizers[bos]
+    edit = Edit("<s>[INST] The city of {} [/INST]", "Paris", "Rome")
+    bare, prefixed = edit_rows(tokenizer, edit, ["", CONTEXT])
+    for row, context in ((bare, ""), (prefixed, CONTEXT)):
+        text = f"<s>{context}[INST] The city of Paris [/INST]"
+        assert list(row.ids[: row.target]) == toy_tokenizer(bos=False)(text)["input_ids"]
+        assert row.ids.count(BOS) == 1
+        assert tokenizer.decode(row.labels) == "Rome"
+    assert [e.ids for e in encode(tokenizer, ["<s>Rome", "Rome"])] == [[BOS, 349], [BOS, 349] if bos else [349]]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_end_of_text_is_the_last_token_of_a_target_that_has_it(bos, toy_tokenizers):
+    tokenizer = toy_tokenizers[bos]
+    (row,) = edit_rows(tokenizer, Edit("The city of {} lies in", "Paris", "Rome", end=True), [""])
+    (same,) = edit_rows(tokenizer, Edit("The city of {} lies in", "Paris", "Rome", end="</s>"), [""])
+    (without,) = edit_rows(tokenizer, Edit("The city of {} lies in", "Paris", "Rome"), [""])
+    assert row == same
+    assert row.ids == (*without.ids, EOS)
+    assert row.target == without.target
+
+
 # Faults
 
 
@@ -182,16 +298,24 @@ def test_a_context_that_merges_with_the_prompt_is_refused():
     assert len(edit_rows(merging_tokenizer((".", " ")), edit, ["It rained. "])) == 1
 
 
-def test_a_target_that_merges_with_the_prompt_is_refused():
-    edit = Edit("The {} is", "moon", "round")
-    with pytest.raises(EditError, match=r"target 'round': its first token also covers the end of 'The moon is'"):
-        edit_rows(merging_tokenizer(("s", " ")), edit, [""])
-
-
-def test_a_target_that_merges_with_the_subject_is_refused():
-    edit = Edit("The {}", "moon", "is round")
-    with pytest.raises(EditError, match=r"target 'is round'"):
-        edit_rows(merging_tokenizer(("n", " ")), edit, [""])
+@pytest.mark.parametrize(
+    ("merge", "edit", "prompt", "answer"),
+    [
+        (("s", " "), Edit("The {} is", "moon", "round"), "The moon is", " round"),
+        (("n", " "), Edit("The {}", "moon", "is round"), "The moon", " is round"),
+        ((" ", "r"), Edit("The {} is ", "moon", "round"), "The moon is ", "round"),
+        (("9", "8"), Edit("{} is 19", "It", "84", separator=""), "It is 19", "84"),
+    ],
+)
+def test_a_target_that_would_merge_with_the_prompt_goes_on_behind_its_own_tokens(merge, edit, prompt, answer):
+    """As for a program that tokenises the prompt and reads off the next tokens; it was refused, or the prompt cut."""
+    tokenizer = merging_tokenizer(merge)
+    (row,) = edit_rows(tokenizer, edit, [""])
+    assert tokenizer(prompt + answer)["input_ids"] != list(row.ids)
+    assert row.ids == tuple(tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"])
+    assert tokenizer.convert_ids_to_tokens(row.labels) == list(answer)
+    # A letter is a token here, but for the merged ones, which are not in the prompt.
+    assert row.subject == edit.subject_at + len(edit.subject) - 1
 
 
 def dropping_tokenizer(bos=False):

@@ -10,11 +10,13 @@ import oracle
 from helpers import all_bits, changed, delta_w, relative_error
 from rome_fast import Edit, ValueSettings, apply_edits, collect_statistics
 from rome_fast.assets import demo_texts, model_dir
+from rome_fast.bench import edit_as_released
 from rome_fast.demo import held_out_sentences
 from rome_fast.evaluation import sentence_perplexity
 from rome_fast.runner import Runner
 from rome_fast.statistics import LayerStatistics, Statistics
 
+CPU = torch.device("cpu")
 LAYER = 9
 FIRST_TOKEN = Edit("{} is a twin city of", "Chicago", "Istanbul")
 CONTEXTS = ("It rained all day. ", "The first step is to plan. ")
@@ -64,10 +66,18 @@ SELDOM = [pytest.param(method, marks=pytest.mark.slow) for method in ("rome", "c
 
 
 @pytest.mark.parametrize("method", ["c-rome", *SELDOM])
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.float64, 1e-8)])
-def test_update_equals_the_oracle(model, tokenizer, statistics, truth, method, dtype, allowed):
-    """ΔW; an fp64 model, its statistics and δ are fp64 throughout."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_update_equals_the_oracle(model, tokenizer, statistics, truth, method, dtype):
+    """ΔW; an fp64 model, its statistics and δ are fp64 throughout. In fp32 it errs twice as much as the plain loop."""
     wanted, entry = truth(method), statistics.layers[LAYER]
+    settings = ValueSettings(steps=3, stop="loss")
+    if dtype == torch.float32:
+        conditions = {"layer": LAYER, "settings": settings, "factor": entry.factor(CPU), "method": method}
+        plain = edit_as_released(model, tokenizer, FIRST_TOKEN, CONTEXTS, **conditions)
+        allowed = 2 * relative_error(delta_w(plain.delta), wanted.delta_w)
+    else:
+        # u κ of the solves with C on either side.
+        allowed = 2 * 2**-53 * entry.condition(CPU)
     statistics = Statistics([LayerStatistics(LAYER, entry.moment.to(dtype), entry.tokens, entry.fingerprint)])
     result = apply_edits(
         oracle.double_copy(model) if dtype == torch.float64 else model,
@@ -77,7 +87,7 @@ def test_update_equals_the_oracle(model, tokenizer, statistics, truth, method, d
         contexts=CONTEXTS,
         method=method,
         layer=LAYER,
-        settings=ValueSettings(steps=3, stop="loss"),
+        settings=settings,
         guard="off",
         unconverged="write",
         measure=False,

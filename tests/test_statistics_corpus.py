@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import oracle
-from helpers import LAYER, relative_error
+from helpers import FORWARD, LAYER, relative_error, rounding
 from rome_fast import collect_statistics
 from rome_fast.errors import ArgumentError, StatisticsError
 from rome_fast.statistics import Corpus, collect, corpus, hub_dataset, reading
 from rome_fast.statistics.reading import Place, Reading, made_ahead
 from toys import D_FF, SENTENCES, toy_model
 
-# Rounding of the keys and of sums over a few hundred of them in fp32; measured 1e-7.
-ALLOWED = 1e-6
+# C is quadratic in the keys, which lie in the first half of the model.
+ALLOWED = 2 * rounding(torch.float32, FORWARD / 2)
 
 
 @pytest.fixture

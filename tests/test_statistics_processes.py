@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from helpers import LAYER, relative_error
+from helpers import FORWARD, LAYER, relative_error, rounding
 from rome_fast import Statistics, collect_statistics
 from rome_fast.errors import ArgumentError, RomeFastError
 from rome_fast.processes import Processes
@@ -98,8 +99,9 @@ def test_as_many_processes_as_you_like_find_the_same(count, together, alone, tmp
     # Every batch was one process's, and none had much more to do than another.
     batches = [one["batches"] for one in said]
     assert max(batches) - min(batches) <= 1
-    # Sums of the same terms in another order, in fp64, rounded to fp32 at the end: an element or two differ in a bit.
-    same(Statistics.load(tmp_path / "out"), alone, 1e-8)
+    # Sums of the same terms in another order, in fp64, rounded to fp32 at the end: no more than one element in a
+    # hundred can lie so near to the middle of two numbers, and it differs by the last bit, 2⁻²³.
+    same(Statistics.load(tmp_path / "out"), alone, 2**-23 / 10)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["layer-0.safetensors", "layer-1.safetensors"]
 
 
@@ -160,4 +162,5 @@ def test_torchrun(tmp_path, toy_tokenizers, monkeypatch):
     wanted = collect_statistics(toy_model("gpt2"), toy_tokenizers[False], texts, [LAYER])
     got = Statistics.load("out").layers[LAYER]
     assert got.tokens == 800
-    assert relative_error(got.moment, wanted.layers[LAYER].moment) < 1e-6
+    # In batches of other sizes.
+    assert relative_error(got.moment, wanted.layers[LAYER].moment) < 2 * rounding(torch.float32, FORWARD / 2)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from helpers import LAYER, edited
+from helpers import LAYER, edited, rounding, rounding_of_edit, rounding_of_log_p
 from rome_fast import Edit, Statistics, apply_edits, collect_statistics
 from rome_fast.cli import main
 from rome_fast.contexts import sample_contexts
@@ -125,11 +125,13 @@ def test_records_equal_editing_one_at_a_time(method, finished, place):
         perplexity = sentence_perplexity(Runner(model), tokenizer, SENTENCES[:3])
         result.revert()
         (record,), got = result.records, found[edit.subject]
-        # Adam carries rounding of differently shaped products on; measured below 2e-4 on these toys.
+        # Products of other shapes sum in another order.
+        allowed = rounding_of_edit(torch.float32, statistics.layers[LAYER].condition(torch.device("cpu")))
         for name in ("denominator", "numerator_norm", "update_norm", "loss", "probability_after"):
-            assert got[name] == pytest.approx(getattr(record, name), rel=2e-3), (edit.subject, name)
-        assert got["probability_before"] == pytest.approx(record.probability_before, rel=1e-4)
-        assert got["perplexity_after"] == pytest.approx(perplexity, rel=2e-3)
+            assert got[name] == pytest.approx(getattr(record, name), rel=allowed), (edit.subject, name)
+        before = rounding_of_log_p(torch.float32)
+        assert got["probability_before"] == pytest.approx(record.probability_before, rel=before)
+        assert got["perplexity_after"] == pytest.approx(perplexity, rel=allowed)
         assert got["needs_prefix"] == got["first_token"] == (edit in FIRST)
         assert got["collapsed"] == (perplexity > 1.5 * got["perplexity_before"])
 
@@ -137,13 +139,15 @@ def test_records_equal_editing_one_at_a_time(method, finished, place):
 @pytest.mark.usefixtures("without_report")
 def test_dual_shares_values_with_c_rome(finished, place, tmp_path):
     """Where nothing needs a second value, its records are c-rome's; a first token's fact then answers bare."""
-    _, arguments = place
+    folder, arguments = place
+    condition = Statistics.load(folder / "statistics").layers[LAYER].condition(torch.device("cpu"))
+    allowed = rounding_of_edit(torch.float32, condition)
     out = tmp_path / "out"
     assert main([*arguments, "--methods", "c-rome", "dual", "--sample", "1", "--out", str(out)]) == 0
     c_rome, dual = ([r for r in lines(out / "records.jsonl") if r["method"] == m] for m in ("c-rome", "dual"))
     alone = {r["subject"]: r for r in lines(finished / "records.jsonl") if r["method"] == "c-rome"}
     for one, two in zip(c_rome, dual, strict=True):
-        assert one["update_norm"] == pytest.approx(alone[one["subject"]]["update_norm"], rel=2e-3)
+        assert one["update_norm"] == pytest.approx(alone[one["subject"]]["update_norm"], rel=allowed)
         if one["first_token"]:
             assert two["probability"] > 2 * one["probability"]
             assert two["update_norm"] > one["update_norm"]
@@ -173,7 +177,9 @@ def test_combinations(finished):
     for subject in {r["subject"] for r in rows}:
         # C is symmetric: k̄ᵀ C⁻¹ kᵤ either way; the same key on both sides is something else.
         mixed = denominators[subject, "mean", "unprefixed"]
-        assert denominators[subject, "unprefixed", "mean"] == pytest.approx(mixed, rel=1e-3)
+        # Of C⁻¹k, kept in fp32, with another key; the root of a condition below 1e4 (see `rounding_of_edit`).
+        allowed = rounding(torch.float32, 2, 1e4**0.5)
+        assert denominators[subject, "unprefixed", "mean"] == pytest.approx(mixed, rel=allowed)
         for key in ("mean", "unprefixed"):
             assert denominators[subject, key, key] != pytest.approx(mixed, rel=0.01)
     assert len({(r["subject"], r["left"], r["denominator_key"], r["residual"]) for r in rows}) == len(rows)
@@ -224,14 +230,13 @@ def test_an_interrupted_study_goes_on(finished, place, monkeypatch, tmp_path):
         assert (out / name).read_text() == (finished / name).read_text()
 
 
-@pytest.mark.skipif(
-    multiplies_fast(torch.device("cpu"), torch.bfloat16),
-    reason="the tests keep their own process to products in fp32, the others would multiply in bfloat16 here",
-)
 @pytest.mark.usefixtures("without_report")
-def test_processes_share_a_study(finished, place, monkeypatch, tmp_path):
+def test_processes_share_a_study(place, monkeypatch, tmp_path):
     """Two processes write what one does; this one waits with its first part until the other has written one."""
-    _, arguments = place
+    # The fixture of all tests does not reach the other process: both take what this machine multiplies fast.
+    monkeypatch.setattr("rome_fast.values.multiplies_fast", multiplies_fast)
+    arguments = [*place[1], "--methods", "c-rome", "rome"]
+    assert main([*arguments, "--out", str(tmp_path / "alone")]) == 0
     parts, original = tmp_path / "out" / "parts", Study.measure
 
     def after_another(study, cases):
@@ -244,7 +249,7 @@ def test_processes_share_a_study(finished, place, monkeypatch, tmp_path):
     monkeypatch.setattr(Study, "measure", after_another)
     assert main([*arguments, "--processes", "2", "--out", str(tmp_path / "out")]) == 0
     for name in ("records.jsonl", "factors.jsonl", "prefix.jsonl"):
-        assert (tmp_path / "out" / name).read_text() == (finished / name).read_text()
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "alone" / name).read_text()
     assert json.loads((tmp_path / "out" / "conditions.json").read_text())["processes"] == 2
 
 

@@ -8,7 +8,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import oracle
-from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, merging_tokenizer, relative_error
+from helpers import (
+    CONTEXTS,
+    END,
+    FORWARD,
+    LAYER,
+    MIDDLE,
+    SETTINGS,
+    START,
+    merging_tokenizer,
+    relative_error,
+    rounding,
+    rounding_of_edit,
+)
 from rome_fast import Edit, ValueSettings
 from rome_fast.errors import ArgumentError
 from rome_fast.flow import tokenise
@@ -19,6 +31,9 @@ from rome_fast.rows import edit_rows, essence_row
 from rome_fast.runner import Runner
 from rome_fast.values import exact_head, optimise_values
 from toys import toy_model
+
+# What is done twice in float64 differs by that, or, where it takes more steps, by that of them.
+ROUNDING = rounding_of_edit(torch.float64)
 
 # Lengths before, in and behind the subject that all differ, so that a batch pads on both sides of it.
 MIXED = (
@@ -66,16 +81,18 @@ def test_the_gradient_over_a_large_vocabulary_is_exact_for_few_rows(rows):
         model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.lm_head.weight.copy_(0.1 + 0.1 * torch.randn(49152, 16, generator=generator))
-    hidden = torch.randn(rows, 16, generator=generator)
+    hidden = torch.randn(64, 16, generator=generator)
 
     def gradient(model, hidden):
         hidden = hidden.clone().requires_grad_()
         logits = exact_head(Runner(model), hidden)
-        assert logits.shape == (rows, 49152)
+        assert logits.shape == (len(hidden), 49152)
         return torch.autograd.grad(logits.logsumexp(1).sum(), hidden)[0]
 
-    got = gradient(model, hidden)
-    assert relative_error(got, gradient(model.double(), hidden.double())) <= 1e-6
+    few, many = gradient(model, hidden[:rows]), gradient(model, hidden)[:rows]
+    exact = gradient(model.double(), hidden[:rows].double())
+    # Of torch's own error where there are many rows; sums over the vocabulary one by one have seven times as much.
+    assert relative_error(few, exact) <= 2 * relative_error(many, exact)
 
 
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
@@ -84,8 +101,8 @@ def test_a_batch_gives_each_edit_what_it_gets_alone(kind, bos, toy_tokenizers):
     together = values_of(model, tokenizer, MIXED)
     for edit, value in zip(MIXED, together, strict=True):
         (alone,) = values_of(model, tokenizer, [edit])
-        assert relative_error(value.delta, alone.delta) < 1e-10
-        torch.testing.assert_close(value.losses, alone.losses, rtol=1e-12, atol=0)
+        assert relative_error(value.delta, alone.delta) < ROUNDING
+        torch.testing.assert_close(value.losses, alone.losses, rtol=ROUNDING, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 16])
@@ -96,16 +113,16 @@ def test_a_head_in_parts_is_the_head_in_one(rows, toy_tokenizers, monkeypatch):
     monkeypatch.setattr("rome_fast.values._HEAD_ELEMENTS", rows * model.config.vocab_size)
     for value, wanted in zip(values_of(model, tokenizer, MIXED), whole, strict=True):
         assert value.led == wanted.led
-        torch.testing.assert_close(value.losses, wanted.losses, rtol=1e-12, atol=0)
-        assert relative_error(value.delta, wanted.delta) < 1e-10
+        torch.testing.assert_close(value.losses, wanted.losses, rtol=ROUNDING, atol=0)
+        assert relative_error(value.delta, wanted.delta) < ROUNDING
 
 
 def test_losses_are_those_of_the_oracle(toy_tokenizers):
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
     for edit, value in zip(MIXED[:2], values_of(model, tokenizer, MIXED[:2]), strict=True):
         wanted = oracle_of(model, tokenizer, edit, SETTINGS.steps)
-        torch.testing.assert_close(list(value.losses), wanted.losses, rtol=1e-10, atol=0)
-        assert relative_error(value.delta, wanted.delta) < 1e-10
+        torch.testing.assert_close(list(value.losses), wanted.losses, rtol=ROUNDING, atol=0)
+        assert relative_error(value.delta, wanted.delta) < ROUNDING
 
 
 def test_a_context_that_has_other_tokens_in_front_of_a_prompt_is_not_shared_to_its_end():
@@ -114,7 +131,7 @@ def test_a_context_that_has_other_tokens_in_front_of_a_prompt_is_not_shared_to_i
     whole, bare = ([token for token in tokenizer.tokenize(text) if "." in token] for text in ("nice. A", "nice."))
     assert (whole, bare) == ([". "], ["."])
     (value,) = values_of(model, tokenizer, [END])
-    assert relative_error(value.delta, oracle_of(model, tokenizer, END, SETTINGS.steps).delta) < 1e-10
+    assert relative_error(value.delta, oracle_of(model, tokenizer, END, SETTINGS.steps).delta) < ROUNDING
 
 
 def test_every_setting_reaches_the_optimiser(toy_tokenizers):
@@ -124,15 +141,15 @@ def test_every_setting_reaches_the_optimiser(toy_tokenizers):
     )
     (value,) = values_of(model, tokenizer, [END], settings)
     wanted = oracle_of(model, tokenizer, END, 4, lr=0.1, weight_decay=3.0, clamp=0.7, kl_factor=0.5, stop_loss=0.0)
-    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=1e-10, atol=0)
-    assert relative_error(value.delta, wanted.delta) < 1e-10
+    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=ROUNDING, atol=0)
+    assert relative_error(value.delta, wanted.delta) < ROUNDING
 
 
 def test_delta_stays_within_the_clamp(toy_tokenizers):
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
     (value,) = values_of(model, tokenizer, [END], replace(SETTINGS, clamp=0.3))
     v0 = oracle_of(model, tokenizer, END, 1).v0
-    assert float(value.delta.norm()) == pytest.approx(0.3 * float(v0.norm()), rel=1e-6)
+    assert float(value.delta.norm()) == pytest.approx(0.3 * float(v0.norm()), rel=ROUNDING)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -145,8 +162,9 @@ def test_the_essence_is_a_row_of_its_own_only_where_it_has_to_be(bos, drafted, t
     settings = replace(SETTINGS, stop="argmax", margin=1, draft_rows=drafted, steps=8)
     (with_row,) = values_of(model, tokenizer, [START], settings)
     (without,) = values_of(model, tokenizer, [START], settings, own_essence=False)
-    torch.testing.assert_close(without.losses, with_row.losses, rtol=1e-12, atol=0)
-    assert relative_error(without.delta, with_row.delta) < 1e-10
+    allowed = rounding_of_edit(torch.float64)
+    torch.testing.assert_close(without.losses, with_row.losses, rtol=allowed, atol=0)
+    assert relative_error(without.delta, with_row.delta) < allowed
 
 
 def test_one_step_is_one_loss_and_no_update(toy_tokenizers):
@@ -166,26 +184,29 @@ def test_an_edit_that_is_done_leaves_the_batch_without_a_trace(toy_tokenizers):
     assert len({len(value.losses) for value in alone}) > 2
 
     for together, wanted in zip(values_of(model, tokenizer, MIXED, settings), alone, strict=True):
-        torch.testing.assert_close(together.losses, wanted.losses, rtol=1e-10, atol=0)
-        assert relative_error(together.delta, wanted.delta) < 1e-9
+        allowed = rounding_of_edit(torch.float64)
+        torch.testing.assert_close(together.losses, wanted.losses, rtol=allowed, atol=0)
+        assert relative_error(together.delta, wanted.delta) < allowed
 
 
-# Arithmetic with 8 or 11 bits per number through three layers; measured: at most 0.075 and 0.009 for δ.
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
-def test_half_precision_follows_the_oracle_on_the_same_weights(kind, bos, dtype, allowed, toy_tokenizers):
+def test_half_precision_follows_the_oracle_on_the_same_weights(kind, bos, dtype, toy_tokenizers):
     model, tokenizer = toy_model(kind, dtype=dtype), toy_tokenizers[bos]
+    # Sums are made in fp32: there is a rounding for each of some ten activations per layer, in the three that follow. A
+    # step has a forward and a backward pass; a loss one forward pass, and the mean over some twenty tokens of its rows.
+    allowed, allowed_loss = rounding(dtype, SETTINGS.steps * 3 * 10 * 3), rounding(dtype, 10 * 3) / 20**0.5
     value = values_of(model, tokenizer, MIXED[:2])[0]
     wanted = oracle_of(model, tokenizer, MIXED[0], SETTINGS.steps)
     assert value.delta.dtype == torch.float32
-    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=allowed / 30, atol=0)
-    # Adam's first step has the length of the learning rate however small a gradient is, so that a component with next
-    # to none may go the other way, and others after it: one of gpt2 in fp16 does on a CPU with AVX-512, none with AVX2.
+    torch.testing.assert_close(list(value.losses), wanted.losses, rtol=allowed_loss, atol=0)
+    # Adam's first step has the length of the learning rate however small a gradient is, so that a component smaller
+    # than its rounding may go the other way, and others after it. Of normal numbers with the error ε, ε/π change their
+    # sign; two more may do so by chance.
     first = values_of(model, tokenizer, MIXED[:2], replace(SETTINGS, steps=2))[0].delta
     turned = first.sign() != oracle_of(model, tokenizer, MIXED[0], 2).delta.sign()
-    assert turned.sum() <= 1
+    assert turned.sum() <= rounding(dtype, 3 * 10 * 3) / math.pi * len(turned) + 2
     if turned.any():
-        # 0.0094 was measured.
         assert (value.delta - wanted.delta).abs().median() < allowed * wanted.delta.abs().median()
     else:
         assert relative_error(value.delta, wanted.delta) < allowed
@@ -226,7 +247,7 @@ def test_led_is_the_share_of_rows_that_the_target_leads_in(toy_tokenizers):
             right = [int(best[at]) == label for at, label in zip(row.target_logits_at, row.target_ids, strict=True)]
             leads.append(all(right))
             tokens += right
-        assert value.led == pytest.approx(sum(leads) / len(leads), abs=1e-12)
+        assert value.led == sum(leads) / len(leads)
         shares.append((value.led, sum(tokens) / len(tokens)))
     assert max(shares)[0] > 0
     # Not the share of tokens, of which those behind the first are easy.
@@ -252,12 +273,15 @@ def test_a_draft_on_some_rows_ends_in_the_loss_of_all_rows(kind, bos, steps, toy
     edits = [Edit("The city of {}", "Chicago", "Rome"), START, Edit("The museum of {}", "Vienna", "Paris"), END]
     together = values_of(model, tokenizer, edits, settings)
     for edit, value in zip(edits, together, strict=True):
-        assert value.losses[-1] == pytest.approx(loss_of(model, tokenizer, edit, value.delta, settings), rel=1e-9)
+        assert value.losses[-1] == pytest.approx(
+            loss_of(model, tokenizer, edit, value.delta, settings), rel=rounding(torch.float64, FORWARD)
+        )
         assert len(value.losses) <= steps
         assert len(value.losses) == steps or value.led == 1
         (alone,) = values_of(model, tokenizer, [edit], settings)
-        torch.testing.assert_close(value.losses, alone.losses, rtol=1e-9, atol=0)
-        assert relative_error(value.delta, alone.delta) < 1e-8
+        allowed = rounding_of_edit(torch.float64)
+        torch.testing.assert_close(value.losses, alone.losses, rtol=allowed, atol=0)
+        assert relative_error(value.delta, alone.delta) < allowed
     if steps == 30:
         assert {len(value.losses) < steps for value in together} == {True, False}
 

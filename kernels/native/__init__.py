@@ -10,8 +10,8 @@ measures both against torch.
 
 Ruled out: the rank update of fp32 weights, because addcmul_ and addmm_ of torch are single passes already (a kernel of
 one vector per row had 0.4 to 0.8 times their speed on one thread of an AMD EPYC, Zen 3, AVX2). Not tried: fp64 rows and
-the other ops. AVX-512 has been compiled, not run. Its bf16 products are left out: they want the rows interleaved in
-pairs, a second layout that could not be tested.
+the other ops. AVX-512 is tested, its speed was not measured. Its bf16 products are left out: they want the rows
+interleaved in pairs, a second layout that could not be tested.
 """
 
 import ctypes

@@ -14,14 +14,17 @@ from rich.table import Table
 
 from .. import assets, checkpoints, demo
 from ..contexts import sample_contexts
-from ..defaults import default_layer, default_settings
+from ..defaults import default_settings
+from ..editor import checked_layer
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError
 from ..methods import hold_first_tokens, variant
-from ..report import print_table
+from ..processes import own_device
 from ..report.bench import TRACKS, bench_figure, check_figure
 from ..runner import Runner
 from ..statistics import Statistics, first_token_statistics
+from ..terminal import say, show
+from ..texts import read_sentences
 from .shapes import repeated
 from .throughput import Setup, bench, shape_setup
 
@@ -40,6 +43,10 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     several = len(batches) * len(dtypes) > 1
     if several and arguments.keep:
         raise ArgumentError("keep: wanted with one batch size and one dtype, which the file is of")
+    for name in ("keep", "csv"):
+        file = getattr(arguments, name)
+        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise ArgumentError(f"{name}: got {file}, wanted the name of a file, in a folder that is there")
     if arguments.plot:
         check_figure(arguments.plot)
     one_batch = arguments.shape is not None and arguments.count is None
@@ -50,10 +57,10 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
         for batch in batches:
             setup, edits, extra = prepared
             runs.append(_run(arguments, setup, edits[:batch] if one_batch else edits, batch) | extra)
-            print_table(_table(runs[-1]))
+            show(_table(runs[-1]))
         del prepared, setup  # before the next one is loaded
     if several:
-        print_table(_overview(runs))
+        show(_overview(runs))
     if arguments.csv:
         append_rows(arguments.csv, runs)
     if arguments.plot:
@@ -62,9 +69,6 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace, setup: Setup, edits: Sequence[Edit], batch: int) -> dict[str, Any]:
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     return bench(setup, edits, batch, arguments.baseline, bool(setup.sentences), say, arguments.keep) | {
         "versions": checkpoints.versions(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -79,13 +83,15 @@ def prepare(
 
     And what the report must say of a random model.
     """
-    if arguments.threads:
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ArgumentError(f"threads: got {arguments.threads}, wanted at least 1")
         torch.set_num_threads(arguments.threads)
-    edits = load_edits(arguments.edits or REQUESTS)
+    edits = load_edits(arguments.edits or REQUESTS, arguments.on_error, arguments.duplicates)
     edits = repeated(edits, count) if arguments.shape else edits[:count]
     if not edits:
         raise ArgumentError(f"count: got {count}, wanted at least 1")
-    device = torch.device(arguments.device)
+    device = checkpoints.checked_device(own_device(arguments.device))
     if arguments.shape:
         setup, extra = _random_setup(arguments, device, dtype, edits)
     else:
@@ -102,24 +108,26 @@ def _random_setup(
         raise ArgumentError("shape: wanted without a model, statistics or sentences, which a shape does not have")
     stored = getattr(torch, dtype or "float32")
     setup, tokens = shape_setup(arguments.shape, device, stored, edits, identity=arguments.identity)
-    layer = setup.layer if arguments.layer is None else arguments.layer
+    layer = setup.layer if arguments.layer is None else checked_layer(Runner(setup.model), arguments.layer)
     statistics = "identity" if arguments.identity else "random, of the right size"
     return replace(setup, layer=layer, method=arguments.method), {"statistics": statistics, "tokenizer": tokens}
 
 
 def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str | None) -> Setup:
     own = arguments.model is None
-    model, tokenizer, _ = checkpoints.load(assets.model_dir(print) if own else arguments.model)
-    if dtype:
-        model.to(getattr(torch, dtype))
-    module: torch.nn.Module = model
-    module.to(device).eval()
+    model, tokenizer, _ = checkpoints.load(
+        assets.model_dir(say) if own else arguments.model,
+        device=str(device),
+        dtype=dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    model.eval()
     runner = Runner(model)
-    layer = default_layer(model.config) if arguments.layer is None else arguments.layer
+    layer = checked_layer(runner, arguments.layer)
     if arguments.identity:
         factor = None
     else:
-        folder = arguments.statistics or (demo.statistics_dir(print) if own and arguments.layer is None else None)
+        folder = arguments.statistics or (demo.statistics_dir(say) if own and arguments.layer is None else None)
         statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layer)
         factor = statistics.for_layer(runner, layer).factor(runner.device)
     held = None
@@ -128,7 +136,7 @@ def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str 
     if arguments.no_quality:
         sentences = []
     elif arguments.sentences:
-        sentences = [s for s in arguments.sentences.read_text(encoding="utf-8").splitlines() if s.strip()]
+        sentences = read_sentences(arguments.sentences)
     else:
         sentences = demo.held_out_sentences(_SENTENCES)
     return Setup(

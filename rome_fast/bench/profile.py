@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from .. import checkpoints
 from ..errors import ArgumentError
 from ..flow import Clock, Request, tokenise
-from ..report import print_table
 from ..runner import Runner
+from ..terminal import show
 from ..values import compute_dtype
 from .command import prepare
 from .flops import flops_of
@@ -289,7 +289,7 @@ def _print(report: dict[str, Any]) -> None:
     if report["gpu_busy"] is not None:
         caption.insert(1, f"the GPU was busy {report['gpu_busy']:.0%} of the time")
     table.caption = "\n".join(caption)
-    print_table(table)
+    show(table)
 
 
 def _table(title: str) -> Table:

@@ -20,7 +20,7 @@ from ..delta import Delta
 from ..edits import Edit
 from ..errors import ArgumentError
 from ..evaluation import evaluate, sentence_perplexity, summarise
-from ..flow import Clock, Flow, Request, tokenise
+from ..flow import Clock, Flow, Request, by_head, tokenise
 from ..methods import variant
 from ..past import Contexts
 from ..records import Record
@@ -116,7 +116,7 @@ def shape_setup(
     """
     model = random_model(name, device, dtype)
     runner, layer = Runner(model), default_layer(model.config)
-    texts = [*CONTEXTS, *(f"{edit.text} {edit.target}" for edit in edits)]
+    texts = [*CONTEXTS, *(edit.text + edit.continuation(edit.text, edit.target) for edit in edits)]
     tokenizer, what = tokenizer_for(model.config.vocab_size, texts)
     settings = replace(default_settings(model.config), stop="loss", stop_loss=-1.0)
     factor = None if identity else random_factor(runner.weight(layer).shape[1], runner.device)
@@ -336,7 +336,7 @@ def _measure(
 
 
 def _name(group: Sequence[Edit]) -> str:
-    return json.dumps([[e.prompt, e.subject, e.target] for e in group], ensure_ascii=False)
+    return json.dumps([[e.prompt, e.subject, e.boundary + e.target, e.end] for e in group], ensure_ascii=False)
 
 
 def _read_kept(file: Path | None, conditions: dict[str, Any]) -> dict[str, Measured]:
@@ -434,14 +434,19 @@ def _difference(delta: Delta, wanted: Delta) -> float:
 def ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) -> float:
     """FLOPs of these edits in a program that computes nothing twice; see `flops`."""
     runner = Runner(setup.model)
-    contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts], setup.layer)
-    return ideal_flops(runner, contexts, requests, records, setup.layer, setup.settings)
+    total = 0.0
+    for head, places in by_head(requests):
+        contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts], setup.layer, head=head)
+        some, made = [requests[i] for i in places], [records[i] for i in places]
+        total += ideal_flops(runner, contexts, some, made, setup.layer, setup.settings)
+    return total
 
 
 def _quality(setup: Setup, edit: Edit, delta: Delta, base: float | None) -> dict[str, float]:
     delta.apply(setup.model)
     try:
-        figures = summarise(evaluate(setup.model, setup.tokenizer, [edit], setup.contexts[:4]))
+        measured = evaluate(setup.model, setup.tokenizer, [edit], setup.contexts[:4], answer_tokens=0)
+        figures = summarise(measured)
         figures = {name: figures[name] for name in _QUALITY if name in figures}
         if base is not None:
             perplexity = sentence_perplexity(Runner(setup.model), setup.tokenizer, setup.sentences)

@@ -2,15 +2,15 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import ArgumentError, RomeFastError
-from . import bench, demo, edit, evaluate, profile, revert, statistics, study, verify
+from ..terminal import patient_streams, tell, visible
+from . import bench, demo, edit, evaluate, profile, revert, statistics, study, trace, tune, verify
 
-_VERBS = (demo, statistics, edit, evaluate, bench, study, profile, revert, verify)
+_VERBS = (demo, statistics, edit, evaluate, tune, trace, bench, study, profile, revert, verify)
 
 _EXAMPLES = """examples:
   rome-fast demo
@@ -21,27 +21,48 @@ _EXAMPLES = """examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats what it was given without letting it act on the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; errors of rome_fast print as one message and exit with status 2."""
-    arguments = _parser().parse_args(argv)
+    """Run one verb and return the exit status.
+
+    That is 0 where what was asked for was done, also where it could not be printed; 2 with one message for an error
+    of rome_fast or wrong usage; 3 where all was done but the report of --json; 130 for an interrupt.
+    """
+    with patient_streams() as unprinted:
+        return _run(_parser().parse_args(argv), unprinted)
+
+
+def _run(arguments: argparse.Namespace, unprinted: Callable[[], str | None]) -> int:
     try:
-        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-            raise ArgumentError(f"json: the folder {arguments.json.parent} does not exist; make it first")
+        if arguments.json is not None:
+            _check_report(arguments)
         report = arguments.run(arguments)
-        # None: this is not the first of several processes.
-        if arguments.json is not None and report is not None:
-            _write_json(arguments.json, report)
-    except RomeFastError as error:
-        print(f"rome-fast: {error}", file=sys.stderr)
+    except (RomeFastError, Warning) as error:  # the latter where Python was told to raise them
+        tell(f"rome-fast: {error}")
         return 2
     except KeyboardInterrupt:
-        print("rome-fast: interrupted; nothing half-written is left behind", file=sys.stderr)
+        tell("rome-fast: interrupted; nothing half-written is left behind")
         return 130
+    if reason := unprinted():
+        tell(f"rome-fast: all was done, but standard output did not take what was to be said of it ({reason})")
+    # None: this is not the first of several processes.
+    if arguments.json is not None and report is not None:
+        try:
+            _write_json(arguments.json, report)
+        except RomeFastError as error:
+            tell(f"rome-fast: all was done, but its report could not be written: {error}")
+            return 3
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rome-fast",
         description="Edit facts in language models without collapsing them.",
         epilog=_EXAMPLES,
@@ -62,7 +83,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_report(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError for a report that could not be written later, or would be in place of something else."""
+    file: Path = arguments.json
+    if not file.absolute().parent.is_dir():
+        raise ArgumentError(f"json: the folder {file.parent} does not exist; make it first")
+    if file.is_dir():
+        raise ArgumentError(f"json: {file} is a folder, wanted the name of a file")
+    from ..weights.files import check_writable
+
+    try:
+        check_writable(file.absolute().parent)
+    except RomeFastError as error:
+        raise ArgumentError(f"json: {error}; choose another place") from error
+    for name, value in vars(arguments).items():
+        for other in value if isinstance(value, list) else [value]:
+            if name != "json" and isinstance(other, Path) and file.resolve() == other.resolve():
+                raise ArgumentError(f"json: {file} is what {name} names; choose another name")
+    folder = getattr(arguments, "model", None) or getattr(arguments, "directory", None)
+    # A model has JSON files of its own.
+    if folder and file.exists() and file.resolve().parent == Path(folder).resolve():
+        raise ArgumentError(f"json: {file} is a file of the model {folder}; choose another name")
+
+
 def _write_json(file: Path, report: dict[str, Any]) -> None:
     from ..weights.files import atomic_write
 
-    atomic_write(file, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    # Halves of surrogate pairs, as in names that are no UTF-8, become JSON's own escapes.
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(file, text.encode("utf-8", "backslashreplace"))

@@ -1,12 +1,27 @@
 """Edit a checkpoint into a new copy, or in place."""
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .shared import progress
+from .shared import (
+    as_asked,
+    chat_arguments,
+    device_argument,
+    dtype_argument,
+    edits_arguments,
+    progress,
+    read_contexts,
+    read_edits,
+    trust_argument,
+)
+
+if TYPE_CHECKING:
+    from ..edits import Edit
 
 NAME = "edit"
 SUMMARY = "edit facts into a new copy of a checkpoint, or in place"
@@ -15,84 +30,147 @@ EXAMPLE = "rome-fast edit ./model --edits edits.jsonl --method c-rome --out ./ed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id of the model; only read, unless --in-place")
-    parser.add_argument("--edits", type=Path, required=True, help="JSON lines of prompt, subject, target_new")
+    edits_arguments(parser, duplicates="error")
+    chat_arguments(parser)
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--out", type=Path, help="new directory for the edited checkpoint")
     target.add_argument("--in-place", action="store_true", help="change MODEL itself; a kill leaves it old or new")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="new directory for the edit as an adapter of PEFT")
     parser.add_argument("--link", choices=("copy", "hard"), default="copy", help="shards that stay as they are")
     parser.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
     parser.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
     parser.add_argument("--method", default="c-rome", help="c-rome (default), dual, rome, c-rome-released, p-rome")
-    parser.add_argument("--layer", type=int, help="edit layer (default: by model)")
+    parser.add_argument("--layer", type=int, help="edit layer (default: that of rome-fast tune, or by model)")
     parser.add_argument("--schedule", choices=("joint", "sequential"), default="joint")
+    parser.add_argument("--batch-size", type=int, default=1, help="edits at a time when sequential (default: 1)")
     parser.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")
     parser.add_argument("--unconverged", choices=("skip", "write", "raise"), default="skip")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prefix contexts")
+    parser.add_argument(
+        "--contexts", type=Path, metavar="FILE", help="prefix contexts, one a line, or a JSON list (default: sampled)"
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="of the search of values, as steps=30 lr=0.3 (default: of rome-fast tune, or by model)",
+    )
+    parser.add_argument("--no-measure", action="store_true", help="leave probabilities before and after out")
     parser.add_argument("--memory", help="how much of the model may be in memory, as 8GiB (default: what is free)")
     parser.add_argument("--plan", action="store_true", help="say what would be kept in memory and read, and stop")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code in the model's directory run")
+    device_argument(parser)
+    dtype_argument(parser)
+    trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from ..editor import RESUME, apply_edits
-    from ..edits import load_edits
-    from ..processes import joined, launched_together, own_device
-    from ..report import edit_table, print_table
-    from ..statistics import Statistics
-
-    if arguments.plan:
-        return _plan(arguments)
-    edits = load_edits(arguments.edits)
+    if not (arguments.plan or arguments.out or arguments.lora or arguments.in_place):
+        raise ArgumentError(
+            "out: got None, wanted --out or --lora with a new directory, or --in-place, which changes MODEL itself"
+        )
     if arguments.identity and arguments.statistics:
         raise ArgumentError("statistics: got both --statistics and --identity, wanted one of them")
+    changes = parsed_settings(arguments.settings or [])
+    contexts = read_contexts(arguments.contexts) if arguments.contexts else None
+
+    from ..processes import own_device
+
+    edits = as_asked(read_edits(arguments), arguments)
+    # What a plan and an edit have in common.
+    options: dict[str, Any] = {
+        "method": arguments.method,
+        "layer": arguments.layer,
+        "schedule": arguments.schedule,
+        "contexts": contexts,
+        "settings": changes,
+        "batch_size": arguments.batch_size,
+        "measure": not arguments.no_measure,
+        "memory": arguments.memory,
+        "device": own_device(arguments.device),
+        "dtype": arguments.dtype,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    return _plan(arguments, edits, options) if arguments.plan else _edit(arguments, edits, options)
+
+
+def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str, Any]) -> dict[str, Any] | None:
+    from ..defaults import explain_layer
+    from ..editor import RESUME, apply_edits
+    from ..processes import joined, launched_together
+    from ..report import edit_table
+    from ..statistics import Statistics
+    from ..terminal import say, show
+
     statistics = Statistics.load(arguments.statistics) if arguments.statistics else None
-    device, together = own_device(arguments.device), launched_together()
+    together = launched_together()
     with ExitStack() as stack:
-        first = not together or stack.enter_context(joined(device, RESUME)).rank == 0
+        first = not together or stack.enter_context(joined(options["device"], RESUME)).rank == 0
         advance, reading = stack.enter_context(progress("values", "edits")) if first else (None, None)
         result = apply_edits(
             arguments.model,
             edits,
             statistics="identity" if arguments.identity else statistics,
-            method=arguments.method,
-            layer=arguments.layer,
-            schedule=arguments.schedule,
             guard=arguments.guard,
             unconverged=arguments.unconverged,
             seed=arguments.seed,
             out=arguments.out,
             in_place=arguments.in_place,
             link=arguments.link,
-            memory=arguments.memory,
-            device=device,
-            trust_remote_code=arguments.trust_remote_code,
+            lora=arguments.lora,
             distributed=together,
             progress=advance,
             on_read=reading,
+            **options,
         )
     if not first:
         return None
-    print_table(edit_table(result.records))
+    show(edit_table(result.records))
+    say(explain_layer(result.records[0].layer, result.layer_source, arguments.model))
+    if arguments.lora:
+        say(f"adapter: {arguments.lora}, for {arguments.model} as it is")
     edited = arguments.model if arguments.in_place else arguments.out
-    print(f"edited checkpoint: {edited} (undo with: rome-fast revert {edited})")
+    if edited:
+        say(f"edited checkpoint: {edited} (undo with: rome-fast revert {edited})")
     return result.report()
 
 
-def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..edits import load_edits
+def _plan(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str, Any]) -> dict[str, Any]:
     from ..planning import plan
+    from ..terminal import say
 
-    made = plan(
-        arguments.model,
-        load_edits(arguments.edits),
-        statistics="identity" if arguments.identity else None,
-        method=arguments.method,
-        layer=arguments.layer,
-        schedule=arguments.schedule,
-        memory=arguments.memory,
-        device=arguments.device,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    print(made)
+    made = plan(arguments.model, edits, statistics="identity" if arguments.identity else None, **options)
+    say(str(made))
     return made.to_json()
+
+
+_SHORT = {"lr": "learning_rate"}
+
+
+def parsed_settings(given: Sequence[str]) -> dict[str, Any]:
+    """Fields of ValueSettings from texts of the form key=value; ArgumentError that lists every fault."""
+    if not given:
+        return {}
+    from ..values import ValueSettings
+
+    defaults = ValueSettings()
+    kinds = {field.name: type(getattr(defaults, field.name)) for field in fields(defaults)}
+    found: dict[str, Any] = {}
+    faults = []
+    for text in given:
+        key, equals, value = text.partition("=")
+        name = _SHORT.get(key, key)
+        if not equals or name not in kinds:
+            faults.append(f"{text!r} is no key=value of a known key")
+        elif name in found:
+            faults.append(f"{name} is given twice")
+        else:
+            try:
+                found[name] = kinds[name](value)
+                ValueSettings(**{name: found[name]})
+            except ArgumentError as error:
+                faults.append(str(error).removeprefix("settings: "))
+            except ValueError:
+                faults.append(f"{text!r} has no {'whole ' if kinds[name] is int else ''}number")
+    if faults:
+        raise ArgumentError(f"settings: {'; '.join(faults)}; the keys are {', '.join(kinds)}")
+    return found

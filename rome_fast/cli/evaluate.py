@@ -5,7 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .shared import progress, read_text
+from .shared import (
+    as_asked,
+    chat_arguments,
+    device_argument,
+    dtype_argument,
+    edits_arguments,
+    progress,
+    read_edits,
+    trust_argument,
+)
 
 NAME = "evaluate"
 SUMMARY = "measure requests on a model"
@@ -16,27 +25,40 @@ _EVALUATED_TOGETHER = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id of the model")
-    parser.add_argument("--edits", type=Path, required=True)
+    edits_arguments(parser)
+    chat_arguments(parser)
     parser.add_argument("--delta", type=Path, help="apply this delta in memory first")
+    parser.add_argument("--force", action="store_true", help="also to weights that the delta was not made for")
     parser.add_argument("--perplexity", type=Path, metavar="FILE", help="sentences, one a line")
+    device_argument(parser)
+    dtype_argument(parser)
+    trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .. import checkpoints
+    from .. import chains, checkpoints
     from ..delta import Delta
-    from ..edits import load_edits
     from ..evaluation import evaluate, sentence_perplexity, summarise
-    from ..report import metrics_table, print_table
+    from ..processes import own_device
+    from ..report import metrics_table
     from ..runner import Runner
+    from ..terminal import say, show
+    from ..texts import read_sentences
 
-    edits = load_edits(arguments.edits)
-    sentences = [s for s in read_text(arguments.perplexity).splitlines() if s.strip()] if arguments.perplexity else []
-    model, tokenizer, directory = checkpoints.load(arguments.model)
-    record = directory / checkpoints.RECORD_FILE
-    contexts = checkpoints.read_record(directory).get("contexts", []) if record.exists() else []
+    edits = read_edits(arguments)
+    sentences = read_sentences(arguments.perplexity) if arguments.perplexity else []
+    model, tokenizer, directory = checkpoints.load(
+        arguments.model,
+        device=own_device(arguments.device),
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    edits = as_asked(edits, arguments)
+    # Those of the last edit.
+    contexts: list[str] = next((r.get("contexts", []) for r in reversed(chains.records(directory))), [])
     if arguments.delta:
         delta = Delta.load(arguments.delta)
-        delta.apply(model)
+        delta.apply(model, force=arguments.force)
         contexts = json.loads(delta.metadata.get("contexts", "[]"))
     metrics = []
     with progress("evaluating", "edits") as (advance, _):
@@ -50,8 +72,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.perplexity:
         report["perplexity"] = sentence_perplexity(Runner(model), tokenizer, sentences)
-    print_table(metrics_table(metrics))
-    print("  ".join(f"{name} {value:.3f}" for name, value in report["summary"].items()))
+    show(metrics_table(metrics))
+    say("  ".join(f"{name} {value:.3f}" for name, value in report["summary"].items()))
     if "perplexity" in report:
-        print(f"perplexity {report['perplexity']:.2f}")
+        say(f"perplexity {report['perplexity']:.2f}")
     return report

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shared import progress
+from .shared import device_argument, dtype_argument, progress, trust_argument
 
 NAME = "statistics"
 SUMMARY = "collect the second moments of a model's keys"
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, help="tokens to read (default: 10 per dimension of the keys)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a row at most (default: 128)")
     parser.add_argument("--ridge", type=float, default=0.0, help="solve with C + RIDGE · mean(diag C) · I (default: 0)")
-    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    device_argument(parser)
+    dtype_argument(parser)
+    trust_argument(parser)
     parser.add_argument(
         "--memory", metavar="BYTES", help="keep within e.g. 8GiB: layers are read while they are needed"
     )

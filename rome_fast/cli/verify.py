@@ -14,10 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .. import checkpoints
+    from .. import chains
+    from ..terminal import say
 
-    report = checkpoints.verify(arguments.directory)
-    print(f"{arguments.directory}: {report['tensors']} tensors, {report['bytes']:,} bytes, all in order")
+    report = chains.verify(arguments.directory)
+    say(f"{arguments.directory}: {report['tensors']} tensors, {report['bytes']:,} bytes, all in order")
+    for edit in report["chain"]:
+        count = f"{edit['requests']} request{'s' * (edit['requests'] != 1)}"
+        say(f"{edit['place']}: {count}, {edit['method']}: {', '.join(edit['edited'])}")
     if report["edited"]:
-        print(f"edited: {', '.join(report['edited'])}; the original bytes are there")
+        say(f"edited: {', '.join(report['edited'])}; the original bytes are there")
     return report

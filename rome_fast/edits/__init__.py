@@ -1,6 +1,21 @@
 """What a user asks for, and the file shapes it is read from."""
 
-from .edit import Edit, find_conflicts
-from .reading import load_edits
+from .edit import Edit, Probe, find_conflicts
+from .reading import (
+    DuplicateEditsWarning,
+    EditsFileWarning,
+    SkippedEditsWarning,
+    UnreadFieldsWarning,
+    load_edits,
+)
 
-__all__ = ["Edit", "find_conflicts", "load_edits"]
+__all__ = [
+    "DuplicateEditsWarning",
+    "Edit",
+    "EditsFileWarning",
+    "Probe",
+    "SkippedEditsWarning",
+    "UnreadFieldsWarning",
+    "find_conflicts",
+    "load_edits",
+]

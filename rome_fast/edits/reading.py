@@ -1,135 +1,140 @@
 """Edits files: JSON lines or one JSON array, in the shapes that data sets of requests have."""
 
-import json
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-from ..errors import EditError
+from ..errors import ArgumentError, EditError
 from .edit import Edit, listing
+from .fields import Fields
+from .files import Broken, read_records
+from .shapes import edits_from
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MOST_NAMED = 50
 
 
-def load_edits(path: str | Path) -> list[Edit]:
-    """Read edits from a file of JSON lines, or of one JSON array, in any of three shapes.
+class EditsFileWarning(UserWarning):
+    """Something of an edits file is left out."""
 
-    - `{"prompt", "subject", "target_new", "target_true"?, "paraphrase_prompts"?, "neighborhood_prompts"?,
-      "neighborhood_answer"?, "case_id"?}`; `target` is another spelling of `target_new`.
-    - CounterFact: `{"requested_rewrite": {"prompt", "subject", "target_new": {"str"},
-      "target_true": {"str"}}, "paraphrase_prompts", "neighborhood_prompts", "case_id"}`;
-      the neighbourhood's answer is the true target.
-    - EasyEdit: `{"prompt": full text, "subject", "target_new", "ground_truth", "rephrase_prompt",
-      "locality_prompt", "locality_ground_truth"}`, the last two also as
-      `"locality": {"neighborhood": {"prompt", "ground_truth"}}`.
 
-    Keys with other names are ignored. Raises EditError for a missing, unreadable or empty file, and one that
-    lists the first 10 faulty requests by line (by position in an array).
+class SkippedEditsWarning(EditsFileWarning):
+    """Faulty records were left out."""
+
+
+class DuplicateEditsWarning(EditsFileWarning):
+    """Of requests for the same prompt and subject, one was kept."""
+
+
+class UnreadFieldsWarning(EditsFileWarning):
+    """Records have fields that are not read."""
+
+
+def load_edits(
+    path: str | Path,
+    on_error: Literal["raise", "skip"] = "raise",
+    duplicates: Literal["error", "first", "last"] | None = None,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> list[Edit]:
+    """Read edits from a file of JSON lines, or of one JSON array, in the shapes of common data sets.
+
+    The shape is told record by record, from its fields:
+
+    - our own: `{"prompt", "subject", "target_new", "target_true"?, "paraphrase_prompts"?, "neighborhood_prompts"?,
+      "neighborhood_answer"?, "neighbors"?, "portability"?, "aliases"?, "separator"?, "end"?, "case_id"?}`; `target` is
+      another spelling of `target_new`; neighbours and portability are lists of `{"prompt", "answers", "kind"?}`;
+    - the same with `"messages"` for `Edit.chat` in place of the prompt;
+    - CounterFact, nested and flat; EasyEdit; zsRE; KnowEdit (also WikiBio); MQuAKE; RippleEdits; QAEdit.
+
+    The page "Edits files" of the documentation lists the fields of each. A target or an answer may be a list of
+    spellings, the first of which is the target. Optional fields that are null, blank or empty count as absent.
+
+    on_error: what a faulty record does: "raise" an EditError, or "skip" it with a SkippedEditsWarning.
+    duplicates: what requests for the same prompt and subject do: "error" raises; "first" keeps the first and "last" the
+        last of them, where the first stood, with a DuplicateEditsWarning. None leaves them in, for `apply_edits` to
+        refuse.
+    tokenizer: has the template that records with messages are put through; the others do without.
+
+    Fields that are not read are named in one UnreadFieldsWarning. Raises EditError for a missing, unreadable or empty
+    file, one without a usable record, and one that lists the first 10 faults by line (by position in an array);
+    ArgumentError for another `on_error` or `duplicates`.
     """
+    if on_error not in ("raise", "skip"):
+        raise ArgumentError(f"on_error: got {on_error!r}, wanted 'raise' or 'skip'")
+    if duplicates not in ("error", "first", "last", None):
+        raise ArgumentError(f"duplicates: got {duplicates!r}, wanted 'error', 'first', 'last' or None")
     path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise EditError(
-            f"path: cannot read the edits file {path} ({error.strerror}); give a file of JSON lines"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise EditError(f"{path.name}: not UTF-8 text ({error}); save the edits file as UTF-8") from error
-    if not text.strip():
-        raise EditError(f"{path.name}: the file is empty, wanted one JSON object per line")
-
-    edits: list[Edit] = []
+    records, around = read_records(path)
+    edits: list[tuple[str, Edit]] = []
     faults: list[str] = []
-    for place, record in _records(path.name, text, faults):
+    unread = Counter(around)
+    for place, record in records:
         try:
-            edits.append(_edit_from_record(record))
+            found, left = _read(record, tokenizer)
         except EditError as error:
             faults.append(f"{place}: {error}")
-    if faults:
+            continue
+        edits += [(place, edit) for edit in found]
+        unread.update(left)
+    if faults and (on_error == "raise" or not edits):
         raise EditError(listing(faults))
-    if not edits:
-        raise EditError(f"{path.name}: the array is empty, wanted at least one request")
-    return edits
+    if faults:
+        left_out = f"{len(faults)} of {len(records)} records are left out"
+        _warn(SkippedEditsWarning, f"{path.name}: {left_out}:\n{listing(faults)}")
+    if unread:
+        _warn(UnreadFieldsWarning, f"{path.name}: fields that are not read: {_enumerated(unread)}")
+    return _without_duplicates(path.name, edits, duplicates)
 
 
-def _records(name: str, text: str, faults: list[str]) -> Iterator[tuple[str, object]]:
-    """(place, record) of every request; a line that is not JSON goes to `faults` instead."""
-    if text.lstrip().startswith("["):
-        try:
-            array = json.loads(text)
-        except json.JSONDecodeError as error:
-            faults.append(f"{name}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})")
-            return
-        for i, record in enumerate(array, start=1):
-            yield f"{name}, item {i}", record
-        return
-    # Not splitlines(): a JSON string may hold U+2028 and its like, which splitlines() takes for line ends.
-    for i, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            faults.append(f"{name}, line {i}: not valid JSON ({error.msg} at column {error.colno})")
-            continue
-        yield f"{name}, line {i}", record
-
-
-# Every spelling under which the file shapes give a field of Edit, once nested objects are flattened.
-_SPELLINGS = {
-    "prompt": ("prompt",),
-    "subject": ("subject",),
-    "target": ("target_new", "target"),
-    "target_true": ("target_true", "ground_truth"),
-    "paraphrase_prompts": ("paraphrase_prompts", "rephrase_prompt"),
-    "neighborhood_prompts": ("neighborhood_prompts", "locality_prompt"),
-    "neighborhood_answer": ("neighborhood_answer", "locality_ground_truth"),
-    "case_id": ("case_id",),
-}
-
-
-def _edit_from_record(record: object) -> Edit:
+def _read(record: object, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[list[Edit], list[str]]:
+    """The edits of a record, and the names of its fields that were not read, once each."""
+    if isinstance(record, Broken):
+        raise EditError(record.fault)
     if not isinstance(record, dict):
         raise EditError(f"got {type(record).__name__}, wanted a JSON object")
-    flat = _flattened(record)
-    values: dict[str, Any] = {}
-    for field, spellings in _SPELLINGS.items():
-        unwrap = _texts if field.endswith("_prompts") else _text
-        given = {key: unwrap(flat[key]) for key in spellings if flat.get(key) is not None}
-        if not given:
+    fields = Fields(record)
+    edits = edits_from(fields, tokenizer)
+    return edits, list(dict.fromkeys(fields.unread()))
+
+
+def _without_duplicates(name: str, edits: Sequence[tuple[str, Edit]], keep: str | None) -> list[Edit]:
+    if keep is None:
+        return [edit for _, edit in edits]
+    kept: dict[tuple[str, int, bool], tuple[str, Edit]] = {}
+    doubled = []
+    for place, edit in edits:
+        key = edit.question
+        if key not in kept:
+            kept[key] = place, edit
             continue
-        value = next(iter(given.values()))
-        if any(other != value for other in given.values()):
-            raise EditError(f"{' and '.join(given)} give the same thing differently; keep one of them")
-        values[field] = value
-    missing = [_SPELLINGS[field][0] for field in ("prompt", "subject", "target") if field not in values]
-    if missing:
-        raise EditError(f"{', '.join(missing)} missing; the keys found are {', '.join(flat) or 'none'}")
-    if "requested_rewrite" in record and "target_true" in values:
-        values.setdefault("neighborhood_answer", values["target_true"])
-    return Edit(**values)
+        first, other = kept[key]
+        same = "both" if other.target == edit.target else f"{other.target!r} and"
+        doubled.append(f"{first} and {place} ask for {edit.text!r} -> {same} {edit.target!r}")
+        if keep == "last":
+            kept[key] = place, edit
+    if doubled and keep == "error":
+        raise EditError(f"{listing(doubled)}\nkeep one of each, or say duplicates='first' or 'last'")
+    if doubled:
+        what = _counted(len(doubled), "request")
+        why = f"the {keep} of those that ask the same is kept"
+        _warn(DuplicateEditsWarning, f"{name}: {what} left out, {why}:\n{listing(doubled)}")
+    return [edit for _, edit in kept.values()]
 
 
-def _flattened(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with CounterFact's `requested_rewrite` and EasyEdit's `locality` moved to the top."""
-    flat = dict(record)
-    rewrite = flat.pop("requested_rewrite", {})
-    if not isinstance(rewrite, dict):
-        raise EditError(f"requested_rewrite: got {type(rewrite).__name__}, wanted a JSON object")
-    flat |= rewrite
-    locality = flat.pop("locality", None)
-    neighborhood = locality.get("neighborhood") if isinstance(locality, dict) else None
-    if isinstance(neighborhood, dict):
-        flat.setdefault("locality_prompt", neighborhood.get("prompt"))
-        flat.setdefault("locality_ground_truth", neighborhood.get("ground_truth"))
-    return flat
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
-def _text(value: Any) -> Any:
-    """The one text in CounterFact's `{"str": text}` or in a list of one; anything else is left to Edit."""
-    if isinstance(value, dict):
-        return value.get("str", value)
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+def _enumerated(names: Counter[str]) -> str:
+    items = [f"{name} ({_counted(count, 'record')})" for name, count in names.most_common(_MOST_NAMED)]
+    more = len(names) - len(items)
+    return ", ".join(items) + (f" and {more} more" if more else "")
 
 
-def _texts(value: Any) -> Any:
-    """A single prompt as a tuple of one; anything else is left to Edit."""
-    return (value,) if isinstance(value, str) else value
+def _warn(kind: type[EditsFileWarning], what: str) -> None:
+    warnings.warn(what, kind, stacklevel=3)

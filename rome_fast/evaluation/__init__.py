@@ -3,12 +3,14 @@
 from .isolated import RowUpdates
 from .metrics import EditMetrics, evaluate, summarise
 from .perplexity import edited_perplexities, sentence_perplexity
-from .scoring import Score, greedy_completion, score
+from .scoring import Completion, Score, complete, greedy_completion, score
 
 __all__ = [
+    "Completion",
     "EditMetrics",
     "RowUpdates",
     "Score",
+    "complete",
     "edited_perplexities",
     "evaluate",
     "greedy_completion",

@@ -40,6 +40,8 @@ class RowUpdates:
         weight = runner.weight(layers[0])
         if wrong := {(len(u.left), u.right.shape[1]) for u in updates} - {tuple(weight.shape)}:
             raise ArgumentError(f"deltas: got updates of shape {sorted(wrong)}, wanted {tuple(weight.shape)}")
+        for delta in deltas:
+            delta.check(runner.model)
         rank = max(u.left.shape[1] for u in updates)
         left = weight.new_zeros(rank, len(updates), len(weight), dtype=updates[0].left.dtype)
         right = left.new_zeros(rank, len(updates), weight.shape[1])

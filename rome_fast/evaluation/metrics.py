@@ -6,13 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..admission import admit_model, admit_tokenizer, plain_modes
 from ..delta import Delta
 from ..edits import Edit
 from ..errors import ArgumentError
-from ..rows import check_tokenizer, encode, target_start, with_target
+from ..rows import Asked, answered, asked
 from ..runner import Runner
 from .isolated import RowUpdates
-from .scoring import Score, greedy_completion, score
+from .scoring import Completion, Score, complete, score
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class EditMetrics:
     target: str
     probability: float  # of the target behind the bare prompt
     argmax: bool  # teacher forced
-    decoded: str  # free greedy decoding, as many tokens as the target has
+    decoded: str  # greedy decoding, as many tokens as the target has, an end of it included
     decoded_right: bool
+    answer: str | None  # greedy decoding until the model stops by itself, or at a bound; None where it was not asked
+    answer_right: bool | None  # whether it stopped, having said the target or an alias and nothing else but blanks
     efficacy: float | None  # P(target_new) > P(target_true)
     paraphrase: float | None  # the same on the paraphrase prompts
-    neighborhood: float | None  # P(true answer) > P(target_new) on the neighbourhood prompts
+    neighborhood: float | None  # P(true answer) > P(target_new) on the neighbourhood prompts and the neighbours
     probability_prefixed: float | None = None  # mean over the contexts
     argmax_prefixed: float | None = None
     decoded_right_prefixed: float | None = None  # behind the first context
@@ -38,11 +41,13 @@ class EditMetrics:
     decoded_right_unseen: float | None = None
     efficacy_unseen: float | None = None
     paraphrase_unseen: float | None = None
+    portability: float | None = None  # probes with an answer, in any spelling, whose every token leads, teacher forced
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
+@plain_modes()
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -51,14 +56,17 @@ def evaluate(
     *,
     unseen_contexts: Sequence[str] = (),
     deltas: Sequence[Delta] | None = None,
+    answer_tokens: int = 16,
 ) -> list[EditMetrics]:
     """Measure each request, on the model as it is, or with `deltas` as `deltas[i]` alone would leave it for request i.
 
     `contexts`, those of the edit, are put before prompts for the prefixed figures, `unseen_contexts` for the unseen
-    ones. Raises EditError for a request that cannot be scored, ArgumentError for Deltas that are not one per request,
-    all of the same layer.
+    ones. Every text is that of the edit to the character, its target's end included. The model may say `answer_tokens`
+    more than the target has before it stops by itself; with 0 it is not asked to. Raises EditError for a request that
+    cannot be scored, ArgumentError for Deltas that are not one per request, all of the same layer.
     """
-    check_tokenizer(tokenizer)
+    admit_model(model)
+    admit_tokenizer(tokenizer)
     if deltas is not None and len(deltas) != len(edits):
         raise ArgumentError(f"deltas: got {len(deltas)} for {len(edits)} edits, wanted one each")
     runner = Runner(model)
@@ -66,21 +74,35 @@ def evaluate(
     model_of = [-1] * len(edits) if updates is None else list(range(len(edits)))
     every = ("", *contexts, *unseen_contexts)
     # Every text is scored once under an edit, however many figures use it.
-    asked = dict.fromkeys((w, *q) for edit, w in zip(edits, model_of, strict=True) for q in _questions(edit, every))
-    found = score(runner, tokenizer, [(t, target) for _, t, target in asked], updates, [w for w, _, _ in asked])
-    scores: dict[int, dict[tuple[str, str], Score]] = {}
-    for (which, text, target), one in zip(asked, found, strict=True):
-        scores.setdefault(which, {})[(text, target)] = one
+    questions = [
+        (which, question)
+        for edit, which in zip(edits, model_of, strict=True)
+        for question in _questions(tokenizer, edit, every)
+    ]
+    questions = list(dict.fromkeys(questions))
+    found = score(runner, tokenizer, [q for _, q in questions], updates, [which for which, _ in questions])
+    scores: dict[int, dict[Asked, Score]] = {}
+    for (which, question), one in zip(questions, found, strict=True):
+        scores.setdefault(which, {})[question] = one
 
     decoding = ("", *contexts[:1], *unseen_contexts[:1])
-    texts = [prefix + edit.text for edit in edits for prefix in decoding]
-    targets = [edit.target for edit in edits for _ in decoding]
-    counts = [_target_length(tokenizer, t, target) for t, target in zip(texts, targets, strict=True)]
-    decoded = iter(
-        greedy_completion(runner, tokenizer, texts, counts, updates, [w for w in model_of for _ in decoding])
-    )
+    texts = [asked(tokenizer, edit, prefix) for edit in edits for prefix in decoding]
+    targets = [answer for _, answer in answered(tokenizer, texts)]
+    more = [0 if prefix else answer_tokens for _ in edits for prefix in decoding]
+    models = [which for which in model_of for _ in decoding]
+    said = complete(runner, tokenizer, texts, [len(ids) for ids in targets], more, updates, models)
+    wanted = tokenizer.batch_decode(targets)
+    decoded = iter(zip(said, wanted, strict=True))
     return [
-        _metrics(edit, scores[which], contexts, unseen_contexts, {prefix: next(decoded) for prefix in decoding})
+        _metrics(
+            tokenizer,
+            edit,
+            scores[which],
+            contexts,
+            unseen_contexts,
+            {prefix: next(decoded) for prefix in decoding},
+            answer_tokens > 0,
+        )
         for edit, which in zip(edits, model_of, strict=True)
     ]
 
@@ -96,14 +118,21 @@ def summarise(metrics: Sequence[EditMetrics]) -> dict[str, float]:
     return out
 
 
-def _questions(edit: Edit, prefixes: Sequence[str]) -> list[tuple[str, str]]:
+def _questions(tokenizer: PreTrainedTokenizerBase, edit: Edit, prefixes: Sequence[str]) -> list[Asked]:
     targets = [edit.target] if edit.target_true is None else [edit.target, edit.target_true]
-    texts = [prefix + text for text in (edit.text, *edit.paraphrase_prompts) for prefix in prefixes]
-    pairs = [(text, target) for text in texts for target in targets]
-    if _neighbor_answer(edit) is not None:
+    out = [
+        asked(tokenizer, edit, prefix, text=text, target=target)
+        for text in (edit.text, *edit.paraphrase_prompts)
+        for prefix in prefixes
+        for target in targets
+    ]
+    answer = _neighbor_answer(edit)
+    if answer is not None:
         for text in edit.neighborhood_prompts:
-            pairs += [(text, edit.target), (text, str(_neighbor_answer(edit)))]
-    return pairs
+            out += [asked(tokenizer, edit, text=text, target=target) for target in (edit.target, answer)]
+    for probe in (*edit.neighbors, *edit.portability):
+        out += [asked(tokenizer, edit, text=probe.prompt, target=answer) for answer in probe.answers]
+    return out + [asked(tokenizer, edit, text=probe.prompt) for probe in edit.neighbors]
 
 
 def _neighbor_answer(edit: Edit) -> str | None:
@@ -111,46 +140,64 @@ def _neighbor_answer(edit: Edit) -> str | None:
 
 
 def _metrics(
+    tokenizer: PreTrainedTokenizerBase,
     edit: Edit,
-    scores: dict[tuple[str, str], Score],
+    scores: dict[Asked, Score],
     contexts: Sequence[str],
     unseen_contexts: Sequence[str],
-    decoded: dict[str, str],
+    decoded: dict[str, tuple[Completion, str]],
+    answers: bool,
 ) -> EditMetrics:
-    def wins(texts: Sequence[str]) -> float | None:
-        if edit.target_true is None or not texts:
+    """`decoded` has, by prefix, what the model says and the target as the tokenizer spells it."""
+
+    def log_p(text: str, target: str, prefix: str = "") -> float:
+        return scores[asked(tokenizer, edit, prefix, text=text, target=target)].log_probability
+
+    def wins(texts: Sequence[str], prefixes: Sequence[str] = ("",)) -> float | None:
+        if edit.target_true is None:
             return None
         true = edit.target_true
-        return _mean([scores[(t, edit.target)].log_probability > scores[(t, true)].log_probability for t in texts])
+        return _mean([log_p(t, edit.target, p) > log_p(t, true, p) for t in texts for p in prefixes])
+
+    def is_right(prefix: str) -> bool:
+        completion, wanted = decoded[prefix]
+        return completion.forced.strip() == wanted.strip()
 
     def behind(prefixes: Sequence[str], suffix: str) -> dict[str, Any]:
-        found = [scores[(prefix + edit.text, edit.target)] for prefix in prefixes]
-        right = [decoded[prefix].strip() == edit.target.strip() for prefix in prefixes[:1]]
+        found = [scores[asked(tokenizer, edit, prefix)] for prefix in prefixes]
         return {
             f"probability_{suffix}": _mean([s.probability for s in found]),
             f"argmax_{suffix}": _mean([s.is_argmax for s in found]),
-            f"decoded_right_{suffix}": _mean(right),  # behind the first of them
-            f"efficacy_{suffix}": wins([prefix + edit.text for prefix in prefixes]),
-            f"paraphrase_{suffix}": wins([prefix + p for p in edit.paraphrase_prompts for prefix in prefixes]),
+            f"decoded_right_{suffix}": _mean([is_right(prefix) for prefix in prefixes[:1]]),  # behind the first of them
+            f"efficacy_{suffix}": wins([edit.text], prefixes),
+            f"paraphrase_{suffix}": wins(edit.paraphrase_prompts, prefixes),
         }
 
-    bare = scores[(edit.text, edit.target)]
+    bare = scores[asked(tokenizer, edit)]
+    said, _ = decoded[""]
     answer = _neighbor_answer(edit)
-    held = [
-        scores[(t, answer)].log_probability > scores[(t, edit.target)].log_probability
-        for t in edit.neighborhood_prompts
-        if answer is not None
+    held = [log_p(t, answer) > log_p(t, edit.target) for t in edit.neighborhood_prompts if answer is not None]
+    for probe in edit.neighbors:
+        held.append(max(log_p(probe.prompt, spelling) for spelling in probe.answers) > log_p(probe.prompt, edit.target))
+    follows = [
+        any(scores[asked(tokenizer, edit, text=probe.prompt, target=spelling)].is_argmax for spelling in probe.answers)
+        for probe in edit.portability
     ]
     return EditMetrics(
         subject=edit.subject,
         target=edit.target,
         probability=bare.probability,
         argmax=bare.is_argmax,
-        decoded=decoded[""],
-        decoded_right=decoded[""].strip() == edit.target.strip(),
+        decoded=said.forced,
+        decoded_right=is_right(""),
+        answer=said.free if answers else None,
+        answer_right=(said.stopped and said.free.strip() in {text.strip() for text in (edit.target, *edit.aliases)})
+        if answers
+        else None,
         efficacy=wins([edit.text]),
         paraphrase=wins(edit.paraphrase_prompts),
         neighborhood=_mean(held),
+        portability=_mean(follows),
         **behind(contexts, "prefixed"),
         **behind(unseen_contexts, "unseen"),
     )
@@ -158,8 +205,3 @@ def _metrics(
 
 def _mean(values: Sequence[float | bool]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _target_length(tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> int:
-    encoded = encode(tokenizer, [with_target(text, target)])[0]
-    return len(encoded.ids) - target_start(encoded, text, target)

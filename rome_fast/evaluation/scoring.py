@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import EditError
-from ..rows import encode, padding_id, target_start, with_target
+from ..rows import Asked, answered, encode, padding_id
 from ..runner import Runner, evaluating, plain_generation
 from .isolated import RowUpdates, carrying, final_states
 
@@ -32,27 +32,30 @@ class Score:
 def score(
     runner: Runner,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[Asked | tuple[str, str]],
     updates: RowUpdates | None = None,
     edits: Sequence[int] | None = None,
 ) -> list[Score]:
-    """Score every (text, target), in the order given. Only target positions go through the head.
+    """Score every target behind its text, in the order given. Only target positions go through the head.
+
+    A pair is `rome_fast.rows.Asked`, or a text and what follows it to the character: nothing is put between them.
 
     With `updates`, pair i is scored on the model as edit `edits[i]` of them would leave it (-1: as it is).
     Raises EditError for a text that is too long for the model, and for a target without a token of its own.
     """
-    place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-    texts = [with_target(text, target) for text, target in place]
-    encoded = encode(tokenizer, texts)
-    for text, tokens in zip(texts, encoded, strict=True):
-        _check_length(runner, text, len(tokens.ids) - 1)
-    starts = [target_start(e, text, target) for e, (text, target) in zip(encoded, place, strict=True)]
-    uses = [(place[pair], edit) for pair, edit in zip(pairs, edits or [-1] * len(pairs), strict=True)]
+    asked = [Asked(*pair) for pair in pairs]
+    place = {pair: i for i, pair in enumerate(dict.fromkeys(asked))}
+    encoded = answered(tokenizer, list(place))
+    rows = [[*tokens.ids, *answer] for tokens, answer in encoded]
+    for (text, *_), ids in zip(place, rows, strict=True):
+        _check_length(runner, text, len(ids) - 1)
+    starts = [len(tokens.ids) for tokens, _ in encoded]
+    uses = [(place[pair], edit) for pair, edit in zip(asked, edits or [-1] * len(pairs), strict=True)]
     scores: dict[int, Score] = {}
-    for some, hidden in final_states(runner, [e.ids[:-1] for e in encoded], uses, updates):
-        rows = [uses[i][0] for i in some]
-        where = [(r, p) for r, i in enumerate(rows) for p in range(starts[i] - 1, len(encoded[i].ids) - 1)]
-        targets = [encoded[i].ids[p] for i in rows for p in range(starts[i], len(encoded[i].ids))]
+    for some, hidden in final_states(runner, [ids[:-1] for ids in rows], uses, updates):
+        used = [uses[i][0] for i in some]
+        where = [(r, p) for r, i in enumerate(used) for p in range(starts[i] - 1, len(rows[i]) - 1)]
+        targets = [token for i in used for token in rows[i][starts[i] :]]
         labels = torch.tensor(targets, device=hidden.device)
         row_of, position = torch.tensor(where, device=hidden.device).T
         logits = runner.head(hidden[row_of, position])
@@ -60,36 +63,60 @@ def score(
         found = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).tolist()
         best = (log_probs.argmax(1) == labels).tolist()
         at = 0
-        for use, i in zip(some, rows, strict=True):
-            count = len(encoded[i].ids) - starts[i]
+        for use, i in zip(some, used, strict=True):
+            count = len(rows[i]) - starts[i]
             scores[use] = Score(sum(found[at : at + count]) / count, all(best[at : at + count]))
             at += count
     return [scores[i] for i in range(len(pairs))]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Completion:
+    """What a model writes behind a text when it takes the most probable token each time."""
+
+    forced: str  # as many tokens as were asked for, an end of text being a token like any other
+    free: str  # until it stops by itself, or at the bound, without the token that it stops with
+    stopped: bool
+
+
 def greedy_completion(
     runner: Runner,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Asked | str],
     counts: Sequence[int],
     updates: RowUpdates | None = None,
     edits: Sequence[int] | None = None,
 ) -> list[str]:
-    """What the model writes behind each text when it decodes greedily for `counts[i]` tokens.
+    """What the model writes behind each text, taken to the character, when it decodes greedily for `counts[i]` tokens.
 
     With `updates`, text i is completed by the model as edit `edits[i]` of them would leave it (-1: as it is).
     Raises EditError for a text that is too long for the model.
     """
-    encoded = [e.ids for e in encode(tokenizer, [text.rstrip() for text in texts])]
-    for text, ids, count in zip(texts, encoded, counts, strict=True):
-        _check_length(runner, text, len(ids) + count - 1)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, ids in enumerate(encoded):
-        groups.setdefault((len(ids), counts[index]), []).append(index)
+    return [c.forced for c in complete(runner, tokenizer, texts, counts, [0] * len(texts), updates, edits)]
+
+
+@torch.no_grad()
+def complete(
+    runner: Runner,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Asked | str],
+    counts: Sequence[int],
+    more: Sequence[int],
+    updates: RowUpdates | None = None,
+    edits: Sequence[int] | None = None,
+) -> list[Completion]:
+    """The same, and where it stops by itself within `more[i]` further tokens, as far as the model attends."""
+    asked = [Asked(text, "") if isinstance(text, str) else text for text in texts]
+    encoded = [encode(tokenizer, [text], special=special)[0].ids for text, _, special in asked]
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for index, (question, ids, count) in enumerate(zip(asked, encoded, counts, strict=True)):
+        _check_length(runner, question.text, len(ids) + count - 1)
+        most = min(count + more[index], runner.max_length - len(ids) + 1)
+        groups.setdefault((len(ids), count, most), []).append(index)
+    stops = stop_ids(runner, tokenizer)
     pad = padding_id(tokenizer)
-    out = [""] * len(texts)
-    for (length, count), members in groups.items():
+    out: list[Completion | None] = [None] * len(texts)
+    for (length, count, most), members in groups.items():
         # Rows of one length need no padding, so that its side cannot matter.
         rows = torch.tensor([encoded[i] for i in members], device=runner.device)
         generator: Any = runner.model
@@ -103,12 +130,35 @@ def greedy_completion(
                 input_ids=rows,
                 attention_mask=torch.ones_like(rows),
                 do_sample=False,
-                max_new_tokens=count,
+                max_new_tokens=most,
                 pad_token_id=pad,
+                stopping_criteria=StoppingCriteriaList([_AllStopped(length + count, length, stops)]),
             )
-        for i, new in zip(members, tokenizer.batch_decode(generated[:, length:]), strict=True):
-            out[i] = new
-    return out
+        for i, ids in zip(members, generated[:, length:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(ids) if token in stops), None)
+            forced, free = tokenizer.batch_decode([ids[:count], ids[:end]])
+            out[i] = Completion(forced, free, end is not None)
+    return [completion for completion in out if completion is not None]
+
+
+def stop_ids(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that `generate` stops at: those of the model's generation config, and the tokenizer's end of text."""
+    own = getattr(runner.model.generation_config, "eos_token_id", None)
+    found = own if isinstance(own, list) else [own]
+    return {int(token) for token in (*found, tokenizer.eos_token_id) if token is not None}
+
+
+class _AllStopped(StoppingCriteria):
+    """Stop a batch as a whole once it is long enough and every row has a token that ends a text."""
+
+    def __init__(self, enough: int, start: int, stops: set[int]) -> None:
+        self.enough, self.start, self.stops = enough, start, stops
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        new = input_ids[:, self.start :]
+        stops = torch.tensor(sorted(self.stops), device=new.device, dtype=new.dtype)
+        done = input_ids.shape[1] >= self.enough and bool(torch.isin(new, stops).any(1).all())
+        return torch.full((len(new),), done, device=new.device)
 
 
 def _check_length(runner: Runner, text: str, tokens: int) -> None:

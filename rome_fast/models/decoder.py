@@ -221,6 +221,11 @@ def is_transposed(model: nn.Module, weight_name: str) -> bool:
     return isinstance(model.get_submodule(weight_name.removesuffix(".weight")), Conv1D)
 
 
+def oriented(model: nn.Module, weight_name: str, weight: Tensor) -> Tensor:
+    """A projection's weight, stored as the model stores its parameter of that name, as a (d, d_ff) view."""
+    return weight.T if is_transposed(model, weight_name) else weight
+
+
 def _down_projection(layer: nn.Module, width: int) -> str | None:
     """Path of the last linear map to the hidden size in a layer that is neither of a mixer nor of routed experts."""
     found = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
+from .figures import literal
 
 TRACKS = {
     "rome_fast, products in float32": "products_in_float32",
@@ -67,7 +68,7 @@ def bench_figure(runs: Sequence[dict[str, Any]], file: Path) -> None:
         _draw_tracks(panels[0][2], runs)
     for axes in panels[0]:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.text(0.995, 0.01, _conditions(runs), ha="right", fontsize=7, color="#666666")
+    figure.text(0.995, 0.01, literal(_conditions(runs)), ha="right", fontsize=7, color="#666666")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from ..terminal import visible
+
 _STYLE = """\
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 0 auto; padding: 1rem; }
@@ -77,9 +79,9 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
             '<html lang="en">',
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
+            f"<title>{_escaped(title)}</title>",
             f"<style>\n{_STYLE}\n</style>",
-            f"<h1>{escape(title)}</h1>",
+            f"<h1>{_escaped(title)}</h1>",
             *(_html(block) for block in blocks),
             "</html>\n",
         ]
@@ -106,32 +108,36 @@ def _markdown(block: Block) -> str:
 
 def _plain(text: str) -> str:
     """Text on one line, with nothing in it that Markdown would take for markup."""
-    return re.sub(r"([\\`*_<>|\[\]#&~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_<>|\[\]#&~$])", r"\\\1", visible(" ".join(text.split())))
 
 
 def _html(block: Block) -> str:
     match block:
         case Heading(text):
-            return f"<h2>{escape(text)}</h2>"
+            return f"<h2>{_escaped(text)}</h2>"
         case Text(text):
-            return f"<p>{escape(text)}</p>"
+            return f"<p>{_escaped(text)}</p>"
         case Bullets(items):
-            return "<ul>\n" + "\n".join(f"<li>{escape(item)}</li>" for item in items) + "\n</ul>"
+            return "<ul>\n" + "\n".join(f"<li>{_escaped(item)}</li>" for item in items) + "\n</ul>"
         case Picture(_, png, caption):
             data = base64.b64encode(png).decode("ascii")
-            image = f'<div class="wide"><img src="data:image/png;base64,{data}" alt="{escape(caption)}"></div>'
-            return f"<figure>\n{image}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+            image = f'<div class="wide"><img src="data:image/png;base64,{data}" alt="{_escaped(caption)}"></div>'
+            return f"<figure>\n{image}\n<figcaption>{_escaped(caption)}</figcaption>\n</figure>"
         case Table(columns, rows, texts):
             head = _html_row("th", columns, texts)
             body = "\n".join(_html_row("td", row, texts) for row in rows)
             return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
         case Folded(title, table):
-            return f"<details>\n<summary>{escape(title)}</summary>\n{_html(table)}\n</details>"
+            return f"<details>\n<summary>{_escaped(title)}</summary>\n{_html(table)}\n</details>"
+
+
+def _escaped(text: str) -> str:
+    return escape(visible(text))
 
 
 def _html_row(tag: str, cells: Sequence[str], texts: int) -> str:
     shown = (
-        f'<{tag} class="text">{escape(cell)}</{tag}>' if i < texts else f"<{tag}>{escape(cell)}</{tag}>"
+        f'<{tag} class="text">{_escaped(cell)}</{tag}>' if i < texts else f"<{tag}>{_escaped(cell)}</{tag}>"
         for i, cell in enumerate(cells)
     )
     return f"<tr>{''.join(shown)}</tr>"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..records import Record
+from ..terminal import one_line
 
 _COLOURS = {
     "rome": "#c0392b",
@@ -19,6 +20,11 @@ HIGHEST = 1e6
 def method_colour(method: str) -> str:
     """The colour of a method in every figure."""
     return _COLOURS.get(method, "#555555")
+
+
+def literal(text: str) -> str:
+    """Text that matplotlib draws as it is: a dollar sign begins no formula, and nothing breaks the line."""
+    return one_line(text).replace("$", r"\$")
 
 
 def collapse_figure(records: Sequence[Record], base_perplexity: float, conditions: str, file: Path) -> None:
@@ -48,14 +54,16 @@ def collapse_figure(records: Sequence[Record], base_perplexity: float, condition
     left.set_xscale("log")
     left.margins(x=0.2)
     left.set_xlabel(f"perplexity of the edited model (dotted: unedited, {base_perplexity:.1f})")
-    left.set_yticks(range(len(requests)), [f"{text}\n→ {target}" for text, target in requests], fontsize=9)
+    left.set_yticks(
+        range(len(requests)), [f"{literal(text)}\n→ {literal(target)}" for text, target in requests], fontsize=9
+    )
     left.invert_yaxis()
     right.set_xlim(0, 1.02)
     right.set_xlabel("P(target): bar behind a prefix, tick without")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="upper center", ncols=len(methods), frameon=False)
-    figure.text(0.985, 0.005, conditions, ha="right", fontsize=7, color="#666666")
+    figure.text(0.985, 0.005, literal(conditions), ha="right", fontsize=7, color="#666666")
     figure.tight_layout(rect=(0, 0.02, 1, 0.93))
     figure.savefig(file, dpi=150)
     plt.close(figure)

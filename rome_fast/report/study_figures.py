@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from .figures import HIGHEST, method_colour
+from .figures import HIGHEST, literal, method_colour
 from .projection import directions, neighbour_embedding, principal_components
 from .study_data import Keys, PrefixRecord, StudyData, StudyRecord
 from .study_tables import methods_of
@@ -133,7 +133,7 @@ def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
 
 def _png(figure: Figure, conditions: str, marks: Sequence[Line2D]) -> bytes:
     figure.legend(handles=list(marks), loc="outside upper center", ncols=len(marks), frameon=False, fontsize=9)
-    figure.supxlabel(conditions, fontsize=7, color=_GREY, x=0.99, ha="right")
+    figure.supxlabel(literal(conditions), fontsize=7, color=_GREY, x=0.99, ha="right")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -172,7 +172,7 @@ def _bands(axes: Axes, records: Sequence[StudyRecord], value: Callable[[StudyRec
                 facecolors=[method_colour(method) if r.collapsed else "white" for r in shown],
             )
         verdicts = [r.collapsed for r in edits if r.collapsed is not None]
-        labels.append(f"{method}\n{sum(verdicts)} of {len(verdicts)} collapsed")
+        labels.append(f"{literal(method)}\n{sum(verdicts)} of {len(verdicts)} collapsed")
     axes.set_xscale("log")
     axes.set_yticks(range(len(methods)), labels, fontsize=9)
     axes.set_ylim(len(methods) - 0.45, -0.55)

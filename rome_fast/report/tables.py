@@ -3,19 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from ..evaluation import EditMetrics
-from ..records import Record
+from ..records import MUCH_MISSED, Record
+from ..terminal import one_line
 
-
-def print_table(table: Table) -> None:
-    """Print at the terminal's width, or wide enough for every column where there is none."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+_MOST_SHOWN = 40  # characters of an answer
 
 
 def edit_table(records: Sequence[Record]) -> Table:
@@ -25,15 +19,15 @@ def edit_table(records: Sequence[Record]) -> Table:
     table = _table([*columns, "perplexity", "verdict"] if measured else [*columns, "verdict"])
     previous = None
     for r in records:
-        name = f"{r.prompt.replace('{}', r.subject)} → {r.target}"
+        name = f"{r.text or r.prompt.replace('{}', r.subject)} → {r.target}"
         cells = [
-            "" if name == previous else name,
+            "" if name == previous else one_line(name),
             r.method,
             number(r.probability_before),
             number(r.probability_after),
             number(r.probability_after_prefixed),
             f"{r.denominator:.4g}",
-            f"{r.update_norm / r.weight_norm:.2f}",
+            f"{r.update_norm / r.weight_norm:.2f}" if r.weight_norm else "–",
         ]
         if measured:
             cells.append(f"{number(r.perplexity_before)} → {number(r.perplexity_after)}")
@@ -49,6 +43,7 @@ def metrics_table(metrics: Sequence[EditMetrics]) -> Table:
             "P",
             "argmax",
             "decoded",
+            "answer",
             "efficacy",
             "paraphrase",
             "neighbourhood",
@@ -57,10 +52,11 @@ def metrics_table(metrics: Sequence[EditMetrics]) -> Table:
     )
     for m in metrics:
         table.add_row(
-            f"{m.subject} → {m.target}",
+            one_line(f"{m.subject} → {m.target}"),
             number(m.probability),
             "yes" if m.argmax else "no",
             repr(m.decoded),
+            "–" if m.answer is None else f"{_shortened(m.answer)!r}{' ✓' if m.answer_right else ''}",
             number(m.efficacy),
             number(m.paraphrase),
             number(m.neighborhood),
@@ -70,16 +66,22 @@ def metrics_table(metrics: Sequence[EditMetrics]) -> Table:
 
 
 def verdict(record: Record) -> str:
-    """In words: whether the model survived, and where the fact answers."""
+    """In words: whether the edit was made, whether the model survived, and where the fact answers."""
     if not record.applied:
-        return "skipped: would collapse"
+        return f"left out: {record.left_out or 'unknown why'}"
     if record.collapsed:
-        return "model collapsed"
+        return "collapse predicted" if record.perplexity_after is None else "model collapsed"
     if record.argmax_after:
-        return "edited"
-    if record.argmax_after_prefixed is not None and record.argmax_after_prefixed >= 0.5:
-        return "edited, answers behind a prefix"
-    return "fact lost" if record.argmax_after is not None else "applied"
+        found = "edited"
+    elif record.argmax_after_prefixed is not None and record.argmax_after_prefixed >= 0.5:
+        found = "edited, answers behind a prefix"
+    else:
+        found = "applied" if record.argmax_after is None else "fact lost"
+    return f"{found}, met in part ({record.missed:.0%} off)" if record.missed > MUCH_MISSED else found
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
 
 
 def number(value: float | None) -> str:

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import checkpoints
-from ..errors import ArgumentError, ModelError, StatisticsError
+from ..admission import admit_model, admit_tokenizer, checked_dtype, plain_modes
+from ..errors import ArgumentError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
-from ..processes import ALONE, Processes
+from ..processes import ALONE, Processes, own_device
 from ..runner import Runner, evaluating
 from ..verification import check_model
 from ..weights import align_
@@ -37,6 +38,7 @@ RESUME = "run the same command with as many processes again: each of them goes o
 _BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
 
 
+@plain_modes()
 def collect_statistics(
     model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -50,14 +52,16 @@ def collect_statistics(
     out: str | Path | None = None,
     distributed: bool = False,
     memory: int | str | None = None,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Statistics:
     """Second moments of the down-projection's inputs over the first `tokens` tokens of `texts`, in one pass.
 
     `model` may be the directory or hub id of a checkpoint, whose tokenizer is taken where None is given. It runs on
-    `device`, under a budget of `memory` (bytes or "8GiB"; by default what is free): what does not fit is read layer by
-    layer, each layer once for as many tokens as the budget has room for, with the same result to the bit.
+    `device` (by default a GPU where torch finds one), in `dtype` (by default as stored), under a budget of `memory`
+    (bytes or "8GiB"; by default what is free): what does not fit is read layer by layer, each layer once for as many
+    tokens as the budget has room for, with the same result to the bit.
 
     `texts` are strings, or mappings with a string in `field` (a data set); 10 tokens per dimension of the keys are
     read unless told otherwise. Each text is tokenised whole (by the megabyte) and cut into rows of at most `max_length`
@@ -74,17 +78,17 @@ def collect_statistics(
     for texts without a token, keys that are not finite or other texts than the interrupted call's; DistributedError
     for another process that died; CheckpointError where nothing can be written.
     """
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, str | Path):
+        opened: Any = opened_for(
+            model, layers, memory=memory, device=own_device(device), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    else:
+        admit_model(model, or_path=True)
+        admit_tokenizer(tokenizer, offsets=False)
         if memory is not None:
             raise ArgumentError("memory: got a budget for a model that is in memory already; give its checkpoint")
         align_(model)
-        opened: Any = nullcontext((Runner(model), tokenizer))
-    elif not isinstance(model, str | Path):
-        raise ModelError(
-            f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel or the path of a checkpoint"
-        )
-    else:
-        opened = opened_for(model, layers, memory=memory, device=device, trust_remote_code=trust_remote_code)
+        opened = nullcontext((Runner(model), tokenizer))
     with opened as (runner, own):
         return collect(
             runner,
@@ -107,6 +111,7 @@ def opened_for(
     *,
     memory: int | str | None = None,
     device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[Runner, PreTrainedTokenizerBase]]:
     """A checkpoint ready to collect statistics of these layers (None: of the edit layer); see `collect_statistics`."""
@@ -116,11 +121,14 @@ def opened_for(
         layer=max(layers) if layers else None,
         device=device,
         collecting=len(set(layers)) if layers else 1,
+        dtype=checked_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )
     tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
     if outline.placement is None:
-        model = checkpoints.load_model(outline.directory, device=device, trust_remote_code=trust_remote_code)
+        model = checkpoints.load_model(
+            outline.directory, device=device, dtype=checked_dtype(dtype), trust_remote_code=trust_remote_code
+        )
         align_(model)
         yield Runner(model), tokenizer
         return

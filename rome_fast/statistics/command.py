@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -16,16 +15,17 @@ import torch
 from .. import checkpoints
 from ..defaults import default_layer
 from ..errors import ArgumentError, StatisticsError
-from ..fingerprint import Fingerprint
 from ..processes import joined, launched_together, own_device
 from ..runner import Runner
+from ..terminal import say, tell
 from .cache import list_cache, prune_cache
+from .choice import cached_choices
 from .collect import RESUME, Progress, collect, opened_for
 from .corpus import Corpus, hub_dataset
 from .layer import check_ridge
 from .released import export_npz, import_npz
 from .snapshots import PATTERN
-from .store import Statistics, check_replaces, statistics_cache
+from .store import Statistics, cache_folder, check_replaces, statistics_cache
 
 Shown = Callable[[str, str], AbstractContextManager[tuple[Progress, object]]]
 """From (stage, unit) to a progress bar: what moves it, and what else it shows."""
@@ -52,16 +52,21 @@ def run_statistics(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any
 def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any] | None:
     texts = _texts(arguments)
     with ExitStack() as stack:
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        first, together = True, launched_together()
+        device, first, together = own_device(arguments.device), True, launched_together()
         if together:
-            device = own_device(device)
             first = stack.enter_context(joined(device, RESUME)).rank == 0
         runner, tokenizer = stack.enter_context(
-            opened_for(arguments.model, arguments.layers, memory=arguments.memory, device=device)
+            opened_for(
+                arguments.model,
+                arguments.layers,
+                memory=arguments.memory,
+                device=device,
+                dtype=arguments.dtype,
+                trust_remote_code=arguments.trust_remote_code,
+            )
         )
         layers = arguments.layers or [default_layer(runner.model.config)]
-        out = arguments.out or _cache_folder(runner, checkpoints.resolve(arguments.model), layers)
+        out = arguments.out or cache_folder(runner, checkpoints.resolve(arguments.model).resolve().name, layers)
         progress = stack.enter_context(_shown(shown)) if first else None
         statistics = collect(
             runner,
@@ -82,13 +87,13 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any] | No
         return None
     report = _report(arguments.model, statistics, out)
     ratio = f"{report['tokens'] / width:.1f} per dimension of the keys"
-    print(f"{report['tokens']} tokens, {ratio}, layers {report['layers']} → {out}")
+    say(f"{report['tokens']} tokens, {ratio}, layers {report['layers']} → {out}")
     _tell_usable(statistics, report)
     return report
 
 
 def _tell_resumed(done: int, total: int) -> None:
-    print(f"going on from {done:,} of {total:,} tokens, which an interrupted run has done", file=sys.stderr, flush=True)
+    tell(f"going on from {done:,} of {total:,} tokens, which an interrupted run has done")
 
 
 @contextmanager
@@ -101,7 +106,7 @@ def _shown(shown: Shown) -> Iterator[Progress]:
     begun: tuple[float, int] | None = None
     told = 0
 
-    def tell(done: int, total: int) -> None:
+    def tell_tenth(done: int, total: int) -> None:
         nonlocal begun, told
         if begun is None:
             # An interrupted run begins where it was: the speed is that of what comes now.
@@ -110,11 +115,9 @@ def _shown(shown: Shown) -> Iterator[Progress]:
             told = done * 10 // total
             rate = (done - begun[1]) / max(time.monotonic() - begun[0], 1e-6)
             left = timedelta(seconds=round((total - done) / rate))
-            print(f"{done:,} of {total:,} tokens, {rate:,.0f}/s, {left} left", file=sys.stderr, flush=True)
+            tell(f"{done:,} of {total:,} tokens, {rate:,.0f}/s, {left} left")
 
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
-        yield tell
+    yield tell_tenth
 
 
 def _texts(arguments: argparse.Namespace) -> Iterable[Any]:
@@ -127,12 +130,6 @@ def _texts(arguments: argparse.Namespace) -> Iterable[Any]:
     return Corpus.open(*arguments.corpus, field=arguments.field)
 
 
-def _cache_folder(runner: Runner, directory: Path, layers: list[int]) -> Path:
-    # The name alone would let two models of one folder name replace each other's files.
-    layer = max(0, min(max(layers), len(runner.layers) - 1))
-    return statistics_cache() / f"{directory.resolve().name}-{Fingerprint.of(runner, layer)}"
-
-
 def _tell_usable(statistics: Statistics, report: dict[str, Any]) -> None:
     """Say of every layer whether it can be solved with, and put its condition number into the report."""
     report["conditions"] = {}
@@ -142,10 +139,10 @@ def _tell_usable(statistics: Statistics, report: dict[str, Any]) -> None:
             condition = replace(entry).condition(torch.device("cpu"))
         except StatisticsError as error:
             report["conditions"][layer] = None
-            print(f"layer {layer}: no edit can use it as it is: {error}")
+            say(f"layer {layer}: no edit can use it as it is: {error}")
         else:
             report["conditions"][layer] = condition
-            print(f"layer {layer}: condition number {condition:.1e}")
+            say(f"layer {layer}: condition number {condition:.1e}")
 
 
 def _report(model: str, statistics: Statistics, out: Path) -> dict[str, Any]:
@@ -171,8 +168,13 @@ def _import(arguments: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def _opened(arguments: argparse.Namespace, layers: list[int] | None) -> Iterator[Runner]:
     """The model, to compare fingerprints with; a few numbers of each weight are all that is read of a streamed one."""
-    device = arguments.device or "cpu"
-    with opened_for(arguments.model, layers, memory=arguments.memory, device=device) as (runner, _):
+    with opened_for(
+        arguments.model,
+        layers,
+        memory=arguments.memory,
+        device=arguments.device or "cpu",
+        trust_remote_code=arguments.trust_remote_code,
+    ) as (runner, _):
         yield runner
 
 
@@ -181,12 +183,12 @@ def _keep(arguments: argparse.Namespace, runner: Runner, statistics: Statistics)
         statistics.for_layer(runner, layer)
     statistics = statistics.with_ridge(arguments.ridge) if arguments.ridge else statistics
     directory = checkpoints.resolve(arguments.model)
-    out = arguments.out or _cache_folder(runner, directory, list(statistics.layers))
+    out = arguments.out or cache_folder(runner, directory.resolve().name, list(statistics.layers))
     for layer, entry in statistics.layers.items():
         check_replaces(out, layer, entry.fingerprint, entry.tokens)
     statistics.save(out)
     report = _report(arguments.model, statistics, out)
-    print(f"{report['tokens']} tokens, layers {report['layers']} → {out}")
+    say(f"{report['tokens']} tokens, layers {report['layers']} → {out}")
     _tell_usable(statistics, report)
     return report
 
@@ -203,7 +205,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
             file = folder / f"{name}_float32_mom2_{arguments.sample_size}.npz"
             export_npz(statistics.for_layer(runner, layer), file, arguments.sample_size)
             files.append(str(file))
-            print(file)
+            say(str(file))
     return {"model": arguments.model, "files": files}
 
 
@@ -213,12 +215,17 @@ def _list() -> dict[str, Any]:
         name = entry.file.parent.name
         size = f"{entry.size_bytes / 2**20:8.1f} MiB"
         if entry.problem:
-            print(f"{name}  {entry.file.name}  {size}  unusable: {entry.problem}")
+            say(f"{name}  {entry.file.name}  {size}  unusable: {entry.problem}")
         else:
             what = "first tokens" if entry.first_tokens else f"tokens, {entry.tokens / entry.width:.1f} per dimension"
-            print(f"{name}  layer {entry.layer}  {size}  {entry.tokens} {what}")
-    print(f"{len(found)} layers in {statistics_cache()}")
+            say(f"{name}  layer {entry.layer}  {size}  {entry.tokens} {what}")
+    choices = cached_choices(statistics_cache())
+    for choice in choices:
+        settings = f"weight decay {choice.settings.weight_decay:g}, clamp {choice.settings.clamp:g}"
+        say(f"{choice.fingerprint}  tuned: layer {choice.layer}, {settings} ({choice.made})")
+    say(f"{len(found)} layers in {statistics_cache()}")
     return {
+        "tuned": [{"model": str(c.fingerprint), "layer": c.layer, "made": c.made} for c in choices],
         "cache": str(statistics_cache()),
         "layers": [
             {
@@ -240,8 +247,8 @@ def _prune(names: list[str]) -> dict[str, Any]:
     at_work = [statistics_cache() / name for name in names] if names else statistics_cache().glob(f"*/{PATTERN}")
     for path in at_work:
         if path.exists():
-            print(f"kept {path}: a process is writing there")
+            say(f"kept {path}: a process is writing there")
     for path in removed:
-        print(f"removed {path}")
-    print(f"{len(removed)} removed")
+        say(f"removed {path}")
+    say(f"{len(removed)} removed")
     return {"removed": [str(path) for path in removed]}

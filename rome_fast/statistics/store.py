@@ -1,18 +1,21 @@
 """Statistics of several layers: in files, in the cache, and merged out of parts."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from ..assets import cache_dir
+from ..defaults import select
 from ..errors import ArgumentError, CheckpointError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..runner import Runner
 from ..weights import load_tensors, read_header, save_tensors
 from ..weights.files import os_errors
+from .choice import Choice, cached_choices
 from .layer import LayerStatistics, check_ridge
 
 FORMAT = "rome_fast second moment 1"
@@ -25,10 +28,11 @@ def statistics_cache() -> Path:
 
 
 class Statistics:
-    """Second moments of one model's keys, by layer."""
+    """Second moments of one model's keys, by layer, and which layer `rome-fast tune` chose, if it did."""
 
-    def __init__(self, layers: Iterable[LayerStatistics]) -> None:
+    def __init__(self, layers: Iterable[LayerStatistics], choice: Choice | None = None) -> None:
         self.layers = {entry.layer: entry for entry in layers}
+        self.choice = choice
 
     def for_layer(self, runner: Runner, layer: int) -> LayerStatistics:
         """The entry of a layer, checked to belong to this model.
@@ -59,7 +63,7 @@ class Statistics:
     def with_ridge(self, ridge: float) -> "Statistics":
         """The same, solved with as C + ridge · mean(diag C) · I; ArgumentError for a ridge that is not from 0 on."""
         check_ridge(ridge)
-        return Statistics(replace(entry, ridge=ridge, _factor=None) for entry in self.layers.values())
+        return Statistics((replace(entry, ridge=ridge, _factor=None) for entry in self.layers.values()), self.choice)
 
     @classmethod
     def merge(cls, parts: Sequence["Statistics"]) -> "Statistics":
@@ -80,6 +84,8 @@ class Statistics:
             directory.mkdir(parents=True, exist_ok=True)
         for layer, entry in self.layers.items():
             write_layer(layer_file(directory, layer), entry)
+        if self.choice is not None:
+            self.choice.save(directory)
 
     @classmethod
     def cached(cls, runner: Runner, layer: int) -> "Statistics":
@@ -104,16 +110,52 @@ class Statistics:
         )
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Statistics":
-        """Read what `save` wrote; CheckpointError for a damaged file, StatisticsError for anything else."""
+    def load(cls, directory: str | Path, layers: Iterable[int] | None = None) -> "Statistics":
+        """Read what `save` wrote, of these layers only where some are given and there.
+
+        CheckpointError for a damaged file, StatisticsError for anything else.
+        """
         directory = Path(directory)
         files = sorted(directory.glob("layer-*.safetensors"))
+        if layers is not None:
+            files = [file for file in (layer_file(directory, layer) for layer in layers) if file in files]
         if not files:
             raise StatisticsError(
                 f"statistics: found no layer-*.safetensors in {directory}; make them with: "
                 f"rome-fast statistics MODEL --corpus FILE --out {directory}"
             )
-        return cls(read_layer(file) for file in files)
+        return cls((read_layer(file) for file in files), Choice.load(directory))
+
+
+def tuned_choice(runner: Runner, statistics: Statistics | str | None) -> Choice | None:
+    """What `rome-fast tune` chose for this very model: as the statistics given say, and otherwise as the cache does."""
+    return next((choice for choice in _choices(statistics) if choice.is_of(runner)), None)
+
+
+def likely_layer(config: PretrainedConfig, statistics: Statistics | str | None) -> int:
+    """The edit layer where no weight has been read yet: it may be that of another model of these sizes."""
+    return select(config, tuned=likely_choice(config, statistics)).layer
+
+
+def likely_choice(config: PretrainedConfig, statistics: Statistics | str | None) -> Choice | None:
+    """What `tuned_choice` says, as far as sizes tell one model from another."""
+    return next((choice for choice in _choices(statistics) if choice.may_be_of(config)), None)
+
+
+def _choices(statistics: Statistics | str | None) -> Iterator[Choice]:
+    if not isinstance(statistics, Statistics):
+        yield from cached_choices(statistics_cache())
+    elif statistics.choice is not None:
+        yield statistics.choice
+
+
+def cache_folder(runner: Runner, name: str, layers: Sequence[int]) -> Path:
+    """Where the cache has statistics of these layers of a model that is called `name`.
+
+    The name alone would let two models of one name replace each other's files.
+    """
+    layer = max(0, min(max(layers), len(runner.layers) - 1))
+    return statistics_cache() / f"{name}-{Fingerprint.of(runner, layer)}"
 
 
 def layer_file(directory: Path, layer: int) -> Path:
@@ -166,7 +208,7 @@ def _merged(entries: Sequence[LayerStatistics]) -> LayerStatistics:
     if len(entries) == 1:
         return first
     tokens = sum(entry.tokens for entry in entries)
-    total = torch.zeros(first.moment.shape, dtype=torch.float64)
+    total = torch.zeros_like(first.moment, dtype=torch.float64)
     for entry in entries:
         total += entry.moment.to("cpu", torch.float64) * entry.tokens
     shared = set(first.provenance.items()).intersection(*(entry.provenance.items() for entry in entries))

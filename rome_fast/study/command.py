@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,15 +18,18 @@ from .. import assets, checkpoints, demo
 from ..batches import free_memory
 from ..bench.command import processor
 from ..contexts import sample_contexts
-from ..defaults import default_layer, default_settings
-from ..edits import load_edits
+from ..defaults import default_settings
+from ..editor import checked_layer
+from ..edits import EditsFileWarning, load_edits
 from ..errors import ArgumentError
 from ..evaluation import sentence_perplexity
 from ..fingerprint import Fingerprint
 from ..methods import hold_first_tokens, variant
+from ..processes import own_device
 from ..report.study import write_report
 from ..runner import Runner
 from ..statistics import Statistics, first_token_statistics
+from ..texts import read_sentences
 from ..workers import Turns, helped
 from .cases import Case, cases_of, leading_tokens
 from .measure import COLLAPSE_RATIO, Study
@@ -70,6 +74,8 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
         given = getattr(arguments, name)
         if given is not None and given < 1:
             raise ArgumentError(f"{name}: got {given}, wanted at least 1")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ArgumentError(f"out: {arguments.out} is a file, wanted a folder, which may be new")
     job = _prepare(arguments, say)
     study, place, turns = job.study, job.place, Turns()
     processes = max(1, min(job.processes, len(job.missing())))
@@ -103,7 +109,11 @@ def run_study(arguments: argparse.Namespace, advance: Advance, say: Callable[[st
 
 def _help(arguments: argparse.Namespace, take: Callable[[], int]) -> None:
     """In a process of its own: measure parts, as long as there are any."""
-    _prepare(arguments, lambda line: None).measure(take, lambda done, total: None)
+    with warnings.catch_warnings():
+        # The first process has said it.
+        warnings.simplefilter("ignore", EditsFileWarning)
+        job = _prepare(arguments, lambda line: None)
+    job.measure(take, lambda done, total: None)
 
 
 def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
@@ -111,13 +121,18 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     methods = list(dict.fromkeys(arguments.methods or _PAPER_METHODS))
     for name in methods:
         variant(name)
-    edits = load_edits(arguments.edits)
+    edits = load_edits(arguments.edits, arguments.on_error, arguments.duplicates)
     own = arguments.model is None
-    model, tokenizer, directory = checkpoints.load(assets.model_dir(say) if own else arguments.model)
+    model, tokenizer, directory = checkpoints.load(
+        assets.model_dir(say) if own else arguments.model,
+        device=own_device(arguments.device),
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     runner = Runner(model)
     processes = arguments.processes or _fitting_processes(model)
     torch.set_num_threads(arguments.threads or max(1, _cores() // processes))
-    layer = default_layer(model.config) if arguments.layer is None else arguments.layer
+    layer = checked_layer(runner, arguments.layer)
     fingerprint = Fingerprint.of(runner, layer)
     folder = arguments.statistics or (demo.statistics_dir(say) if own and arguments.layer is None else None)
     statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layer)
@@ -125,11 +140,7 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     cases = cases_of(runner, tokenizer, edits, arguments.sample)
     if not cases:
         raise ArgumentError(f"sample: got {arguments.sample}, which leaves no request to study")
-    if arguments.sentences:
-        text = arguments.sentences.read_text(encoding="utf-8")
-        sentences = [s for s in text.splitlines() if s.strip()]
-    else:
-        sentences = demo.held_out_sentences(_SENTENCES)
+    sentences = read_sentences(arguments.sentences) if arguments.sentences else demo.held_out_sentences(_SENTENCES)
     contexts = sample_contexts(model, tokenizer)
     unseen = sample_contexts(model, tokenizer, seed=_UNSEEN_SEED)
     unseen = tuple(context for context in unseen if context not in contexts)

@@ -120,8 +120,10 @@ class Study:
     def _records(self, made: Sequence[tuple[str, Case, Delta, Record]]) -> list[dict[str, Any]]:
         edits, deltas = [case.edit for _, case, _, _ in made], [delta for _, _, delta, _ in made]
         contexts, unseen = self.contexts[:_SCORED_CONTEXTS], self.unseen[:_SCORED_CONTEXTS]
-        before = evaluate(self.model, self.tokenizer, edits)
-        after = evaluate(self.model, self.tokenizer, edits, contexts, unseen_contexts=unseen, deltas=deltas)
+        before = evaluate(self.model, self.tokenizer, edits, answer_tokens=0)
+        after = evaluate(
+            self.model, self.tokenizer, edits, contexts, unseen_contexts=unseen, deltas=deltas, answer_tokens=0
+        )
         out = []
         for (_, case, _, record), old, new, perplexity in zip(
             made, before, after, self._perplexities(deltas), strict=True
@@ -188,7 +190,7 @@ class Study:
         for words in _PREFIXES:
             flow = self._flow(variant("rome"), Clock())
             prefix = " ".join(_WORDS[:words])
-            edits = [replace(case.edit, prompt=f"{prefix} {case.edit.prompt}") for case in cases]
+            edits = [case.edit.behind(f"{prefix} ") for case in cases]
             made = flow.solve_each(self._tokenise(edits, flow))
             perplexities = self._perplexities([delta for delta, _ in made])
             for name, (_, record), perplexity in zip(names, made, perplexities, strict=True):
@@ -217,7 +219,7 @@ class Study:
     def key_norms(self) -> Tensor:
         """(2, layers): mean norm, over the sentences, of the key of the first token and of later ones, by layer."""
         runner = Runner(self.model)
-        norms = torch.zeros(2, len(runner.layers))
+        norms = torch.zeros(2, len(runner.layers), device="cpu")
         first = leading_tokens(self.tokenizer)
         rows = [tokens.ids for tokens in encode(self.tokenizer, self.sentences)]
         rows = [ids for ids in rows if first + 1 < len(ids) <= runner.max_length]

@@ -48,7 +48,7 @@ class Folder:
     def add(self, index: int, part: Part) -> None:
         metadata = {name: json.dumps(getattr(part, name)) for name in (*_LISTS, "seconds")}
         # A safetensors file wants a tensor; a part without keys has none.
-        save_tensors(self._part(index), part.keys or {"none": torch.zeros(1)}, metadata)
+        save_tensors(self._part(index), part.keys or {"none": torch.zeros(1, device="cpu")}, metadata)
 
     def write(self, norms: Tensor | None, more: dict[str, Any]) -> list[dict[str, Any]]:
         """Make the files of the report out of the parts; returns the records."""
@@ -62,7 +62,8 @@ class Folder:
                 total.seconds[stage] = round(total.seconds.get(stage, 0.0) + seconds, 2)
             if "none" not in tensors:
                 first = {_name(r): r["first_token"] for r in json.loads(metadata["records"])}
-                keys.append(tensors | {"first_token": torch.tensor(list(first.values()), dtype=torch.uint8)})
+                marks = torch.tensor(list(first.values()), dtype=torch.uint8, device="cpu")
+                keys.append(tensors | {"first_token": marks})
         for name in _LISTS:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in getattr(total, name))
             if lines:

@@ -1,6 +1,7 @@
 """Where weights live: safetensors checkpoints on disk, and as much of one in memory as a budget allows."""
 
 from .checkpoint import (
+    FOLDER,
     Checkpoint,
     Link,
     change,
@@ -11,13 +12,16 @@ from .checkpoint import (
     restore_tensors,
     save_tensors,
     write_edited,
+    write_new,
 )
 from .header import Header, TensorEntry, read_header
+from .names import stored_name, stored_parts
 from .plan import Placement, parse_bytes, place
 from .reader import OnRead
 from .stream import Parts, Stream, align_
 
 __all__ = [
+    "FOLDER",
     "Checkpoint",
     "Header",
     "Link",
@@ -37,5 +41,8 @@ __all__ = [
     "recover",
     "restore_tensors",
     "save_tensors",
+    "stored_name",
+    "stored_parts",
     "write_edited",
+    "write_new",
 ]

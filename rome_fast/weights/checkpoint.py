@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from .header import DTYPES, MAX_JSON_BYTES, Header, TensorEntry, read_header, re
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 JOURNAL = ".rome_fast.journal"
+FOLDER = "rome_fast"
+"""The folder in a checkpoint for what is kept beside an edit. What reads a checkpoint's files does not look into it."""
 _MANIFEST = "manifest.json"
 # Other forms of the same weights, which would still hold the unedited ones.
 _OTHER_WEIGHTS = (
@@ -103,13 +105,16 @@ def write_edited(
     tensors: Mapping[str, torch.Tensor],
     extra_files: Mapping[str, Content],
     link: Link = "copy",
+    *,
+    remove: Sequence[str] = (),
 ) -> None:
     """Make `out`, a complete copy of the checkpoint directory `source` with the bytes of `tensors` replaced.
 
     Copied are the shards and the other visible files of the directory and its folders, but no other forms of
-    the weights (`*.bin`, `*.gguf`, safetensors that are not part of the checkpoint, …). `extra_files` are
-    added by name and may replace any copied file but the weights. All other bytes stay as they are. Copies share
-    their space with the source where the file system can; with `link="hard"` shards without an edit are the same files.
+    the weights (`*.bin`, `*.gguf`, safetensors that are neither part of the checkpoint nor in `FOLDER`, …) and nothing
+    named in `remove`. `extra_files` are added, by a name in the directory or a path in `FOLDER`, and may replace any
+    copied file but the weights. All other bytes stay as they are. Copies share their space with the source where the
+    file system can; with `link="hard"` shards without an edit, and safetensors in `FOLDER`, are the same files.
 
     `out` appears in one step when everything is on the disk, or not at all; the source is only read.
     ArgumentError: `out` exists or cannot be made there; a bad name in `extra_files`; an unknown `link`.
@@ -120,14 +125,18 @@ def write_edited(
     checkpoint = Checkpoint.open(source)
     _check_out(source, out)
     _check_extra_names(checkpoint, extra_files, "extra_files")
+    _check_extra_names(checkpoint, remove, "remove")
     groups = _by_shard(checkpoint, tensors)
     with os_errors(f"writing {out}"):
-        originals = [path for path in _files_of(checkpoint) if str(path) not in extra_files]
-        linked = {name for name in checkpoint.shards if link == "hard" and name not in groups}
+        originals = [path for path in _files_of(checkpoint) if str(path) not in {*extra_files, *remove}]
+        linked = set()
+        if link == "hard":
+            own = {str(path) for path in originals if path.parts[0] == FOLDER and path.suffix == ".safetensors"}
+            linked = own | (checkpoint.shards.keys() - groups.keys())
         added = sum(len(content) for content in extra_files.values() if isinstance(content, bytes))
         copied = sum((source / path).stat().st_size for path in originals if str(path) not in linked)
         files.require_space(out.parent, added + copied)
-        with files.partial(out) as work:
+        with _appearing(out) as work:
             for path in originals:
                 (work / path).parent.mkdir(parents=True, exist_ok=True)
                 make = files.link_file if str(path) in linked else files.copy_file
@@ -136,14 +145,51 @@ def write_edited(
                 _overwrite(work / shard, group)
             for name, content in extra_files.items():
                 files.write_file(work / name, content)
-            Checkpoint.open(work)
-            for folder in sorted({path.parent for path in originals}, reverse=True):
-                files.sync(work / folder)
-            try:
-                files.rename_new(work, out)
-            except FileExistsError:
-                raise ArgumentError(f"out: {out} appeared meanwhile; choose a new name") from None
-            files.sync(out.parent)
+
+
+def write_new(
+    out: Path | str, write: Callable[[Path], None], extra_files: Mapping[str, Content], *, needed_bytes: int
+) -> None:
+    """Make `out`, a checkpoint of what `write` puts into the folder it is given and of `extra_files`.
+
+    `out` appears in one step when everything is on the disk, or not at all.
+    ArgumentError: `out` exists or cannot be made there; a bad name in `extra_files`. CheckpointError: a full disk, and
+    what `write` leaves is no checkpoint.
+    """
+    out = Path(out).absolute()
+    _check_out(None, out)
+    with os_errors(f"writing {out}"):
+        files.require_space(out.parent, needed_bytes)
+        with _appearing(out) as work:
+            write(work)
+            for path in work.rglob("*"):
+                if path.is_file():
+                    # Readable by whom any new file is; safetensors makes its own readable by their owner alone.
+                    path.chmod(work.stat().st_mode & 0o666)
+                    files.sync(path)
+            _check_extra_names(Checkpoint.open(work), extra_files, "extra_files")
+            for name, content in extra_files.items():
+                files.write_file(work / name, content)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A hidden folder to build a checkpoint in, which then gets its name, its folders synced as its files are."""
+    with files.partial(out) as work:
+        yield work
+        Checkpoint.open(work)
+        _sync_folders(work)
+        try:
+            files.rename_new(work, out)
+        except FileExistsError:
+            raise ArgumentError(f"out: {out} appeared meanwhile; choose a new name") from None
+        files.sync(out.parent)
+
+
+def _sync_folders(top: Path) -> None:
+    for folder in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
+        files.sync(folder)
+    files.sync(top)
 
 
 def check_link(link: str) -> None:
@@ -164,12 +210,16 @@ def changing(directory: Path | str) -> Iterator[None]:
         yield
 
 
-def recover(directory: Path | str) -> bool:
-    """Complete a change in place that was cut short; whether there was one. Raises CheckpointError."""
-    if not os.path.lexists(Path(directory) / JOURNAL):
-        return False
-    with changing(directory):
-        return True
+def recover(directory: Path | str) -> list[str] | None:
+    """Complete a change in place that was cut short; the names of the files that it removes, None where there was none.
+
+    Raises CheckpointError.
+    """
+    directory = Path(directory)
+    if not os.path.lexists(directory / JOURNAL):
+        return None
+    with files.locked(directory), os_errors(f"completing the change of {directory} that was cut short"):
+        return _complete(directory)
 
 
 def change(
@@ -183,6 +233,7 @@ def change(
 
     To be called inside `changing(directory)`. All of it happens or nothing, a kill at any moment included, once
     `recover` has run. Shards are replaced by changed copies, so that other names of the same file (links) keep theirs.
+    Files are named in the directory, or by a path in `FOLDER`, whose folders come and go with what is in them.
     ArgumentError: a bad file name. CheckpointError: as in `write_edited`; the checkpoint is then as it was.
     """
     directory, added = Path(directory), dict(extra_files or {})
@@ -201,7 +252,7 @@ def change(
                 files.write_file(work / name, content)
             manifest = {"replace": [*groups, *added], "remove": list(remove)}
             files.write_file(work / _MANIFEST, json.dumps(manifest).encode())
-            files.sync(work)
+            _sync_folders(work)
             # From here on the change is decided.
             files.rename_new(work, directory / JOURNAL)
             files.sync(directory)
@@ -218,31 +269,43 @@ def restore_tensors(directory: Path | str, tensors: Mapping[str, torch.Tensor], 
         change(directory, tensors, remove=remove)
 
 
-def _complete(directory: Path) -> None:
-    """Move the journal's files over the old ones; again and again ends the same way."""
-    journal = directory / JOURNAL
+def _complete(directory: Path) -> list[str] | None:
+    """Move the journal's files over the old ones; again and again ends the same way. The names of what it removes."""
+    journal, removed = directory / JOURNAL, list[str]()
     if not os.path.lexists(journal):
-        return
+        return None
     if (journal / _MANIFEST).exists():
         try:
             manifest = json.loads((journal / _MANIFEST).read_bytes())
             replaced, removed = [*manifest["replace"]], [*manifest["remove"]]
-            if not all(isinstance(name, str) and files.is_plain_name(name) for name in [*replaced, *removed]):
+            if not all(isinstance(name, str) and _is_allowed(name) for name in [*replaced, *removed]):
                 raise ValueError("a name in it is no plain file name")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{journal / _MANIFEST}: damaged ({error}); remove {journal}") from error
+        _check_folder(directory)
+        folders = sorted({(directory / name).parent for name in [*replaced, *removed]} | {directory}, reverse=True)
         for name in replaced:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
             # What was moved already is not there any more.
             with suppress(FileNotFoundError):
                 os.replace(journal / name, directory / name)
         for name in removed:
             (directory / name).unlink(missing_ok=True)
+        for folder in folders:
+            if folder.is_dir():
+                files.sync(folder)
+        for name in removed:
+            for folder in (directory / name).parents:
+                if folder == directory or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
         files.sync(directory)
         # Without its manifest a journal is done with.
         (journal / _MANIFEST).unlink()
         files.sync(journal)
     shutil.rmtree(journal)
     files.sync(directory)
+    return removed
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -304,19 +367,34 @@ def _no_weights(directory: Path) -> str:
     return f"{directory}: neither {SINGLE} nor {INDEX}; wanted the directory of a safetensors checkpoint"
 
 
-def _check_out(source: Path, out: Path) -> None:
+def _check_out(source: Path | None, out: Path) -> None:
     if os.path.lexists(out):
         raise ArgumentError(f"out: {out} exists and nothing is ever overwritten; choose a new name")
     if not out.parent.is_dir():
         raise ArgumentError(f"out: the directory {out.parent} does not exist; make it first")
-    if out.parent.resolve().is_relative_to(source.resolve()):
+    if source is not None and out.parent.resolve().is_relative_to(source.resolve()):
         raise ArgumentError(f"out: {out} lies inside the source, which is only read; choose another place")
 
 
 def _check_extra_names(checkpoint: Checkpoint, names: Iterable[str], argument: str) -> None:
     for name in names:
-        if not files.is_plain_name(name) or name in {INDEX, *checkpoint.shards}:
+        if not _is_allowed(name) or name in {FOLDER, INDEX, *checkpoint.shards}:
             raise ArgumentError(f"{argument}: got {name!r}, wanted a plain, visible file name other than the weights")
+        if "/" in name:
+            _check_folder(checkpoint.directory)
+
+
+def _is_allowed(name: str) -> bool:
+    """A file in the directory itself, or in the folder that is ours."""
+    return files.is_plain_name(name) or (files.is_plain_path(name) and name.startswith(f"{FOLDER}/"))
+
+
+def _check_folder(directory: Path) -> None:
+    """What is written below our folder must not end up elsewhere."""
+    folder = directory / FOLDER
+    for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+        if path.is_symlink() or (path == folder and path.exists() and not path.is_dir()):
+            raise CheckpointError(f"{path}: wanted a folder, in which edits are recorded; remove or rename this one")
 
 
 def _check_tensors(place: Path, entries: Mapping[str, TensorEntry], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -355,7 +433,7 @@ def _files_of(checkpoint: Checkpoint) -> list[Path]:
                 continue
             if path.is_dir():
                 walk(path, (*above, folder.resolve()))
-            elif is_weight or not path.name.endswith(_OTHER_WEIGHTS):
+            elif is_weight or not path.name.endswith(_OTHER_WEIGHTS) or path.relative_to(top).parts[0] == FOLDER:
                 wanted.append(path)
 
     walk(top, ())

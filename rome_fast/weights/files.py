@@ -54,6 +54,11 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and not set(name) & set("/\\:\0")
 
 
+def is_plain_path(name: str) -> bool:
+    """True for the path of a visible file below the directory itself, plain names with `/` between them."""
+    return all(map(is_plain_name, name.split("/")))
+
+
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex; raises CheckpointError."""
     with os_errors(f"reading {path}"), open(path, "rb") as file:
@@ -152,7 +157,8 @@ def lock_directory(directory: Path) -> int | None:
 
 
 def write_file(path: Path, content: Content) -> None:
-    """Write and sync a file that nobody else can see yet."""
+    """Write and sync a file that nobody else can see yet, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:

@@ -74,7 +74,7 @@ def read_header(path: Path | str) -> Header:
 def read_tensor(header: Header, name: str) -> torch.Tensor:
     """Read one tensor into fresh CPU memory, without mapping the file; raises CheckpointError."""
     entry = header.tensors[name]
-    data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+    data = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
     with os_errors(f"reading {name} from {header.path}"), header.path.open("rb") as file:
         file.seek(header.data_start + entry.begin)
         got = file.readinto(data.numpy().data)

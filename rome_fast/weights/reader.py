@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .files import os_errors
 from .header import Header
-from .plan import ALIGNMENT, Block, Piece
+from .plan import ALIGNMENT, Block, Part, Piece
 
 OnRead = Callable[[int, float], None]
 """Called with (bytes read so far, bytes per second of reading), from the reading thread."""
@@ -71,8 +71,7 @@ class Files:
 
 def view(memory: Tensor, piece: Piece) -> Tensor:
     """The tensor of a piece in the memory (bytes) of its block."""
-    size = piece.entry.end - piece.entry.begin
-    return memory[piece.offset : piece.offset + size].view(piece.entry.dtype).reshape(piece.entry.shape)
+    return memory[piece.offset : piece.offset + piece.nbytes].view(piece.dtype).reshape(piece.shape)
 
 
 def buffer_on(device: torch.device, size: int) -> Tensor:
@@ -99,20 +98,20 @@ class Loader:
         """Read a block into its memory (bytes on the device); on CUDA the last copy is still under way on `stream`."""
         if self.device.type == "cpu":
             raw = memory.numpy().data
-            parts = [part for run in _runs(block.pieces) for part in _parts(raw, *run)]
+            parts = [part for run in _runs(block.parts) for part in _parts(raw, *run)]
             # All of them are waited for, also behind one that fails: the memory may be used for something else then.
             done, _ = wait([self._readers.submit(self.files.read, *part) for part in parts])
             for part in done:
                 part.result()
             return
-        for piece in block.pieces:
+        for piece in block.parts:
             self._stage(memory, piece.header, piece)
 
     def close(self) -> None:
         """End the threads."""
         self._readers.shutdown()
 
-    def _stage(self, memory: Tensor, header: Header, piece: Piece) -> None:
+    def _stage(self, memory: Tensor, header: Header, piece: Part) -> None:
         size = piece.entry.end - piece.entry.begin
         for turn, start in enumerate(range(0, size, _STAGING_BYTES)):
             staging, copied = self._staging[turn % 2], self._copied[turn % 2]
@@ -260,7 +259,7 @@ class ReadAhead:
                 self._state.notify_all()
 
 
-def _parts(raw: memoryview, header: Header, pieces: Sequence[Piece]) -> Iterator[tuple[Header, int, list[memoryview]]]:
+def _parts(raw: memoryview, header: Header, pieces: Sequence[Part]) -> Iterator[tuple[Header, int, list[memoryview]]]:
     """What to read at a time of a run of pieces: from where in the data, and where to."""
     targets: list[memoryview] = []
     begin = at = pieces[0].entry.begin
@@ -275,9 +274,9 @@ def _parts(raw: memoryview, header: Header, pieces: Sequence[Piece]) -> Iterator
     yield header, begin, targets
 
 
-def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[Header, list[Piece]]]:
+def _runs(pieces: Sequence[Part]) -> Iterator[tuple[Header, list[Part]]]:
     """Pieces that follow one another without a gap in one file."""
-    run: list[Piece] = []
+    run: list[Part] = []
     for piece in pieces:
         if run and (run[-1].header is not piece.header or run[-1].entry.end != piece.entry.begin):
             yield run[0].header, run

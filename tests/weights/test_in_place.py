@@ -35,17 +35,20 @@ def visible(directory):
 
 def changed(directory, edits, files):
     with changing(directory):
-        change(directory, edits, extra_files=files, remove=["old.txt"])
+        change(directory, edits, extra_files=files, remove=["old.txt", "rome_fast/0001/old.json"])
 
 
 @pytest.fixture
 def prepared(saved, tmp_path):
-    """A checkpoint whose edit touches two shards, adds two files, replaces one and removes one."""
+    """A checkpoint whose edit touches two shards, adds three files, replaces one and removes two, with their folder."""
     source = Path(shutil.copytree(saved / "sharded", tmp_path / "source"))
     (source / "old.txt").write_text("old")
     (source / "record.json").write_text("old record")
+    (source / "rome_fast" / "0001").mkdir(parents=True)
+    (source / "rome_fast" / "0001" / "old.json").write_text("old")
     edits = edits_for(source)
     files = {"record.json": b"{}", "new.txt": lambda path: path.write_text("made")}
+    files["rome_fast/0002/w.safetensors"] = b"new"
     assert len({Checkpoint.open(source).shard_of(name) for name in edits}) == 2
     return source, edits, files
 
@@ -57,7 +60,8 @@ def test_a_change_is_what_was_asked_for(prepared, tmp_path):
     changed(source, edits, files)
     after = digests(source)
     shards = {stored.shard_of(name) for name in edits}
-    assert after.keys() == before.keys() - {"old.txt"} | {"new.txt"}
+    gone = {"old.txt", "rome_fast/0001", "rome_fast/0001/old.json"}
+    assert after.keys() == before.keys() - gone | {"new.txt", "rome_fast/0002", "rome_fast/0002/w.safetensors"}
     assert {name for name in before if name in after and after[name] != before[name]} == shards | {"record.json"}
     again = Checkpoint.open(source)
     for name, tensor in {**untouched, **edits}.items():
@@ -179,7 +183,7 @@ def test_bad_arguments_are_found_before_anything_is_written(prepared, monkeypatc
     source, edits, files = prepared
     before = digests(source)
     shard = Checkpoint.open(source).shard_of(NAMES[0])
-    for name in ("../x", "a/b", ".hidden", "", shard):
+    for name in ("../x", "a/b", ".hidden", "", shard, "rome_fast", "rome_fast/../x", "rome_fast/.x", "rome_fast//x"):
         with pytest.raises(ArgumentError, match="extra_files: got"):
             changed(source, edits, {name: b""})
         with pytest.raises(ArgumentError, match="remove: got"), changing(source):
@@ -251,6 +255,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(prepared):
         json.dumps({"replace": [], "remove": ["../../etc/passwd"]}).encode(),
         json.dumps({"replace": [3], "remove": []}).encode(),
         json.dumps({"replace": [".hidden"], "remove": []}).encode(),
+        json.dumps({"replace": ["rome_fast/../../evil"], "remove": []}).encode(),
+        json.dumps({"replace": [], "remove": ["other/file"]}).encode(),
     ],
 )
 def test_a_journal_from_a_stranger_is_not_trusted(manifest, prepared, tmp_path):
@@ -263,6 +269,30 @@ def test_a_journal_from_a_stranger_is_not_trusted(manifest, prepared, tmp_path):
         recover(source)
     assert visible(source) == before
     assert (tmp_path / "evil").read_text() == "precious"
+
+
+@pytest.mark.parametrize("below", ["", "/0002"])
+def test_a_folder_of_ours_that_is_a_link_is_not_followed(below, prepared, tmp_path):
+    """A checkpoint from a stranger could have files of this machine overwritten."""
+    source, edits, files = prepared
+    (tmp_path / "home").mkdir()
+    if below:
+        (source / "rome_fast/0002").symlink_to(tmp_path / "home")
+    else:
+        shutil.rmtree(source / "rome_fast")
+        (source / "rome_fast").symlink_to(tmp_path / "home")
+    before = digests(source)
+    with pytest.raises(CheckpointError, match=rf"rome_fast{below}: wanted a folder, .*; remove or rename this one"):
+        changed(source, edits, files)
+    (source / JOURNAL / "rome_fast/0002").mkdir(parents=True)
+    (source / JOURNAL / "rome_fast/0002/w.safetensors").write_text("theirs")
+    manifest = {"replace": ["rome_fast/0002/w.safetensors"], "remove": []}
+    (source / JOURNAL / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="wanted a folder"):
+        recover(source)
+    shutil.rmtree(source / JOURNAL)
+    assert digests(source) == before
+    assert list((tmp_path / "home").iterdir()) == []
 
 
 def test_nothing_to_recover_is_nothing_done(prepared):

@@ -12,6 +12,7 @@ from rome_fast import apply_edits, checkpoints
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
 from rome_fast.evaluation import score
 from rome_fast.fingerprint import Fingerprint
+from rome_fast.rows import asked
 from rome_fast.runner import Runner
 from rome_fast.weights import Checkpoint, align_
 from rome_fast.weights.reader import Files, Loader, ReadAhead, buffer_on
@@ -136,7 +137,7 @@ def test_fingerprint_and_scores_are_those_of_the_resident_model(source):
     runner = Runner(stream.model, stream)
     for layer in range(LAYERS):
         assert str(Fingerprint.of(runner, layer)) == str(Fingerprint.of(Runner(model), layer))
-    pairs = [(edit.text, edit.target) for edit in (START, MIDDLE, END)]
+    pairs = [asked(tokenizer, edit) for edit in (START, MIDDLE, END)]
     assert score(runner, tokenizer, pairs) == score(Runner(model), tokenizer, pairs)
     stream.close()
 
@@ -326,8 +327,7 @@ def test_whatever_is_taken_in_whatever_order_is_right(times, part, source, block
             ahead.expect([blocks[(index + 1) % len(blocks)]] * 3)
         memory = ahead.take(blocks[index], lambda step=step: [blocks[i] for i in order[step + 1 : step + 5]])
         for piece in blocks[index].pieces:
-            size = piece.entry.end - piece.entry.begin
-            part = slice(piece.offset, piece.offset + size)
+            part = slice(piece.offset, piece.offset + piece.nbytes)
             assert torch.equal(memory[part], contents[index][part])
 
 

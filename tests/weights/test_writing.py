@@ -184,6 +184,8 @@ def test_folders_of_the_checkpoint_are_copied(source, tmp_path):
     ):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
+    (source / "rome_fast/0001").mkdir(parents=True)
+    (source / "rome_fast/0001/w.safetensors").write_text("kept: ours")
     (source / "empty").mkdir()
     (source / "linked").symlink_to("1_Pooling")
     write_edited(source, tmp_path / "out", {}, {"edit.json": b"{}"})
@@ -195,6 +197,7 @@ def test_folders_of_the_checkpoint_are_copied(source, tmp_path):
         "linked/config.json",
         "a/b/c.txt",
         "edit.json",
+        "rome_fast/0001/w.safetensors",
     }
     assert (tmp_path / "out" / "a/b/c.txt").read_text() == "a/b/c.txt"
     assert not (tmp_path / "out" / "linked").is_symlink()
@@ -229,6 +232,25 @@ def test_hard_links_on_request(saved, tmp_path):
     write_edited(snapshot, tmp_path / "third", edits, {}, link="hard")
     assert not any(path.is_symlink() for path in (tmp_path / "third").iterdir())
     assert {p.name for p in source.iterdir() if p.samefile(tmp_path / "third" / p.name)} == linked
+
+
+def test_files_in_our_folder(source, tmp_path):
+    """They are added by their path, taken along, left behind on request, and shared by hard links."""
+    write_edited(source, tmp_path / "one", {}, {"rome_fast/0001/w.safetensors": b"w", "rome_fast/0001/r.json": b"r"})
+    write_edited(tmp_path / "one", tmp_path / "two", {}, {"rome_fast/0002/r.json": b"2"}, link="hard")
+    added = {"rome_fast", "rome_fast/0001", "rome_fast/0001/w.safetensors", "rome_fast/0001/r.json"}
+    added |= {"rome_fast/0002", "rome_fast/0002/r.json"}
+    assert digests(tmp_path / "two").keys() == digests(source).keys() | added
+    for name, shared in (("w.safetensors", True), ("r.json", False)):
+        one, two = (tmp_path / folder / "rome_fast/0001" / name for folder in ("one", "two"))
+        assert (one.read_bytes(), one.samefile(two)) == (two.read_bytes(), shared)
+    removed = ["rome_fast/0001/r.json", "config.json"]
+    write_edited(tmp_path / "two", tmp_path / "three", {}, {}, remove=removed)
+    assert digests(tmp_path / "three").keys() == digests(tmp_path / "two").keys() - {*removed}
+    (source / "rome_fast").write_text("a file")
+    with pytest.raises(CheckpointError, match="rome_fast: wanted a folder, in which edits are recorded"):
+        write_edited(source, tmp_path / "four", {}, {"rome_fast/0001/r.json": b"r"})
+    assert not (tmp_path / "four").exists()
 
 
 def test_links_that_cannot_be(source, tmp_path, monkeypatch):

@@ -1,0 +1,113 @@
+"""Requests edited alone at one layer with some settings, and what each of those edits does; no weight is written."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..edits import Edit
+from ..evaluation import RowUpdates, edited_perplexities, evaluate
+from ..flow import Clock, Flow, tokenise
+from ..methods import variant
+from ..parts import Parts
+from ..runner import Runner
+from ..values import ValueSettings
+from .objective import Figures
+
+CONTEXTS = 3
+"""Texts that the edits were not made with, behind which their prompts are asked."""
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A layer, and the two settings that decide how large an edit becomes."""
+
+    layer: int
+    weight_decay: float
+    clamp: float
+
+    @classmethod
+    def of(cls, layer: int, settings: ValueSettings) -> "Candidate":
+        return cls(layer, float(settings.weight_decay), float(settings.clamp))
+
+    def settings(self, base: ValueSettings) -> ValueSettings:
+        return replace(base, weight_decay=self.weight_decay, clamp=self.clamp)
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, weight decay {self.weight_decay:g}, clamp {self.clamp:g}"
+
+    @property
+    def file_name(self) -> str:
+        return f"layer-{self.layer}-decay-{self.weight_decay:g}-clamp-{self.clamp:g}"
+
+
+@dataclass
+class Sweep:
+    """What all candidates share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    edits: Sequence[Edit]
+    method: str
+    base: ValueSettings  # of which a candidate changes two
+    factor_of: Callable[[int], Tensor]  # Cholesky factor of C of a layer
+    contexts: Sequence[str]
+    unseen: Sequence[str]
+    sentences: Sequence[str]
+    perplexity: float  # of the sentences before any edit
+    parts: Parts
+    advance: Callable[[int], None]  # told how many edits are made, or found, by now
+    done: int = 0
+    _factor: tuple[int, Tensor] | None = None  # of the layer measured last: those of all would not fit
+
+    def measure(self, candidate: Candidate, start: int, stop: int) -> list[Figures]:
+        """Figures of requests start .. stop - 1, out of the folder where they are there."""
+        name = f"{candidate.file_name}-requests-{start}-{stop}"
+        found = self.parts.get(name)
+        if found is None:
+            found = self.parts.keep(name, [f.to_json() for f in self._edit(candidate, self.edits[start:stop])])
+        self.done += stop - start
+        self.advance(self.done)
+        return [Figures(**each) for each in found]
+
+    def _edit(self, candidate: Candidate, edits: Sequence[Edit]) -> list[Figures]:
+        runner = Runner(self.model)
+        flow = Flow(
+            runner,
+            self.tokenizer,
+            candidate.layer,
+            variant(self.method),
+            self.contexts,
+            self._factor_at(candidate.layer),
+            candidate.settings(self.base),
+            "off",
+            "write",
+            Clock(),
+            None,
+            0,
+        )
+        made = flow.solve_each([tokenise(runner, self.tokenizer, edit, self.contexts, flow.how) for edit in edits])
+        deltas = [delta for delta, _ in made]
+        unseen = self.unseen[:CONTEXTS]
+        after = evaluate(self.model, self.tokenizer, edits, unseen_contexts=unseen, deltas=deltas, answer_tokens=0)
+        perplexities = edited_perplexities(runner, self.tokenizer, self.sentences, RowUpdates.of(runner, deltas))
+        return [
+            Figures(
+                probability=metrics.probability,
+                probability_behind=metrics.probability_unseen or 0.0,
+                argmax=float(metrics.argmax),
+                efficacy=metrics.efficacy,
+                efficacy_behind=metrics.efficacy_unseen,
+                paraphrase=metrics.paraphrase,
+                neighborhood=metrics.neighborhood,
+                perplexity_ratio=perplexity / self.perplexity,
+                update_ratio=record.update_norm / record.weight_norm,
+            )
+            for metrics, perplexity, (_, record) in zip(after, perplexities, made, strict=True)
+        ]
+
+    def _factor_at(self, layer: int) -> Tensor:
+        if self._factor is None or self._factor[0] != layer:
+            self._factor = (layer, self.factor_of(layer))
+        return self._factor[1]
