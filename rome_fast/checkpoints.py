@@ -33,7 +33,7 @@ from .batches import free_memory
 from .defaults import default_layer
 from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
 from .models import Decoder, oriented
-from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover, stored_parts
+from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover, stored_runs
 from .weights.files import check_writable
 
 _FREE_SHARE = 0.8  # of the memory that is free, for a model that is read from disk
@@ -189,7 +189,7 @@ def outline(
             )
     if size * 9 // 8 + occupied <= budget:
         return Outline(directory, checkpoint, skeleton, layer, target, None, None)
-    parts = Parts(skeleton, decoder.layers, checkpoint, stored_parts(checkpoint, skeleton), edited)
+    parts = Parts(skeleton, decoder.layers, checkpoint, stored_runs(checkpoint, skeleton), edited)
     placement = place(parts.blocks, layer, budget, parts.always_bytes, occupied, above=not collecting)
     return Outline(directory, checkpoint, skeleton, layer, target, parts, placement)
 
@@ -256,11 +256,12 @@ def _skeleton(
     with torch.device("meta"):
         model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
-        absent = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name, buffer in absent:
-            blank = torch.nan if buffer.is_floating_point() else 0
-            setattr(module, name, torch.full_like(buffer, blank, device=device))
-        if absent:
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                blank = torch.nan if buffer.is_floating_point() else 0
+                setattr(module, name, torch.full_like(buffer, blank, device=device))
+    for module in model.modules():
+        if any(True for _ in module.buffers()):
             # Rotary frequencies, tables of positions: not stored, but a function of the config. `from_pretrained` does
             # the same; weights stay on the meta device.
             model._init_weights(module)

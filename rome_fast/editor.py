@@ -142,7 +142,7 @@ def apply_edits(
     """Edit facts into a model, in memory or into a new checkpoint.
 
     Args:
-        model: a transformers causal language model of a known family, in any float dtype: the same object is
+        model: a transformers causal language model, a decoder, in any float dtype: the same object is
             edited, and `result.revert()` restores it. Or the directory (or hub id) of a checkpoint, which is only
             read; the edited one is written to `out`.
         edits: one or more requests. With `schedule="joint"` one closed-form update satisfies all of them; with

@@ -325,11 +325,16 @@ def causal_mask(rows: int, time: int, dtype: torch.dtype, device: torch.device) 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in this block, so that dropout has no part in what is measured."""
+    """Evaluation mode and frozen weights in this block.
+
+    Dropout has then no part in what is measured, and kernels are those of a streamed model: torch chooses some of them
+    by whether a weight wants a gradient.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with frozen_weights(model):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -131,6 +131,9 @@ class Decoder:
         `positions` (rows, time) count from 0 and `mask` (rows, 1, time, past + time) is the model's own unless given.
         """
         found: list[Arguments] = []
+        if mask is not None and positions is None:
+            # Some models count from a mask, and in another way from one that was made for them.
+            positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         given = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
         given = _accepted(self._base, inputs_embeds=self._blank(hidden), **given)
         errors = []

@@ -15,7 +15,7 @@ from .checkpoint import (
     write_new,
 )
 from .header import Header, TensorEntry, read_header
-from .names import stored_name, stored_parts
+from .names import stored_name, stored_runs
 from .plan import Placement, parse_bytes, place
 from .reader import OnRead
 from .stream import Parts, Stream, align_
@@ -42,7 +42,7 @@ __all__ = [
     "restore_tensors",
     "save_tensors",
     "stored_name",
-    "stored_parts",
+    "stored_runs",
     "write_edited",
     "write_new",
 ]

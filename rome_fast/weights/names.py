@@ -4,7 +4,8 @@ transformers renames and fuses tensors when it loads them, and undoes that when 
 it does here to the numbers of their rows, which tell where each of them would be written.
 """
 
-from bisect import bisect_right
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedModel
@@ -12,66 +13,78 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
+from .header import TensorEntry
 
-Stored = tuple[tuple[str, int], ...]
-"""Tensors of the files that make up a parameter, and at which of its rows each of them begins.
-
-A row is what has one index in each dimension but the last.
-"""
+_MOST_RUNS = 1000  # of a tensor; rows that are mixed one by one are not worth reading so
 
 
-def stored_parts(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Stored]:
-    """Of every parameter, the tensors that it is made of.
+@dataclass(frozen=True)
+class Run:
+    """Rows of a tensor of the files that follow one another in a parameter as well.
 
-    Raises CheckpointError where one is not there, or is more than a part of one parameter.
+    A row is what has one index in each dimension but the last.
     """
-    names = set(checkpoint.names())
-    parts = {name: _under_its_name(name, names, model) for name, _ in model.named_parameters()}
-    if not all(parts.values()):
+
+    tensor: str
+    entry: TensorEntry  # of these rows only
+    row: int  # of the parameter, the first of them
+
+
+def stored_runs(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Run]]:
+    """What every parameter is made of, in the order of its rows.
+
+    Raises CheckpointError where something is missing, or is not made of many rows at a time.
+    """
+    found = {name: _under_its_name(checkpoint, name, model) for name, _ in model.named_parameters()}
+    if not all(found.values()):
         written = _written(checkpoint, model)
-        parts = {name: found or written.get(name, ()) for name, found in parts.items()}
-    if absent := [name for name, found in parts.items() if not found]:
+        found = {name: runs or written.get(name, []) for name, runs in found.items()}
+    if absent := [name for name, runs in found.items() if not runs]:
         raise CheckpointError(f"{checkpoint.directory}: it holds no tensor {absent[0]}, nor parts of it")
-    return parts
+    return found
 
 
 def stored_name(checkpoint: Checkpoint, parameter: str, model: PreTrainedModel) -> str:
-    """The one tensor that a parameter is; CheckpointError where there is none, or several."""
-    found = _under_its_name(parameter, set(checkpoint.names()), model) or stored_parts(checkpoint, model)[parameter]
-    if len(found) > 1:
-        raise CheckpointError(f"{checkpoint.directory}: it holds {parameter} in {len(found)} tensors, wanted one")
-    return found[0][0]
+    """The tensor that a parameter is; CheckpointError where it is none, or not all of one."""
+    runs = _under_its_name(checkpoint, parameter, model) or stored_runs(checkpoint, model)[parameter]
+    if len(runs) > 1 or checkpoint.entry(runs[0].tensor) != runs[0].entry:
+        raise CheckpointError(f"{checkpoint.directory}: {parameter} is not one of its tensors, but parts of some")
+    return runs[0].tensor
 
 
-def _under_its_name(name: str, names: set[str], model: PreTrainedModel) -> Stored:
+def _under_its_name(checkpoint: Checkpoint, name: str, model: PreTrainedModel) -> list[Run]:
     """A tensor of that name; published GPT-2 checkpoints leave the base model's prefix out."""
-    return tuple((n, 0) for n in (name, name.removeprefix(f"{model.base_model_prefix}.")) if n in names)[:1]
+    names = (name, name.removeprefix(f"{model.base_model_prefix}."))
+    return [Run(name, checkpoint.entry(name), 0) for name in names if name in checkpoint.entries][:1]
 
 
-def _written(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Stored]:
-    """What the parameters would be written as, as far as that is there and made up of whole rows in their order."""
+def _written(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Run]]:
+    """What the parameters would be written as, as far as all of it is there."""
     names, begins, numbers = [], [0], {}
     for name, parameter in model.named_parameters():
         shape = parameter.shape[:-1]
         numbers[name] = torch.arange(begins[-1], begins[-1] + shape.numel()).reshape(*shape, 1)
         names.append(name)
         begins.append(begins[-1] + shape.numel())
-    parts: dict[str, list[tuple[str, int]]] = {name: [] for name in names}
+    owners = torch.tensor(begins[1:])
+    runs: dict[str, list[Run]] = {name: [] for name in names}
     rows_found = dict.fromkeys(names, 0)
     for written, rows in revert_weight_conversion(model, numbers).items():
         flat = rows.flatten()
-        first = int(flat[0])
-        owner = bisect_right(begins, first) - 1
-        name = names[owner]
-        found = _under_its_name(written, set(checkpoint.entries), model)
-        if not found or first + len(flat) > begins[owner + 1]:
+        owner = torch.searchsorted(owners, flat, right=True)
+        # A run ends where the next number is not the next row, or is of another parameter.
+        ends = ((flat[1:] != flat[:-1] + 1) | (owner[1:] != owner[:-1])).nonzero().flatten().add(1).tolist()
+        whole = _under_its_name(checkpoint, written, model)
+        if not whole or len(ends) > _MOST_RUNS or whole[0].entry.shape[:-1] != rows.shape[:-1]:
             continue
-        wanted = (*rows.shape[:-1], model.get_parameter(name).shape[-1])
-        if checkpoint.entry(found[0][0]).shape == wanted and torch.equal(flat, torch.arange(first, first + len(flat))):
-            parts[name].append((found[0][0], first - begins[owner]))
-            rows_found[name] += len(flat)
-    return {
-        name: tuple(sorted(found, key=lambda part: part[1]))
-        for index, (name, found) in enumerate(parts.items())
-        if rows_found[name] == begins[index + 1] - begins[index]
-    }
+        entry, width = whole[0].entry, (whole[0].entry.end - whole[0].entry.begin) // len(flat)
+        for begin, end in pairwise([0, *ends, len(flat)]):
+            index = int(owner[begin])
+            first, last = entry.begin + begin * width, entry.begin + end * width
+            some = replace(entry, shape=(end - begin, *entry.shape[-1:]), begin=first, end=last) if ends else entry
+            runs[names[index]].append(Run(whole[0].tensor, some, int(flat[begin]) - begins[index]))
+            rows_found[names[index]] += end - begin
+    for index, name in enumerate(names):
+        complete = rows_found[name] == begins[index + 1] - begins[index]
+        runs[name] = sorted(runs[name], key=lambda run: run.row) if complete else []
+    return runs

@@ -5,6 +5,7 @@ on the meta device otherwise, so that a weight that is not there can only be an 
 read as they are asked for; the head and every layer are read as a whole, in one go, ahead of their use.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, ModelError
 from .checkpoint import Checkpoint
 from .header import Header, TensorEntry
-from .names import Stored
+from .names import Run
 from .plan import ALIGNMENT, Block, Part, Piece, Placement, aligned
 from .reader import Files, Loader, OnRead, ReadAhead, buffer_on, view
 
@@ -232,7 +233,7 @@ class Parts:
         model: PreTrainedModel,
         layers: nn.ModuleList,
         checkpoint: Checkpoint,
-        stored: Mapping[str, Stored],
+        stored: Mapping[str, Sequence[Run]],
         edited: str,
     ) -> None:
         self.places: dict[str, Piece] = {}
@@ -241,16 +242,16 @@ class Parts:
         faults = []
         for name, parameter in parameters.items():
             shape, parts = tuple(parameter.shape), []
-            tensors = stored[name_of[id(parameter)]]
-            for tensor, row in tensors:
-                entry = checkpoint.entry(tensor)
-                if entry.dtype != parameter.dtype:
-                    faults.append(f"{tensor} is {entry.dtype}, config.json says {parameter.dtype}")
-                if len(tensors) == 1 and entry.shape != shape:
-                    faults.append(f"{tensor} has shape {entry.shape}, config.json says {shape}")
-                header = checkpoint.shards[checkpoint.shard_of(tensor)]
-                parts.append(Part(header, entry, row * shape[-1] * entry.dtype.itemsize if row else 0))
+            for run in stored[name_of[id(parameter)]]:
+                if run.entry.dtype != parameter.dtype:
+                    faults.append(f"{run.tensor} is {run.entry.dtype}, config.json says {parameter.dtype}")
+                offset = run.row * math.prod(shape[-1:]) * run.entry.dtype.itemsize
+                parts.append(Part(checkpoint.shards[checkpoint.shard_of(run.tensor)], run.entry, offset))
             self.places[name] = Piece(name, parameter.dtype, shape, tuple(parts))
+            stored_shape = parts[0].entry.shape
+            fits = stored_shape == shape if len(parts) == 1 else self.places[name].nbytes == parameter.nbytes
+            if not fits:
+                faults.append(f"{run.tensor} has shape {stored_shape}, config.json says {shape}")
         if faults:
             raise CheckpointError(
                 f"{checkpoint.directory}: {'; '.join(faults[:5])}{' …' if len(faults) > 5 else ''}; save it with "
