@@ -32,7 +32,7 @@ from rome_fast.fingerprint import Fingerprint
 from rome_fast.flow import Clock, Flow, Request, Solved, tokenise
 from rome_fast.methods import variant
 from rome_fast.rows import encode
-from rome_fast.runner import Runner, evaluating, watching
+from rome_fast.runner import Runner, evaluating
 from rome_fast.statistics import LayerStatistics
 from rome_fast.study.cases import cases_of
 
@@ -151,7 +151,7 @@ def without_first_tokens(bench: Bench, entry: LayerStatistics, rows: int) -> Lay
     def see(keys: Tensor, _output: Tensor) -> None:
         second_moment_(total, keys.reshape(-1, width))
 
-    with evaluating(bench.model), watching(bench.runner.projection(bench.layer), see):
+    with evaluating(bench.model), bench.runner.watching(bench.layer, see):
         bench.runner.run(bench.runner.embed(torch.tensor(firsts).unsqueeze(1)), 0, bench.layer + 1)
     kept = entry.tokens - len(firsts)
     moment = (entry.moment.double() * entry.tokens - mirror_lower_(total)) / kept

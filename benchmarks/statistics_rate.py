@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rome_fast import checkpoints, collect_statistics
 from rome_fast.assets import demo_texts, model_dir
 from rome_fast.defaults import default_layer
-from rome_fast.runner import Runner, watching
+from rome_fast.runner import Runner
 from rome_fast.statistics import collect
 
 RESULTS = Path(__file__).parent / "results" / "statistics_rate.csv"
@@ -61,7 +61,7 @@ class Usual:
                 seen.append(keys)
                 raise Stopped
 
-            with watching(self.runner.projection(layer), see), suppress(Stopped):
+            with self.runner.watching(layer, see), suppress(Stopped):
                 self.model(input_ids=ids, attention_mask=mask)
             keys = seen[0][mask.bool()].float()
             begun = time.process_time()

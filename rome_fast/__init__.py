@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import kernels
     from .delta import Delta
-    from .editor import EditResult, apply_edits
+    from .editor import EditResult, apply_edits, verify
     from .edits import Edit, Probe, load_edits
     from .errors import RomeFastError
     from .planning import Plan, plan
@@ -33,6 +33,7 @@ __all__ = [
     "kernels",
     "load_edits",
     "plan",
+    "verify",
 ]
 
 _HOMES = {
@@ -49,6 +50,7 @@ _HOMES = {
     "collect_statistics": "statistics",
     "load_edits": "edits",
     "plan": "planning",
+    "verify": "editor",
 }
 
 

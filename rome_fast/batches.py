@@ -53,8 +53,9 @@ class Shaped(Protocol):
 class BatchSizer:
     """Chooses batch sizes; a batch that does not fit after all is halved and tried again."""
 
-    def __init__(self, runner: Runner, layer: int) -> None:
-        self.runner = runner
+    def __init__(self, runner: Runner, layer: int, *, whole: bool = False) -> None:
+        """`whole`: rows are run from their first token on, and share no past."""
+        self.runner, self.layer, self.whole = runner, layer, whole
         self.layers = len(runner.layers) - layer - 1
         self.limit: int | None = None
         self._needed = 0  # bytes, of the batch chosen last
@@ -95,10 +96,11 @@ class BatchSizer:
             middle = max(middle, request.middle)
             rows += len(request.rows)
             needed = rows * self._row_bytes(suffix, before, middle)
-            too_many = rows * suffix > most or needed > budget or (self.limit is not None and size > self.limit)
+            positions = rows * (before + suffix if self.whole else suffix)
+            too_many = positions > most or needed > budget or (self.limit is not None and size > self.limit)
             if size > 1 and too_many:
                 return
-            yield rows * suffix
+            yield positions
 
     def _bytes(self, batch: Sequence[Shaped]) -> int:
         longest = (max(getattr(r, name) for r in batch) for name in ("suffix", "before", "middle"))
@@ -126,9 +128,11 @@ class BatchSizer:
 
     def _row_bytes(self, suffix: int, before: int, middle: int) -> int:
         """Activations kept for the backward pass, and attention keys and values with their working copies."""
-        config = self.runner.model.config
-        hidden, key_size = self.runner.weight(0).shape
-        heads = config.num_attention_heads
+        if self.whole:
+            suffix, before, middle = before + suffix, 0, 0
+        config = self.runner.model.config.get_text_config()
+        hidden, key_size = self.runner.weight(self.layer).shape
+        heads = getattr(config, "num_attention_heads", None) or 1
         shared = getattr(config, "num_key_value_heads", None) or heads
         past = 2 * hidden * shared // heads
         # A layer sees the keys and values of all positions, and may repeat them for every head.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,8 +16,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -29,8 +32,8 @@ from .assets import quiet_transformers
 from .batches import free_memory
 from .defaults import default_layer
 from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
-from .models import family_of, known_model_types
-from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover
+from .models import Decoder, oriented
+from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover, stored_runs
 from .weights.files import check_writable
 from .weights.memory import anonymous_bytes
 
@@ -74,7 +77,6 @@ def load(
     wanted = checked_dtype(dtype)
     directory = resolve(source, code=trust_remote_code)
     Checkpoint.open(directory)
-    _check_architecture(directory)
     model = load_model(directory, device=device, dtype=wanted, trust_remote_code=trust_remote_code)
     return model, load_tokenizer(directory, trust_remote_code=trust_remote_code), directory
 
@@ -84,10 +86,21 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a checkpoint as a whole; raises CheckpointError."""
     model: PreTrainedModel
+    auto = _auto_class(_config(directory, trust_remote_code))
     with _loading(directory):
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        model, found = auto.from_pretrained(
+            directory,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+        # transformers makes up what is not there.
+        if missing := sorted(found["missing_keys"]):
+            raise ModelError(
+                f"model: {directory} holds no tensor {missing[0]}{' …' if missing[1:] else ''}, wanted all of "
+                f"{type(model).__name__}, its head included; save it from a model of that class"
+            )
         # The wrapper of transformers around this method hides its types.
         model.to(checked_device(device))  # type: ignore[arg-type]
     return model
@@ -115,7 +128,7 @@ class Outline:
         """Start reading; close the stream when done."""
         if self.parts is None or self.placement is None:
             raise ArgumentError("memory: the whole model fits, so there is nothing to stream; use checkpoints.load")
-        layers = family_of(self.skeleton.config).layers(self.skeleton)
+        layers = Decoder(self.skeleton).layers
         return Stream(self.skeleton, layers, self.parts, self.placement, self.device, on_read)
 
 
@@ -141,20 +154,19 @@ def outline(
     """
     directory = resolve(source, code=trust_remote_code)
     checkpoint = Checkpoint.open(directory)
-    _check_architecture(directory)
-    target = checked_device(device)
+    config, target = _config(directory, trust_remote_code), checked_device(device)
     with _loading(directory):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        skeleton = _skeleton(directory, config, _dtype(config, checkpoint), target, trust_remote_code)
-    count = config.num_hidden_layers
-    layer = default_layer(config) if layer is None else layer(config) if callable(layer) else layer
+        skeleton = _skeleton(checkpoint, config, _dtype(config, checkpoint), target, trust_remote_code)
+    decoder = Decoder(skeleton)
+    count, by_config = len(decoder.layers), default_layer if layer is None else layer
+    layer = by_config(config) if callable(by_config) else by_config
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
-    family = family_of(config)
-    edited = family.weight_name(layer)
+    layer = decoder.nearest_site(layer) if callable(by_config) else layer
+    edited = decoder.weight_name(layer)
     weight = skeleton.get_parameter(edited)
     # An edit holds its weight three times for a moment, and the factor of C with what it is made of.
-    width = family.oriented(weight).shape[1]
+    width = oriented(skeleton, edited, weight).shape[1]
     occupied = 2 * weight.nbytes + (0 if identity else 20 * width**2)
     if collecting:
         # A sum in fp64 and a mean in fp32 each, and one sum twice.
@@ -178,8 +190,7 @@ def outline(
             )
     if size * 9 // 8 + occupied <= budget:
         return Outline(directory, checkpoint, skeleton, layer, target, None, None)
-    names = {name: stored_name(checkpoint, name, skeleton) for name, _ in skeleton.named_parameters()}
-    parts = Parts(skeleton, family.layers(skeleton), checkpoint, names, edited)
+    parts = Parts(skeleton, decoder.layers, checkpoint, stored_runs(checkpoint, skeleton), edited)
     placement = place(parts.blocks, layer, budget, parts.always_bytes, occupied, above=not collecting)
     return Outline(directory, checkpoint, skeleton, layer, target, parts, placement)
 
@@ -195,14 +206,37 @@ def _loading(directory: Path) -> Iterator[None]:
         raise CheckpointError(f"model: {directory} cannot be loaded: {error}") from error
 
 
-def _check_architecture(directory: Path) -> None:
+def _config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """CheckpointError without a readable config, ModelError for one that is of no causal language model."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        kind, own = stored["model_type"], stored.get("auto_map")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"model: {directory} has no readable config.json ({error})") from error
-    if kind not in known_model_types():
-        raise ModelError(f"model: got architecture {kind!r}, wanted one of {', '.join(known_model_types())}")
+    if kind not in CONFIG_MAPPING and not (own and trust_remote_code):
+        raise ModelError(
+            f"model: got architecture {kind!r}, whose code lies in {directory}; it runs only with "
+            "trust_remote_code=True and can do anything then: read it first"
+            if own
+            else f"model: got architecture {kind!r}, which transformers {transformers.__version__} does not have; a "
+            "newer release may have it"
+        )
+    with _loading(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder or _auto_class(config) is None:
+        raise ModelError(
+            f"model: got architecture {kind!r}, wanted a causal language model, a decoder alone, that "
+            "AutoModelForCausalLM loads"
+        )
+    return config
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """What loads a decoder with this config: as a whole, where it reads images as well. None for what is no decoder."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in classes if type(config) in auto._model_mapping), None)
 
 
 def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -214,22 +248,31 @@ def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _skeleton(
-    directory: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+    checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model with all parameters on the meta device; what is computed from the config is on `device`."""
+    """The model with all parameters on the meta device; buffers, stored or computed from the config, on `device`."""
+    directory = checkpoint.directory
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model: {directory} is quantised, wanted weights in bfloat16, float16, float32 or float64")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
-        absent = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name, buffer in absent:
-            setattr(module, name, torch.full_like(buffer, torch.nan, device=device))
-        if absent:
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                blank = torch.nan if buffer.is_floating_point() else 0
+                setattr(module, name, torch.full_like(buffer, blank, device=device))
+    for module in model.modules():
+        if any(True for _ in module.buffers()):
             # Rotary frequencies, tables of positions: not stored, but a function of the config. `from_pretrained` does
             # the same, on the CPU; weights stay on the meta device.
             with torch.device("cpu"):
                 model._init_weights(module)
+    stored = set(checkpoint.names())
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(checkpoint.read(name))
+        elif buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise ModelError(f"model: {directory} does not hold {name}; load it as a whole (with more memory)")
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config._name_or_path = str(directory)
@@ -262,15 +305,6 @@ def check_new(out: str | Path) -> None:
     if not parent.is_dir():
         raise ArgumentError(f"out: the directory {parent} does not exist; make it first")
     check_writable(parent)
-
-
-def stored_name(checkpoint: Checkpoint, parameter: str, model: PreTrainedModel) -> str:
-    """A parameter's name in the checkpoint; published GPT-2 ones leave the base model's prefix out."""
-    names = set(checkpoint.names())
-    for name in (parameter, parameter.removeprefix(f"{model.base_model_prefix}.")):
-        if name in names:
-            return name
-    raise CheckpointError(f"{checkpoint.directory}: it holds no tensor {parameter}")
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .errors import ArgumentError, CheckpointError
 from .kernels import rank_update_
-from .models import family_of
+from .models import is_transposed, oriented
 from .samples import Sample
 from .weights import load_tensors, save_tensors
 
@@ -91,11 +91,12 @@ class Delta:
         prepared = self.edited(model, force=force)
         entry = Applied(Delta(self.updates, self.metadata, {}, self.report), weakref.ref(self))
         earlier = _APPLIED.setdefault(model, [])
-        oriented = family_of(model.config).oriented
         with torch.no_grad():
             for name, edited in prepared.items():
                 parameter, update = model.get_parameter(name), self.updates[name]
-                entry.delta.samples[name] = Sample.of(oriented(parameter.detach()), update.left, update.right)
+                entry.delta.samples[name] = Sample.of(
+                    oriented(model, name, parameter.detach()), update.left, update.right
+                )
                 kept = self._overwritten[name] = _Overwritten(parameter.detach().clone(), _bits(edited))
                 entry.bits_after[name] = kept.bits_after
                 before = next((other.bits_after[name] for other in reversed(earlier) if name in other.bits_after), None)
@@ -138,9 +139,8 @@ class Delta:
 
     def check(self, model: PreTrainedModel, *, force: bool = False) -> None:
         """Raise ArgumentError unless the model has weights of these shapes and, without `force`, these very ones."""
-        oriented = family_of(model.config).oriented
         for name, update in self.updates.items():
-            weight = oriented(_float_parameter(model, name).detach())
+            weight = oriented(model, name, _float_parameter(model, name).detach())
             wanted = (update.left.shape[0], update.right.shape[1])
             if tuple(weight.shape) != wanted:
                 raise ArgumentError(
@@ -163,8 +163,7 @@ class Delta:
     def added_to(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
         """A copy of the weight, stored as the model stores its parameter of that name, with this Delta's update."""
         edited, update = weight.detach().clone(), self.updates[name]
-        oriented = family_of(model.config).oriented(edited)
-        rank_update_(oriented, update.left.to(edited.device), update.right.to(edited.device))
+        rank_update_(oriented(model, name, edited), update.left.to(edited.device), update.right.to(edited.device))
         return edited
 
     def leaves(self, model: PreTrainedModel, name: str, weight: Tensor, original: Tensor, bits_after: Tensor) -> bool:
@@ -223,7 +222,8 @@ class Delta:
         # Not whether these are the weights it was made for: an adapter is put on those by whoever loads it.
         self.check(model, force=True)
         ranks = {name: update.left.shape[1] for name, update in self.updates.items()}
-        config = _adapter_config(ranks, family_of(model.config).transposed, str(model.config._name_or_path))
+        transposed = any(is_transposed(model, name) for name in self.updates)
+        config = _adapter_config(ranks, transposed, str(model.config._name_or_path))
         tensors = {}
         for name, update in self.updates.items():
             module = f"base_model.model.{name.removesuffix('.weight')}"

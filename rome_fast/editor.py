@@ -35,6 +35,7 @@ from .rows import asked
 from .runner import Runner, evaluating
 from .statistics import LayerStatistics, Statistics, first_token_statistics, likely_layer, tuned_choice
 from .values import ValueSettings, compute_dtype
+from .verification import Verified, verified
 from .weights import Link, OnRead, Stream, align_, check_link
 from .weights.files import check_writable
 
@@ -141,7 +142,7 @@ def apply_edits(
     """Edit facts into a model, in memory or into a new checkpoint.
 
     Args:
-        model: a transformers causal language model of a known family, in any float dtype: the same object is
+        model: a transformers causal language model, a decoder, in any float dtype: the same object is
             edited, and `result.revert()` restores it. Or the directory (or hub id) of a checkpoint, which is only
             read; the edited one is written to `out`.
         edits: one or more requests. With `schedule="joint"` one closed-form update satisfies all of them; with
@@ -273,8 +274,10 @@ def apply_edits(
         runner = Runner(model, stream)
         wanted = None if layer is None else checked_layer(runner, layer)
         selection = select(model.config, wanted, settings, tuned_choice(runner, statistics))
-        layer, chosen_settings = selection.layer, selection.settings
+        layer = selection.layer if wanted is not None else runner.decoder.nearest_site(selection.layer)
+        chosen_settings = selection.settings
         _check_weights(runner, layer)
+        verified(runner, layer)
         entry = _checked_statistics(runner, layer, statistics)
         factor = None if entry is None else entry.factor(runner.device)
 
@@ -378,6 +381,16 @@ def apply_edits(
         return result
 
 
+def verify(model: PreTrainedModel, layer: int | None = None) -> Verified:
+    """What was found out about a model by running it, and how it is therefore edited; see `rome_fast.verification`.
+
+    `layer` is the one to edit, by default as in `apply_edits`. Raises ModelError, which says what was found, for a
+    model that cannot be edited, and ArgumentError for a layer that it does not have.
+    """
+    runner = Runner(model)
+    return verified(runner, checked_layer(runner, layer))
+
+
 def _check_adapter(lora: str | Path, out: str | Path | None, in_place: bool) -> None:
     """Raise ArgumentError for a place where no adapter could be written later, or a model it would not belong to."""
     place = Path(lora).absolute()
@@ -440,7 +453,7 @@ def checked_layer(runner: Runner, layer: int | None) -> int:
     count = len(runner.layers)
     if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count):
         raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
-    return default_layer(runner.model.config) if layer is None else layer
+    return runner.decoder.nearest_site(default_layer(runner.model.config)) if layer is None else layer
 
 
 def _at_its_layer(

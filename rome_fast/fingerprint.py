@@ -32,7 +32,7 @@ class Fingerprint:
     def of(cls, runner: Runner, layer: int) -> "Fingerprint":
         config = runner.model.config
         names = {id(parameter): name for name, parameter in runner.model.named_parameters()}
-        skipped = runner.model.get_parameter(runner.family.weight_name(layer))
+        skipped = runner.model.get_parameter(runner.weight_name(layer))
         weights: list[Tensor] = [runner.model.get_input_embeddings().get_parameter("weight")]
         for module in runner.layers[: layer + 1]:
             weights += [p for p in module.parameters() if p is not skipped]

@@ -28,6 +28,7 @@ from .records import MUCH_MISSED, Record
 from .rows import edit_rows, encode, essence_row, needs_prefix, token_texts
 from .runner import Runner
 from .values import Value, ValueSettings, optimise_values, scored_rows, search_runner
+from .verification import verified
 
 Progress = Callable[[int, int], None]
 """Called with (edits done, edits in all)."""
@@ -236,7 +237,7 @@ class Flow:
         """The Delta of a closed form, in fp32 (fp64 for an fp64 model)."""
         wide = torch.promote_types(self.runner.dtype, torch.float32)
         update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
-        return Delta({self.runner.family.weight_name(self.layer): update})
+        return Delta({self.runner.weight_name(self.layer): update})
 
     def find(self, group: Sequence[Request]) -> list[Solved]:
         """Keys and values of every request, in the order given, found in batches that fit the memory.
@@ -271,7 +272,10 @@ class Flow:
             solved.update(zip(places, self._find_behind(contexts, above, some), strict=True))
         return [solved[i] for i in range(len(group))]
 
-    def _contexts_behind(self, head: str | None, above: Runner) -> Contexts:
+    def _contexts_behind(self, head: str | None, above: Runner) -> Contexts | None:
+        """What the model makes of the contexts; None for a model whose rows cannot go on from that."""
+        if not verified(self.runner, self.layer).shares_past:
+            return None
         made, contexts = self._contexts.pop(head, (0, None))
         if contexts is None:
             contexts = Contexts.of(self.runner, self.tokenizer, ["", *self.contexts], self.layer, above, head)
@@ -282,7 +286,7 @@ class Flow:
             del self._contexts[next(iter(self._contexts))]
         return contexts
 
-    def _find_behind(self, contexts: Contexts, above: Runner, group: Sequence[Request]) -> list[Solved]:
+    def _find_behind(self, contexts: Contexts | None, above: Runner, group: Sequence[Request]) -> list[Solved]:
         """Keys and values of requests that share their contexts, the bare ones' with them."""
         solved = self._find(contexts, above, group, None)
         twofold = [i for i, request in enumerate(group) if request.bare is not None]
@@ -295,13 +299,13 @@ class Flow:
         return solved
 
     def _find(
-        self, contexts: Contexts, above: Runner, group: Sequence[Request], bases: Sequence[Tensor] | None
+        self, contexts: Contexts | None, above: Runner, group: Sequence[Request], bases: Sequence[Tensor] | None
     ) -> list[Solved]:
         """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only.
 
         `above` runs the layers above the edit layer.
         """
-        sizer = BatchSizer(self.runner, self.layer)
+        sizer = BatchSizer(self.runner, self.layer, whole=contexts is None)
         solved: dict[int, Solved] = {}
         for places in in_batches(sizer, group):
             with sizer.halving(len(places)):
@@ -315,7 +319,7 @@ class Flow:
         return [solved[i] for i in range(len(group))]
 
     def _solve_batch(
-        self, contexts: Contexts, above: Runner, batch: Sequence[Request], base: Tensor | None
+        self, contexts: Contexts | None, above: Runner, batch: Sequence[Request], base: Tensor | None
     ) -> list[Solved]:
         with self.clock("keys"):
             rows_of_batch = [row for r in batch for row in r.rows]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
 from .rows import Row
-from .runner import Runner, watching
+from .runner import Runner
+from .verification import verified
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class RowStates:
     keys: Tensor  # (rows, d_ff): input of the down-projection at the subject's last token
     values: Tensor  # (rows, d): its output there, bias included
     suffix: Tensor  # (rows, time, d): output of the edit layer
-    positions: Tensor  # (rows, time)
-    past: FrozenPast  # of the layers above the edit layer
+    positions: Tensor | None  # (rows, time); None where rows are whole, as are the next
+    past: FrozenPast | None  # of the layers above the edit layer, and of itself where it is run again
+    at: Tensor  # (rows,) where in the suffix the subject's last token is: 0, but further on where rows are whole
+    entering: Tensor | None  # (rows, 1, d), or whole rows: what enters the edit layer, where it is run again
 
     def rows(self, index: Tensor) -> "RowStates":
         """These rows only."""
@@ -35,20 +38,26 @@ class RowStates:
             self.keys[index],
             self.values[index],
             self.suffix[index],
-            self.positions[index],
-            self.past.rows(index),
+            None if self.positions is None else self.positions[index],
+            None if self.past is None else self.past.rows(index),
+            self.at[index],
+            None if self.entering is None else self.entering[index],
         )
 
 
 @torch.no_grad()
 def run_to_layer(
-    runner: Runner, contexts: Contexts, rows: Sequence[ContextRow], layer: int, above: Runner | None = None
+    runner: Runner, contexts: Contexts | None, rows: Sequence[ContextRow], layer: int, above: Runner | None = None
 ) -> RowStates:
     """Run each row behind its context through layers 0 .. layer; above, only what lies before the subject's end.
 
-    `above` runs the layers above, where it is not to be the same runner. The result of a row does not depend on the
-    others, up to the rounding of differently shaped products.
+    `above` runs the layers above, where it is not to be the same runner. Without `contexts`, rows are run from their
+    first token on, and all of them is the suffix. The result of a row does not depend on the others, up to the
+    rounding of differently shaped products.
     """
+    again = not verified(runner, layer).adds_unchanged
+    if contexts is None:
+        return _run_whole(runner, rows, layer, again)
     device = runner.device
     shared = [contexts.shared_with(r.context, r.row) for r in rows]
     packed = runner.pack([r.row.inputs[start:] for r, start in zip(rows, shared, strict=True)])
@@ -69,16 +78,13 @@ def run_to_layer(
     def see(keys: Tensor, values: Tensor) -> None:
         seen.extend((keys[index, subject], values[index, subject]))
 
-    embedded = runner.embed(packed.ids, positions)
-    with watching(runner.projection(layer), see):
-        hidden = runner.run(
-            embedded,
-            0,
-            layer + 1,
-            positions=positions,
-            mask=attention_mask(in_context, time, embedded.dtype),
-            past=context_past,
-        )
+    mask = attention_mask(in_context, time, runner.dtype)
+    entering = runner.run(
+        runner.embed(packed.ids, positions), 0, layer, positions=positions, mask=mask, past=context_past
+    )
+    own = Recorder(context_past)
+    with runner.watching(layer, see):
+        hidden = runner.run(entering, layer, layer + 1, positions=positions, mask=mask, past=own)
 
     # The middle: behind the context, before the subject's last token. Its keys and values are frozen as well.
     middle = max(subjects)
@@ -92,10 +98,35 @@ def run_to_layer(
             mask=attention_mask(in_context, middle, hidden.dtype),
             past=recorder,
         )
+    if again:
+        recorder.keys[layer], recorder.values[layer] = own.keys[layer][:, :, :middle], own.values[layer][:, :, :middle]
     in_middle = torch.arange(middle, device=device) < subject.unsqueeze(1)
     past = FrozenPast(context_past, recorder.keys, recorder.values, torch.cat([in_context, in_middle], 1))
 
     width = max(len(r.row.inputs) - r.row.subject for r in rows)
     at = (subject.unsqueeze(1) + torch.arange(width, device=device)).clamp(max=time - 1)
     suffix_positions = subject.unsqueeze(1) + start.unsqueeze(1) + torch.arange(width, device=device)
-    return RowStates(seen[0], seen[1], hidden[index.unsqueeze(1), at], suffix_positions, past)
+    return RowStates(
+        seen[0],
+        seen[1],
+        hidden[index.unsqueeze(1), at],
+        suffix_positions,
+        past,
+        torch.zeros_like(subject),
+        entering[index, subject].unsqueeze(1) if again else None,
+    )
+
+
+def _run_whole(runner: Runner, rows: Sequence[ContextRow], layer: int, again: bool) -> RowStates:
+    packed = runner.pack([r.row.inputs for r in rows])
+    subject = torch.tensor([r.row.subject for r in rows], device=runner.device)
+    index = torch.arange(len(rows), device=runner.device)
+    seen: list[Tensor] = []
+
+    def see(keys: Tensor, values: Tensor) -> None:
+        seen.extend((keys[index, subject], values[index, subject]))
+
+    entering = runner.run(runner.embed(packed.ids), 0, layer)
+    with runner.watching(layer, see):
+        hidden = runner.run(entering, layer, layer + 1)
+    return RowStates(seen[0], seen[1], hidden, None, None, subject, entering if again else None)

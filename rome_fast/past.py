@@ -104,7 +104,7 @@ class Contexts:
         ids = tuple(tuple(e.ids) for e in encode(tokenizer, texts, special=head is None))
         packed = runner.pack([row or (0,) for row in ids])
         recorder = Recorder()
-        mask = causal_mask(packed.ids.shape[1], runner.dtype, runner.device)
+        mask = causal_mask(len(ids), packed.ids.shape[1], runner.dtype, runner.device)
         entering = runner.run(runner.embed(packed.ids), 0, layer, past=recorder, mask=mask)
         lengths = torch.tensor([len(row) for row in ids], device=runner.device)
         return cls(ids, lengths, recorder, layer, entering).after_edit(runner, above)
@@ -115,7 +115,7 @@ class Contexts:
         recorder = Recorder()
         for layer in range(self.layer):
             recorder.keys[layer], recorder.values[layer] = self.recorded.keys[layer], self.recorded.values[layer]
-        mask = causal_mask(self.entering.shape[1], runner.dtype, runner.device)
+        mask = causal_mask(len(self.ids), self.entering.shape[1], runner.dtype, runner.device)
         hidden = runner.run(self.entering, self.layer, self.layer + 1, past=recorder, mask=mask)
         (above or runner).run(hidden, self.layer + 1, len(runner.layers), past=recorder, mask=mask)
         return replace(self, recorded=recorder)

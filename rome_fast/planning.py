@@ -130,6 +130,8 @@ def plan(
         above, whole = sum(sizes[outline.layer + 1 : -1]), sum(sizes)
         stages["loading"] = (1, sum(blocks) - whole + outline.parts.always_bytes)
         stages["check for NaN"] = (1, whole)
+        # The model's own forward, its layers one by one, and behind a past, without the head.
+        stages["verification"] = (3, 2 * whole + sum(sizes[:-1]))
         if contexts is None:
             # If enough of the texts that are sampled at a time are usable.
             stages["contexts"] = (SAMPLED_TOKENS, SAMPLED_TOKENS * whole)

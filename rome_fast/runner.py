@@ -18,10 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import ModelError
-from .models import family_of
+from .models import Decoder, oriented
 from .products import Copies, in_dtype, usual_dtype
 from .weights import Stream
 
+# Of configurations: how far back a layer sees, or in chunks of what length.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "local_attention")
 _UNPLANNED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -45,6 +47,20 @@ class Past(Protocol):
         """All keys and values (rows, heads, past + time, head size) a layer attends to, given the new ones."""
 
 
+@dataclass(frozen=True)
+class _Calls:
+    """Arguments of the layers, and for what."""
+
+    shape: torch.Size
+    positions: Tensor | None
+    mask: Tensor | None
+    arguments: list[dict[str, Any]]
+
+    def fit(self, shape: torch.Size, positions: Tensor | None, mask: Tensor | None) -> bool:
+        # Only with a mask, which belongs to one batch of rows: some layers hand things on through their arguments.
+        return mask is not None and mask is self.mask and positions is self.positions and shape == self.shape
+
+
 class Runner:
     """A model cut into embedding, layers and head."""
 
@@ -53,8 +69,8 @@ class Runner:
             raise ModelError(f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel")
         self.model = model
         self.stream = stream  # for a model whose weights are read while it runs
-        self.family = family_of(model.config)
-        self.layers = self.family.layers(model)
+        self.decoder = Decoder(model)
+        self.layers = self.decoder.layers
         self._embedding: Tensor = model.get_input_embeddings().get_parameter("weight")
         attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
         if attention not in ("sdpa", "eager"):
@@ -63,8 +79,7 @@ class Runner:
                 f"model: got attn_implementation {attention!r}, wanted 'sdpa' or 'eager'; load it so, or "
                 "switch by model.set_attn_implementation(…)"
             )
-        self._eager = attention == "eager"
-        self._past_argument = self.family.past_argument(self.layers[0])
+        self._calls: _Calls | None = None  # made last
         self._compute_dtype: torch.dtype | None = None
         self._copies: Copies | None = None
 
@@ -84,15 +99,19 @@ class Runner:
 
     def projection(self, layer: int) -> nn.Module:
         """The down-projection module of a layer."""
-        return self.family.projection(self.model, layer)
+        return self.decoder.projection(layer)
+
+    def weight_name(self, layer: int) -> str:
+        """Name of the down-projection's parameter. Raises ModelError for a layer without one."""
+        return self.decoder.weight_name(layer)
 
     def stored_weight(self, layer: int) -> Tensor:
         """The down-projection's weight as the model stores it, without gradient."""
-        return self.model.get_parameter(self.family.weight_name(layer)).detach()
+        return self.model.get_parameter(self.weight_name(layer)).detach()
 
     def weight(self, layer: int) -> Tensor:
         """The same as a (d, d_ff) view."""
-        return self.family.oriented(self.stored_weight(layer))
+        return oriented(self.model, self.weight_name(layer), self.stored_weight(layer))
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by name, large ones perhaps in parts; each is there until the next is asked for."""
@@ -119,13 +138,24 @@ class Runner:
         return self._embedding.dtype
 
     @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are."""
+        return len(self._embedding)
+
+    @property
     def max_length(self) -> int:
         """Longest row that full causal attention is right for (the context, or the sliding window)."""
-        config = self.model.config
-        longest = int(getattr(config, "max_position_embeddings", 1 << 30))
-        window = getattr(config, "sliding_window", None)
-        if window and getattr(config, "use_sliding_window", True):
-            longest = min(longest, int(window))
+        config = self.model.config.get_text_config()
+        longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        # Their last positions see less than all: masks given to the layers do not say so.
+        for name in _WINDOWS:
+            window = getattr(config, name, None)
+            if isinstance(window, int) and window and getattr(config, f"use_{name}", True):
+                longest = min(longest, window)
         return longest
 
     def pack(self, rows: Sequence[Sequence[int]]) -> PackedRows:
@@ -135,7 +165,7 @@ class Runner:
         ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64, device="cpu")
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
-        largest, known = int(ids.max()), len(self._embedding)
+        largest, known = int(ids.max()), self.vocab_size
         if largest >= known:
             raise ModelError(
                 f"tokenizer: got token {largest}, wanted ids below the model's {known}; use the model's own tokenizer"
@@ -146,7 +176,7 @@ class Runner:
 
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states (rows, time, d) that enter layer 0; positions count from 0 unless given."""
-        return self.family.embed(self.model, ids, self._positions(ids.shape[1], positions))
+        return self.decoder.embed(ids, positions)
 
     def run(
         self,
@@ -164,41 +194,100 @@ class Runner:
         """
         if start >= stop:
             return hidden
-        arguments = self.family.position_arguments(self.model, hidden, self._positions(hidden.shape[1], positions))
-        arguments[self._past_argument] = past
-        if mask is None and self._eager:
-            mask = causal_mask(hidden.shape[1], hidden.dtype, hidden.device)
-
-        def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
-            with in_dtype(self.compute_dtype, self.dtype, self._copies), _any_shape(hidden):
-                out = layer(hidden, attention_mask=mask, use_cache=past is not None, **arguments)
-            return out[0] if isinstance(out, tuple) else out
-
+        run_layer = self._layers_with(hidden, positions, mask, past)
         if self.stream is not None and torch.is_grad_enabled() and hidden.requires_grad:
             self.stream.expect_steps(start, stop)
-            return _Recomputed.apply(hidden, run_layer, list(self.layers[start:stop]))
-        for layer in self.layers[start:stop]:
+            return _Recomputed.apply(hidden, run_layer, range(start, stop))
+        for layer in range(start, stop):
             hidden = run_layer(layer, hidden)
         return hidden
+
+    def run_adding(
+        self,
+        hidden: Tensor,  # (rows, time, d)
+        layer: int,
+        added: Tensor,  # (rows, d): to the values of the layer
+        at: Tensor,  # (rows,) int64: where in the row
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """What one layer puts out when something is added to its down-projection's output, with a gradient to that."""
+        run_layer = self._layers_with(hidden, positions, mask, past)
+        rows = torch.arange(len(at), device=at.device)
+
+        def run_with(layer: int, added: Tensor) -> Tensor:
+            def add(_keys: Tensor, values: Tensor) -> Tensor:
+                return values.index_put((rows, at), added, accumulate=True)
+
+            with self.watching(layer, add):
+                return run_layer(layer, hidden)
+
+        if self.stream is not None and torch.is_grad_enabled() and added.requires_grad:
+            return _Recomputed.apply(added, run_with, [layer])
+        return run_with(layer, added)
+
+    def _layers_with(
+        self, hidden: Tensor, positions: Tensor | None, mask: Tensor | None, past: Past | None
+    ) -> Callable[[int, Tensor], Tensor]:
+        """A function of (layer, hidden states like these) that runs the layer."""
+        # The steps of a search ask for the same again and again.
+        if self._calls is None or not self._calls.fit(hidden.shape, positions, mask):
+            self._calls = _Calls(hidden.shape, positions, mask, self.decoder.calls(hidden, positions, mask))
+        calls = self._calls.arguments
+
+        def run_layer(layer: int, hidden: Tensor) -> Tensor:
+            arguments = self.decoder.with_past(layer, calls[layer], past)
+            with in_dtype(self.compute_dtype, self.dtype, self._copies), any_shape(hidden.device):
+                out = self.layers[layer](hidden, **arguments)
+            self.decoder.see(out)
+            return out if isinstance(out, Tensor) else out[0]
+
+        return run_layer
+
+    @contextmanager
+    def watching(self, layer: int, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+        """In this block, `see(keys, values)` is called with what goes into a layer's down-projection and comes out.
+
+        Both are (rows, time, …), also where a layer runs its MLP on tokens in one long row. What `see` returns takes
+        the place of the values, unless it is None.
+        """
+        shape: list[int] = []
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden: Tensor = next(iter((*args, *kwargs.values())))
+            shape[:] = hidden.shape[:2]
+
+        def leave(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            changed = see(args[0].reshape(*shape, -1), output.reshape(*shape, -1))
+            return None if changed is None else changed.reshape(output.shape)
+
+        handles = [
+            self.layers[layer].register_forward_pre_hook(enter, with_kwargs=True),
+            self.projection(layer).register_forward_hook(leave),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocabulary) of the last layer's hidden states (…, d)."""
         with in_dtype(self.compute_dtype, self.dtype, self._copies):
-            return self.family.head(self.model, hidden)
+            return self.decoder.head(hidden)
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
         """The same in fp32 (fp64 for an fp64 model), not rounded to the dtype that products are taken in."""
         wide = torch.promote_types(self.dtype, torch.float32)
         with in_dtype(self.compute_dtype, self.dtype, self._copies, wide):
-            return self.family.head(self.model, hidden).to(wide)
-
-    def _positions(self, time: int, positions: Tensor | None) -> Tensor:
-        return torch.arange(time, device=self.device).unsqueeze(0) if positions is None else positions
+            return self.decoder.head(hidden).to(wide)
 
 
-def _any_shape(hidden: Tensor) -> AbstractContextManager[Any]:
+def any_shape(device: torch.device) -> AbstractContextManager[Any]:
     """Attention without cuDNN in this block: it plans for every shape anew, which takes longer than ours run."""
-    return sdpa_kernel(_UNPLANNED_ATTENTION) if hidden.is_cuda else nullcontext()
+    return sdpa_kernel(_UNPLANNED_ATTENTION) if device.type == "cuda" else nullcontext()
 
 
 class _Recomputed(torch.autograd.Function):
@@ -209,9 +298,7 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, run_layer: Callable[[nn.Module, Tensor], Tensor], layers: list[nn.Module]
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, run_layer: Callable[[int, Tensor], Tensor], layers: Sequence[int]) -> Tensor:
         ctx.run_layer, ctx.layers, ctx.inputs = run_layer, layers, []
         for layer in layers:
             ctx.inputs.append(hidden.detach())
@@ -230,36 +317,24 @@ class _Recomputed(torch.autograd.Function):
         return gradient, None, None
 
 
-def causal_mask(time: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, 1, time, time), zero where a position may look and very negative where it may not.
-
-    The eager attention, unlike the fused ones, does not apply causality by itself.
-    """
+def causal_mask(rows: int, time: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, 1, time, time), zero where a position may look and very negative where it may not."""
     mask = torch.full((time, time), torch.finfo(dtype).min, dtype=dtype, device=device)
-    return mask.triu(1)[None, None]
-
-
-@contextmanager
-def watching(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(input, output)` each time the module runs, for the length of the block."""
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        see(args[0], output)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return mask.triu(1).expand(rows, 1, -1, -1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in this block, so that dropout has no part in what is measured."""
+    """Evaluation mode and frozen weights in this block.
+
+    Dropout has then no part in what is measured, and kernels are those of a streamed model: torch chooses some of them
+    by whether a weight wants a gradient.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with frozen_weights(model):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -20,7 +20,7 @@ from .delta import Applied, Delta
 from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
 from .history import History
 from .records import report_json
-from .weights import Checkpoint, Link, check_link
+from .weights import Checkpoint, Link, check_link, stored_name
 from .weights.files import Content
 
 _GENERATION = "generation_config.json"
@@ -104,7 +104,7 @@ def _save_streamed(
     checkpoint = Checkpoint.open(directory)
     possible = set(range(len(history.edits) + 1))
     for name in history.names:
-        stored = checkpoint.read(checkpoints.stored_name(checkpoint, name, model))
+        stored = checkpoint.read(stored_name(checkpoint, name, model))
         possible = {i for i in possible if _same(stored.to(history.before(i, name).dtype), history.before(i, name))}
     if not possible:
         raise CheckpointError(
@@ -124,7 +124,7 @@ def _save_copy(
 ) -> None:
     """A copy of `source`, which has the first `begin` edits in its weights and, where it has a chain, in that."""
     checkpoint = Checkpoint.open(source)
-    stored = {name: checkpoints.stored_name(checkpoint, name, model) for name in history.names}
+    stored = {name: stored_name(checkpoint, name, model) for name in history.names}
     weights = _Stored(model, history, checkpoint, stored)
     later = {name for edit in history.edits[begin:] for name in edit.delta.updates}
     recorded = begin if chains.edits_of(source) else 0

@@ -257,6 +257,7 @@ class _Batch:
     ) -> None:
         self.runner, self.layer, self.kl_factor = runner, layer, kl_factor
         self.suffix, self.positions, self.past = states.suffix, states.positions, states.past
+        self.at, self.entering = states.at, states.entering
         self.edits, self.scored = len(rows), scored_rows(rows[0])
         owner = [edit for edit, group in enumerate(rows) for _ in group]
         self.owner = torch.tensor(owner, device=runner.device)  # (rows,) the edit of each
@@ -265,7 +266,8 @@ class _Batch:
         essence = [start + scored_rows(g) % len(g) for start, g in zip(starts, rows, strict=True)]
         self.essence = torch.tensor(essence, device=runner.device)
         self.targets = _targets(rows, torch.promote_types(runner.dtype, torch.float32), runner.device)
-        self.mask = attention_mask(self.past.seen, self.suffix.shape[1], self.suffix.dtype)
+        self.targets.time.add_(self.at[self.targets.row])
+        self.mask = self._mask(self.suffix.shape[1])
         # (edits, vocabulary) log-probabilities of the essence at δ = 0: of the edits left, and of all.
         self.before = self.initial = before
         # fp16 gradients of a loss spread over many rows would vanish.
@@ -281,13 +283,38 @@ class _Batch:
         row, edit = row_place[old.row[stays]], place[old.edit[stays]]
         self.targets = _Targets(row, old.time[stays], old.label[stays], old.share[stays], edit)
         self.edits, self.owner, self.essence = len(kept), place[self.owner[rows]], row_place[self.essence[kept]]
+        self.at = self.at[rows]
         # Positions that no remaining edit has are dropped with the edits that had them.
-        width = int(self.targets.time.max()) + 1
-        self.suffix, self.positions = self.suffix[rows, :width], self.positions[rows, :width]
-        self.past = self.past.rows(rows)
-        self.mask = attention_mask(self.past.seen, width, self.suffix.dtype)
+        width = int(torch.cat([self.targets.time, self.at]).max()) + 1
+        self.suffix = self.suffix[rows, :width]
+        self.positions = None if self.positions is None else self.positions[rows, :width]
+        self.past = None if self.past is None else self.past.rows(rows)
+        self.entering = None if self.entering is None else self.entering[rows, :width]
+        self.mask = self._mask(width)
         if self.before is not None:
             self.before = self.before[kept]
+
+    def _mask(self, time: int) -> Tensor | None:
+        return None if self.past is None else attention_mask(self.past.seen, time, self.suffix.dtype)
+
+    def _with(self, added: Tensor) -> Tensor:
+        """The edit layer's output (rows, time, d) with `added` (rows, d) in the values at the subject's last token."""
+        if self.entering is not None:
+            time = self.entering.shape[1]
+            out = self.runner.run_adding(
+                self.entering,
+                self.layer,
+                added,
+                self.at,
+                positions=None if self.positions is None else self.positions[:, :time],
+                mask=self._mask(time),
+                past=self.past,
+            )
+            return torch.cat([out, self.suffix[:, time:]], 1)
+        if self.past is None:
+            rows = torch.arange(len(added), device=added.device)
+            return self.suffix.index_put((rows, self.at), added, accumulate=True)
+        return torch.cat([self.suffix[:, :1] + added.unsqueeze(1), self.suffix[:, 1:]], 1)
 
     def evaluate(self, delta: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
         """Loss without weight decay and share of rows that lead (edits,), and the gradient (edits, d) on call.
@@ -298,13 +325,13 @@ class _Batch:
         with torch.enable_grad():
             delta = delta.detach().requires_grad_()
             added = delta.index_select(0, self.owner).to(self.suffix.dtype)
-            hidden = torch.cat([self.suffix[:, :1] + added.unsqueeze(1), self.suffix[:, 1:]], 1)
+            hidden = self._with(added)
             top = len(self.runner.layers)
             hidden = self.runner.run(
                 hidden, self.layer + 1, top, positions=self.positions, mask=self.mask, past=self.past
             )
             scored = hidden[chosen_targets.row, chosen_targets.time]
-            essence = hidden[self.essence, 0]
+            essence = hidden[self.essence, self.at[self.essence]]
             loss, led, gradients = self._head(scored.detach(), essence.detach())
 
         def gradient() -> Tensor:
@@ -320,7 +347,7 @@ class _Batch:
         both = torch.cat([scored, essence])
         gradient = torch.empty_like(both)
         first: list[Tensor] = []
-        rows = max(1, _HEAD_ELEMENTS // self.runner.model.config.vocab_size)
+        rows = max(1, _HEAD_ELEMENTS // self.runner.vocab_size)
         for start in range(0, len(both), rows):
             hidden = both[start : start + rows].requires_grad_()
             logits = exact_head(self.runner, hidden)

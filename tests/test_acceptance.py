@@ -184,7 +184,7 @@ def test_isolated_evaluation(parts, requests):
     """64 edits of different subjects in one forward; four edits of each of two requests for fewer FLOPs than a loop."""
     model, tokenizer, _, contexts, sentences, _ = parts
     runner = Runner(model)
-    name, weight = runner.family.weight_name(default_layer(model.config)), runner.weight(default_layer(model.config))
+    name, weight = runner.weight_name(default_layer(model.config)), runner.weight(default_layer(model.config))
     generator, deltas, edits = torch.Generator().manual_seed(0), [], {}
     for edit in load_edits(DATA / "counterfact_dev.jsonl"):
         edits.setdefault(edit.subject, edit)

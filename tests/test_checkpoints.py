@@ -307,9 +307,19 @@ def test_revert_of_what_was_not_edited(tmp_path, source):
         (lambda d: (d / "config.json").write_text("{"), CheckpointError, r"no readable config\.json"),
         (lambda d: (d / "config.json").write_text("{}"), CheckpointError, r"no readable config\.json"),
         (
-            lambda d: (d / "config.json").write_text('{"model_type": "opt"}'),
+            lambda d: (d / "config.json").write_text('{"model_type": "nobody"}'),
             ModelError,
-            "got architecture 'opt', wanted one of llama, mistral",
+            "got architecture 'nobody', which transformers .* does not have; a newer release may have it",
+        ),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "t5"}'),
+            ModelError,
+            "got architecture 't5', wanted a causal language model, a decoder alone",
+        ),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}'),
+            ModelError,
+            "got architecture 'own', whose code lies in .*; it runs only with trust_remote_code=True",
         ),
         (lambda d: (d / "model.safetensors.index.json").unlink(), CheckpointError, r"neither model\.safetensors nor"),
         (

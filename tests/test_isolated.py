@@ -25,6 +25,7 @@ from rome_fast.errors import ArgumentError
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
 from rome_fast.evaluation import isolated as module
 from rome_fast.runner import Runner
+from rome_fast.verification import verified
 from toys import D_FF, KINDS, SENTENCES, toy_model
 
 # The updates of this file move what they are added to by half of the weight.
@@ -47,7 +48,7 @@ REQUESTS = [
 def random_deltas(model, count, ranks=(1,), seed=0):
     """Updates half as large as the weight, so that what they do is far above rounding."""
     runner, generator = Runner(model), torch.Generator().manual_seed(seed)
-    name, weight = runner.family.weight_name(LAYER), runner.weight(LAYER)
+    name, weight = runner.weight_name(LAYER), runner.weight(LAYER)
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = []
     for i in range(count):
@@ -117,6 +118,7 @@ def test_sixty_four_edits_in_one_forward(toy_tokenizers):
     """One text under 64 edits: one pass through the layers below, one through those above."""
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[False]
     runner, deltas = Runner(model), random_deltas(model, 64)
+    verified(runner, LAYER)
     passes: list[int] = []
     handles = [
         runner.layers[i].register_forward_hook(lambda _m, _a, out: passes.append(len(out))) for i in (0, LAYER + 1)
@@ -135,6 +137,7 @@ def test_sixty_four_edits_in_one_forward(toy_tokenizers):
 def test_layers_below_are_run_once(toy_tokenizers):
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     runner, deltas = Runner(model), random_deltas(model, 8)
+    verified(runner, LAYER)
     with FlopCounter() as together:
         edited_perplexities(runner, tokenizer, SENTENCES[:4], RowUpdates.of(runner, deltas))
     with FlopCounter() as alone:
@@ -163,8 +166,8 @@ def test_bad_deltas(toy_tokenizers):
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     runner, (delta,) = Runner(model), random_deltas(model, 1)
     (update,) = delta.updates.values()
-    elsewhere = Delta({runner.family.weight_name(LAYER + 1): update})
-    narrow = Delta({runner.family.weight_name(LAYER): LowRank(update.left, update.right[:, 1:].contiguous())})
+    elsewhere = Delta({runner.weight_name(LAYER + 1): update})
+    narrow = Delta({runner.weight_name(LAYER): LowRank(update.left, update.right[:, 1:].contiguous())})
     with pytest.raises(ArgumentError, match="got 1 for 3 edits"):
         evaluate(model, tokenizer, REQUESTS, deltas=[delta])
     for wrong, message in (

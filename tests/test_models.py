@@ -1,5 +1,7 @@
 """Every architecture, run layer by layer, against transformers' own forward; which layers and settings it gets."""
 
+from inspect import signature
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -54,6 +56,52 @@ def test_what_follows_a_recorded_past_is_what_follows_in_one_go(kind, toy_tokeni
     for index, before in enumerate(contexts.ids):
         wanted = model(input_ids=torch.tensor([[*before, *behind]]), use_cache=False).logits[0, len(before) :]
         assert relative_error(runner.head(hidden[index]), wanted) < rounding(torch.float32, FORWARD)
+
+
+def by_hand(model, ids, positions, mask, past):
+    """What enters the first layer, leaves the last one, and the logits, with every call of a layer written out."""
+    kind, base = model.config.model_type, model.base_model
+    if kind in ("gpt2", "gptj"):
+        embedded, layers, norm = base.wte(ids), base.h, base.ln_f
+        arguments = {"past": "layer_past", "position_ids": positions}
+        if kind == "gpt2":
+            embedded = embedded + base.wpe(positions)
+            arguments = {"past": "past_key_values"}
+    else:
+        embedded, layers, norm = base.embed_tokens(ids), base.layers, base.norm
+        arguments = {"past": "past_key_values", "position_ids": positions}
+    if hasattr(base, "rotary_emb"):
+        arguments["position_embeddings"] = base.rotary_emb(embedded, position_ids=positions)
+    known = signature(layers[0].forward).parameters
+    arguments["cache" if "cache" in known else arguments["past"]] = past
+    del arguments["past"]
+    hidden = embedded
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=mask, use_cache=past is not None, **arguments)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return embedded, hidden, model.lm_head(norm(hidden))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_asking_the_model_gives_the_bits_of_calls_written_by_hand(kind, dtype, toy_tokenizers):
+    """With and without a past; the same kernels in the same order."""
+    model = toy_model(kind, dtype=dtype)
+    runner = Runner(model).computing_in(dtype)
+    ids = torch.arange(3, 25).reshape(2, 11)
+    contexts = Contexts.of(runner, toy_tokenizers[False], CONTEXTS, 1)
+    longest = int(contexts.lengths.max())
+    seen = torch.arange(longest) < contexts.lengths.unsqueeze(1)
+    behind = contexts.lengths.unsqueeze(1) + torch.arange(11)
+    past = ContextPast(contexts, torch.arange(2))
+    first = torch.arange(11).unsqueeze(0)
+    for positions, mask, before in [(None, None, None), (behind, attention_mask(seen, 11, dtype), past)]:
+        embedded = runner.embed(ids, positions)
+        hidden = runner.run(embedded, 0, LAYERS, positions=positions, mask=mask, past=before)
+        wanted = by_hand(model, ids, first if positions is None else positions, mask, before)
+        for mine, theirs in zip((embedded, hidden, runner.head(hidden)), wanted, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def edit_as_released(
     added = residual(how, delta.detach(), values[0].to(wide), mean_value.to(wide))
     factors = close(u, k_den, added.unsqueeze(0))
     update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
-    return ReleasedEdit(delta.detach(), tuple(losses), Delta({runner.family.weight_name(layer): update}))
+    return ReleasedEdit(delta.detach(), tuple(losses), Delta({runner.weight_name(layer): update}))
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from ..assets import MODEL_NAME, cache_dir
 from ..edits import Edit
 from ..errors import ArgumentError
-from ..models import known_model_types
 
 
 class Shape(NamedTuple):
@@ -95,8 +94,7 @@ def random_model(
     """The model of a shape in evaluation mode, made on `device` in `dtype` with the initialisation of transformers.
 
     No copy of the weights is made on the way. The same arguments on the same kind of device give the same weights.
-    `layers` makes so many of them instead of all. Raises ArgumentError for an unknown shape and for one whose
-    architecture cannot be edited.
+    `layers` makes so many of them instead of all. Raises ArgumentError for an unknown shape.
     """
     config = shape_config(name, layers)
     own = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
@@ -117,16 +115,10 @@ def shape_config(name: str, layers: int | None = None) -> PretrainedConfig:
 
 
 def known_shape(name: str) -> Shape:
-    """Raises ArgumentError for an unknown shape and for one whose architecture the package does not have."""
+    """Raises ArgumentError for an unknown shape."""
     if name not in SHAPES:
         raise ArgumentError(f"shape: got {name!r}, wanted one of {', '.join(SHAPES)}")
-    shape = SHAPES[name]
-    if shape.model_type not in known_model_types():
-        raise ArgumentError(
-            f"shape: {name} is of the architecture {shape.model_type!r}, which rome_fast does not know; "
-            f"wanted one of {', '.join(n for n, s in SHAPES.items() if s.model_type in known_model_types())}"
-        )
-    return shape
+    return SHAPES[name]
 
 
 def random_factor(width: int, device: torch.device, seed: int = 0) -> Tensor:

@@ -6,16 +6,17 @@ fp32, and of the weight in bf16 and fp16, where an applied update is rounded wit
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..delta import Delta
 from ..errors import ArgumentError
 from ..kernels import low_rank_apply_
-from ..runner import Runner, evaluating, watching
+from ..runner import Runner, evaluating
+from ..verification import check_model, verified
 
 _BATCH_TOKENS = 4096
 
@@ -32,7 +33,7 @@ class RowUpdates:
     def of(cls, runner: Runner, deltas: Sequence[Delta]) -> "RowUpdates":
         """Raises ArgumentError unless every Delta updates the same one layer of this model."""
         names = {name for delta in deltas for name in delta.updates} if all(d.updates for d in deltas) else set()
-        layers = [i for i in range(len(runner.layers)) if runner.family.weight_name(i) in names]
+        layers = [i for i in range(len(runner.layers)) if runner.decoder.has_site(i) and runner.weight_name(i) in names]
         if len(names) != 1 or not layers:
             raise ArgumentError(f"deltas: got updates of {sorted(names) or 'nothing'}, wanted one layer's in each")
         updates = [next(iter(delta.updates.values())) for delta in deltas]
@@ -79,7 +80,11 @@ def final_states(
     A use is (row, edit), the edit an index into `updates` or -1 for the model as it is. Yields, in an order of its
     own, the indices of some uses and their hidden states (uses, time, d), right-padded.
     """
-    layer, top = len(runner.layers) - 1 if updates is None else updates.layer, len(runner.layers)
+    check_model(runner)
+    top = len(runner.layers)
+    # Where the edits' values do not arrive unchanged, their layer is run for each of them.
+    again = updates is not None and not verified(runner, updates.layer).adds_unchanged
+    shared = top if updates is None else updates.layer + (not again)  # layers that do not depend on an edit
     of_row: list[list[int]] = [[] for _ in rows]
     for index, (row, _) in enumerate(uses):
         of_row[row].append(index)
@@ -90,32 +95,34 @@ def final_states(
         def see(seen: Tensor, _output: Tensor, keys: list[Tensor] = keys) -> None:
             keys.append(seen)
 
-        with evaluating(runner.model), watching(runner.projection(layer), see):
-            lower = runner.run(runner.embed(packed.ids), 0, layer + 1)
+        seeing = nullcontext() if updates is None or again else runner.watching(updates.layer, see)
+        with evaluating(runner.model), seeing:
+            lower = runner.run(runner.embed(packed.ids), 0, shared)
         wanted = [(place, use) for place, row in enumerate(batch) for use in of_row[row]]
         together = max(1, _BATCH_TOKENS // packed.ids.shape[1])
         for start in range(0, len(wanted), together):
             places, some = zip(*wanted[start : start + together], strict=True)
             at = torch.tensor(places, device=lower.device)
             hidden = lower[at]
-            if updates is not None:
-                edits = torch.tensor([uses[use][1] for use in some], device=lower.device)
-                updates.add_(hidden, keys[0][at], edits)
-            with evaluating(runner.model):
-                yield list(some), runner.run(hidden, layer + 1, top)
+            with evaluating(runner.model), ExitStack() as stack:
+                if updates is not None:
+                    edits = torch.tensor([uses[use][1] for use in some], device=lower.device)
+                    if again:
+                        stack.enter_context(carrying(runner, updates, edits))
+                    else:
+                        updates.add_(hidden, keys[0][at], edits)
+                states = runner.run(hidden, shared, top)
+            yield list(some), states
 
 
 @contextmanager
 def carrying(runner: Runner, updates: RowUpdates, edits: Tensor) -> Iterator[None]:
     """Whatever runs the model in this block gets row i under edit `edits[i]`; for generation, which runs it itself."""
 
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        output = output.clone()
-        updates.add_(output, args[0], edits)
-        return output
+    def add(keys: Tensor, values: Tensor) -> Tensor:
+        values = values.clone()
+        updates.add_(values, keys, edits)
+        return values
 
-    handle = runner.projection(updates.layer).register_forward_hook(hook)
-    try:
+    with runner.watching(updates.layer, add):
         yield
-    finally:
-        handle.remove()

@@ -16,7 +16,8 @@ from ..errors import ArgumentError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
 from ..processes import ALONE, Processes, own_device
-from ..runner import Runner, evaluating, watching
+from ..runner import Runner, evaluating
+from ..verification import check_model
 from ..weights import align_
 from ..weights.files import check_writable
 from .layer import LayerStatistics, check_ridge
@@ -154,6 +155,7 @@ def collect(
 
     `resumed` is called with (tokens done, tokens wanted) where an interrupted run goes on.
     """
+    check_model(runner)
     wanted = sorted(set(layers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= len(runner.layers):
         raise ArgumentError(f"layers: got {list(layers)}, wanted some of 0 .. {len(runner.layers) - 1}")
@@ -262,7 +264,7 @@ def _batches_together(runner: Runner, batch_tokens: int) -> int:
     if runner.stream is None or runner.spare_bytes is None:
         return 1
     # The rest is for what one layer computes.
-    kept = batch_tokens * runner.weight(0).shape[0] * runner.dtype.itemsize
+    kept = batch_tokens * runner.hidden_size * runner.dtype.itemsize
     return max(1, runner.spare_bytes // 2 // kept)
 
 
@@ -286,7 +288,7 @@ def _add_batches(runner: Runner, batches: Sequence[Rows], totals: Mapping[int, T
                 for layer in range(start, stop):
                     if layer in totals:
                         see = _adding_to(totals[layer], kept[i])
-                        stack.enter_context(watching(runner.projection(layer), see))
+                        stack.enter_context(runner.watching(layer, see))
                 hidden[i] = runner.run(hidden[i], start, stop)
 
 

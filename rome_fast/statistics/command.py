@@ -82,7 +82,7 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any] | No
             ridge=arguments.ridge,
             resumed=_tell_resumed,
         )
-        width = runner.weight(0).shape[1]
+        width = runner.weight(max(layers)).shape[1]
     if not first:
         return None
     report = _report(arguments.model, statistics, out)
@@ -201,7 +201,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     with _opened(arguments, arguments.layers) as runner:
         for layer in arguments.layers or [default_layer(runner.model.config)]:
             statistics = Statistics.load(arguments.out) if arguments.out else Statistics.cached(runner, layer)
-            name = runner.family.weight_name(layer).removesuffix(".weight")
+            name = runner.weight_name(layer).removesuffix(".weight")
             file = folder / f"{name}_float32_mom2_{arguments.sample_size}.npz"
             export_npz(statistics.for_layer(runner, layer), file, arguments.sample_size)
             files.append(str(file))

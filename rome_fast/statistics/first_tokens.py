@@ -12,7 +12,7 @@ import torch
 from ..errors import CheckpointError, StatisticsError
 from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
-from ..runner import Runner, evaluating, watching
+from ..runner import Runner, evaluating
 from ..weights.files import os_errors
 from .layer import LayerStatistics
 from .store import FIRST_TOKENS, read_layer, statistics_cache, write_layer
@@ -47,7 +47,7 @@ def first_token_statistics(runner: Runner, layer: int) -> LayerStatistics:
 
 def first_token_passes(runner: Runner, layer: int) -> int:
     """How many times the weights up to the layer are gone through to make C₁."""
-    return -(-int(runner.model.config.vocab_size) // _batch(runner, layer))
+    return -(-runner.vocab_size // _batch(runner, layer))
 
 
 def _batch(runner: Runner, layer: int) -> int:
@@ -66,8 +66,8 @@ def _collect(runner: Runner, layer: int, fingerprint: Fingerprint) -> LayerStati
     def see(keys: torch.Tensor, _output: torch.Tensor) -> None:
         second_moment_(total, keys.reshape(-1, width))
 
-    count = int(runner.model.config.vocab_size)
-    with evaluating(runner.model), watching(runner.projection(layer), see):
+    count = runner.vocab_size
+    with evaluating(runner.model), runner.watching(layer, see):
         for ids in torch.arange(count, device=runner.device).split(_batch(runner, layer)):
             runner.run(runner.embed(ids.unsqueeze(1)), 0, layer + 1)
     moment = (mirror_lower_(total) / count).to("cpu", torch.promote_types(runner.dtype, torch.float32))

@@ -17,7 +17,7 @@ from ..flow import Clock, Flow, Request, Solved, tokenise
 from ..methods import METHODS, RomeVariant, variant
 from ..records import Record
 from ..rows import encode
-from ..runner import Runner, evaluating, watching
+from ..runner import Runner, evaluating
 from ..values import ValueSettings
 from .cases import Case, leading_tokens
 
@@ -235,7 +235,7 @@ class Study:
             packed = runner.pack([ids])
             hidden = runner.embed(packed.ids)
             for layer in range(len(runner.layers)):
-                with evaluating(self.model), watching(runner.projection(layer), adding(layer)):
+                with evaluating(self.model), runner.watching(layer, adding(layer)):
                     hidden = runner.run(hidden, layer, layer + 1)
         return norms
 

@@ -15,6 +15,7 @@ from .checkpoint import (
     write_new,
 )
 from .header import Header, TensorEntry, read_header
+from .names import stored_name, stored_runs
 from .plan import Placement, parse_bytes, place
 from .reader import OnRead
 from .stream import Parts, Stream, align_
@@ -40,6 +41,8 @@ __all__ = [
     "recover",
     "restore_tensors",
     "save_tensors",
+    "stored_name",
+    "stored_runs",
     "write_edited",
     "write_new",
 ]

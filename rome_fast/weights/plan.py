@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from ..errors import ArgumentError
 from .header import Header, TensorEntry
@@ -34,14 +36,33 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """One tensor of a block: where it lies in its file, and where in the block's buffer."""
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the files: where it lies in its file, and where in memory."""
 
-    parameter: str
     header: Header
     entry: TensorEntry
     offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One parameter, most often a single tensor of the files: of what it is made, and where it lies in memory."""
+
+    parameter: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.entry.end - part.entry.begin for part in self.parts)
+
+    def moved(self, offset: int) -> "Piece":
+        """The same elsewhere in memory."""
+        parts = tuple(replace(part, offset=part.offset - self.offset + offset) for part in self.parts)
+        return replace(self, parts=parts, offset=offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +70,25 @@ class Block:
     """Weights that are needed at the same time and read together: those of a layer, or of the head."""
 
     name: str
-    pieces: tuple[Piece, ...]  # in the order of the files
+    pieces: tuple[Piece, ...]
+    parts: tuple[Part, ...]  # of all of them, in the order of the files
 
     @classmethod
-    def of(cls, name: str, found: Sequence[tuple[str, Header, TensorEntry]]) -> "Block":
+    def of(cls, name: str, found: Sequence[Piece]) -> "Block":
+        def place(part: Part) -> tuple[str, int]:
+            return str(part.header.path), part.entry.begin
+
         offset, pieces = 0, []
-        for parameter, header, entry in sorted(found, key=lambda item: (str(item[1].path), item[2].begin)):
-            pieces.append(Piece(parameter, header, entry, offset))
-            offset += aligned(entry.end - entry.begin)
-        return cls(name, tuple(pieces))
+        for piece in sorted(found, key=lambda piece: min(map(place, piece.parts))):
+            pieces.append(piece.moved(offset))
+            offset += aligned(piece.nbytes)
+        parts = sorted((part for piece in pieces for part in piece.parts), key=place)
+        return cls(name, tuple(pieces), tuple(parts))
 
     @property
     def size(self) -> int:
         """Bytes in memory, gaps for alignment included."""
-        return sum(aligned(piece.entry.end - piece.entry.begin) for piece in self.pieces)
+        return sum(aligned(piece.nbytes) for piece in self.pieces)
 
 
 @dataclass(frozen=True)

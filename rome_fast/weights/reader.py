@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .files import os_errors
 from .header import Header
-from .plan import ALIGNMENT, Block, Piece
+from .plan import ALIGNMENT, Block, Part, Piece
 
 OnRead = Callable[[int, float], None]
 """Called with (bytes read so far, bytes per second of reading), from the reading thread."""
@@ -76,8 +76,7 @@ def view(memory: Tensor, piece: Piece) -> Tensor:
     It has a version counter of its own, as what `.data` gives does. The counter that views share rises whenever another
     block is copied into the same memory, and autograd would take a weight for changed that is not.
     """
-    size = piece.entry.end - piece.entry.begin
-    return memory[piece.offset : piece.offset + size].view(piece.entry.dtype).reshape(piece.entry.shape).data
+    return memory[piece.offset : piece.offset + piece.nbytes].view(piece.dtype).reshape(piece.shape).data
 
 
 def buffer_on(device: torch.device, size: int) -> Tensor:
@@ -157,13 +156,13 @@ class Loader:
         """Read a block into its memory (bytes on the device); with `transfers` the last copies are still under way."""
         if self.transfers is None:
             raw = memory.numpy().data
-            parts = [part for run in _runs(block.pieces) for part in _parts(raw, *run)]
+            parts = [part for run in _runs(block.parts) for part in _parts(raw, *run)]
             # All of them are waited for, also behind one that fails: the memory may be used for something else then.
             done, _ = wait([self._readers.submit(self.files.read, *part) for part in parts])
             for part in done:
                 part.result()
             return
-        for piece in block.pieces:
+        for piece in block.parts:
             self._stage(self.transfers, memory, piece)
 
     def finish(self) -> None:
@@ -176,7 +175,7 @@ class Loader:
         self._readers.shutdown()
         self.finish()
 
-    def _stage(self, transfers: Transfers, memory: Tensor, piece: Piece) -> None:
+    def _stage(self, transfers: Transfers, memory: Tensor, piece: Part) -> None:
         size = piece.entry.end - piece.entry.begin
         for start in range(0, size, _STAGING_BYTES):
             count = min(_STAGING_BYTES, size - start)
@@ -329,7 +328,7 @@ class ReadAhead:
                 self._state.notify_all()
 
 
-def _parts(raw: memoryview, header: Header, pieces: Sequence[Piece]) -> Iterator[tuple[Header, int, list[memoryview]]]:
+def _parts(raw: memoryview, header: Header, pieces: Sequence[Part]) -> Iterator[tuple[Header, int, list[memoryview]]]:
     """What to read at a time of a run of pieces: from where in the data, and where to."""
     targets: list[memoryview] = []
     begin = at = pieces[0].entry.begin
@@ -344,9 +343,9 @@ def _parts(raw: memoryview, header: Header, pieces: Sequence[Piece]) -> Iterator
     yield header, begin, targets
 
 
-def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[Header, list[Piece]]]:
+def _runs(pieces: Sequence[Part]) -> Iterator[tuple[Header, list[Part]]]:
     """Pieces that follow one another without a gap in one file."""
-    run: list[Piece] = []
+    run: list[Part] = []
     for piece in pieces:
         if run and (run[-1].header is not piece.header or run[-1].entry.end != piece.entry.begin):
             yield run[0].header, run

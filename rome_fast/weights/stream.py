@@ -5,6 +5,7 @@ on the meta device otherwise, so that a weight that is not there can only be an 
 read as they are asked for; the head and every layer are read as a whole, in one go, ahead of their use.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -17,7 +18,8 @@ from ..errors import CheckpointError, ModelError
 from .checkpoint import Checkpoint
 from .header import Header, TensorEntry
 from .memory import anonymous_bytes, give_back
-from .plan import ALIGNMENT, Block, Placement, aligned
+from .names import Run
+from .plan import ALIGNMENT, Block, Part, Piece, Placement, aligned
 from .reader import Files, Loader, OnRead, ReadAhead, view
 
 _CHUNK_BYTES = 4 << 20
@@ -43,7 +45,8 @@ class Stream:
     ) -> None:
         self.model, self.layers, self.placement = model, layers, placement
         self._parts = parts
-        self._files = Files({header.path: header for header, _ in parts.places.values()}.values())
+        files = {part.header.path: part.header for place in parts.places.values() for part in place.parts}
+        self._files = Files(files.values())
         self._loader = Loader(self._files, device)
         self._hooks: list[Any] = []
         self._bound: Block | None = None
@@ -102,12 +105,14 @@ class Stream:
         parameter = self.model.get_parameter(name)
         if name in self._parts.always or name not in self._parts.places:
             return parameter.detach().reshape(-1)[index.to(parameter.device)].cpu()
-        header, entry = self._parts.places[name]
-        out = torch.empty(len(index), dtype=entry.dtype, device="cpu")
-        size = entry.dtype.itemsize
+        place = self._parts.places[name]
+        out = torch.empty(len(index), dtype=place.dtype, device="cpu")
+        size = place.dtype.itemsize
         raw = out.view(torch.uint8).numpy().data
         for i, at in enumerate(index.tolist()):
-            self._files.read(header, entry.begin + at * size, [raw[i * size : (i + 1) * size]])
+            part = next(part for part in reversed(place.parts) if part.offset <= at * size)
+            begin = part.entry.begin + at * size - part.offset
+            self._files.read(part.header, begin, [raw[i * size : (i + 1) * size]])
         return out
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -120,7 +125,7 @@ class Stream:
                 yield piece.parameter, self.model.get_parameter(piece.parameter).detach()
         if not self._parts.tied:
             name = self._parts.embedding
-            header, entry = self._parts.places[name]
+            header, entry = self._parts.whole(name)
             width = (entry.end - entry.begin) // max(entry.shape[0], 1)
             step = max(1, _CHUNK_BYTES // max(width, 1))
             for start in range(0, entry.shape[0], step):
@@ -154,7 +159,7 @@ class Stream:
             self._hooks.append(module.register_forward_pre_hook(take))
         if self._by_rows:
             name = self._parts.embedding
-            _, entry = self._parts.places[name]
+            _, entry = self._parts.whole(name)
             # In its place stands one number: it has a shape, a dtype and a device, but no weight.
             nothing = torch.full((1,) * len(entry.shape), torch.nan, dtype=entry.dtype, device=device)
             self._bind(name, nothing.expand(entry.shape))
@@ -191,12 +196,11 @@ class Stream:
             self._bind(piece.parameter, view(memory, piece))
 
     def _read_whole(self, name: str) -> Tensor:
-        header, entry = self._parts.places[name]
-        block = Block.of(name, [(name, header, entry)])
+        block = Block.of(name, [self._parts.places[name]])
         return view(self._loader.load(block), block.pieces[0])
 
     def _rows(self, name: str, ids: Sequence[int]) -> Tensor:
-        header, entry = self._parts.places[name]
+        header, entry = self._parts.whole(name)
         rows = torch.empty(len(ids), *entry.shape[1:], dtype=entry.dtype, device="cpu")
         width = (entry.end - entry.begin) // entry.shape[0]
         raw = rows.view(-1).view(torch.uint8).numpy().data
@@ -212,7 +216,7 @@ class Stream:
 
     def _unbind(self, block: Block) -> None:
         for piece in block.pieces:
-            empty = torch.empty(piece.entry.shape, dtype=piece.entry.dtype, device="meta")
+            empty = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
             self._bind(piece.parameter, empty)
         if block is self._bound:
             self._bound = None
@@ -230,22 +234,25 @@ class Parts:
         model: PreTrainedModel,
         layers: nn.ModuleList,
         checkpoint: Checkpoint,
-        names: Mapping[str, str],
+        stored: Mapping[str, Sequence[Run]],
         edited: str,
     ) -> None:
-        self.places: dict[str, tuple[Header, TensorEntry]] = {}
+        self.places: dict[str, Piece] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         name_of = {id(parameter): name for name, parameter in reversed(parameters.items())}
         faults = []
         for name, parameter in parameters.items():
-            stored = names.get(name_of[id(parameter)], name)
-            entry = checkpoint.entry(stored)
-            header = checkpoint.shards[checkpoint.shard_of(stored)]
-            if entry.shape != tuple(parameter.shape):
-                faults.append(f"{stored} has shape {entry.shape}, config.json says {tuple(parameter.shape)}")
-            elif entry.dtype != parameter.dtype:
-                faults.append(f"{stored} is {entry.dtype}, config.json says {parameter.dtype}")
-            self.places[name] = (header, entry)
+            shape, parts = tuple(parameter.shape), []
+            for run in stored[name_of[id(parameter)]]:
+                if run.entry.dtype != parameter.dtype:
+                    faults.append(f"{run.tensor} is {run.entry.dtype}, config.json says {parameter.dtype}")
+                offset = run.row * math.prod(shape[-1:]) * run.entry.dtype.itemsize
+                parts.append(Part(checkpoint.shards[checkpoint.shard_of(run.tensor)], run.entry, offset))
+            self.places[name] = Piece(name, parameter.dtype, shape, tuple(parts))
+            stored_shape = parts[0].entry.shape
+            fits = stored_shape == shape if len(parts) == 1 else self.places[name].nbytes == parameter.nbytes
+            if not fits:
+                faults.append(f"{run.tensor} has shape {stored_shape}, config.json says {shape}")
         if faults:
             raise CheckpointError(
                 f"{checkpoint.directory}: {'; '.join(faults[:5])}{' …' if len(faults) > 5 else ''}; save it with "
@@ -260,14 +267,19 @@ class Parts:
         for index, layer in enumerate(layers):
             own = [name_of[id(parameter)] for parameter in layer.parameters()]
             in_layers.update(own)
-            self.blocks.append(Block.of(f"layer {index}", [(n, *self.places[n]) for n in own if n != edited]))
-        self.blocks.append(Block.of("the head", [(head, *self.places[head])]))
+            self.blocks.append(Block.of(f"layer {index}", [self.places[n] for n in own if n != edited]))
+        self.blocks.append(Block.of("the head", [self.places[head]]))
         unique = set(name_of.values())
         self.always = sorted({edited} | (unique - in_layers - {head, embedding}))
 
+    def whole(self, name: str) -> tuple[Header, TensorEntry]:
+        """Where a parameter lies that is one tensor of the files."""
+        (part,) = self.places[name].parts
+        return part.header, part.entry
+
     @property
     def always_bytes(self) -> int:
-        return sum(aligned(entry.end - entry.begin) for _, entry in map(self.places.__getitem__, self.always))
+        return sum(aligned(self.places[name].nbytes) for name in self.always)
 
 
 def align_(model: nn.Module) -> None:

@@ -328,8 +328,7 @@ def test_whatever_is_taken_in_whatever_order_is_right(times, part, source, block
             ahead.expect([blocks[(index + 1) % len(blocks)]] * 3)
         memory = ahead.take(blocks[index], lambda step=step: [blocks[i] for i in order[step + 1 : step + 5]])
         for piece in blocks[index].pieces:
-            size = piece.entry.end - piece.entry.begin
-            part = slice(piece.offset, piece.offset + size)
+            part = slice(piece.offset, piece.offset + piece.nbytes)
             assert torch.equal(memory[part], contents[index][part])
 
 

@@ -1,0 +1,234 @@
+"""Is a model what the package takes it for? Found out by running it on a few tokens, before anything is done with it.
+
+Layers that are run one by one must give the logits of the model's own forward: the same kernels on the same shapes, so
+to the bit wherever kernels are deterministic, and a forgotten scale or cap shows in any dtype. Two more things are not
+required but decide how an edit is made: whether a row can go on from the attention keys and values of a context of
+another length, and whether what is added to the output of a layer's down-projection arrives in the layer's output as
+it is.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .errors import ModelError
+from .past import ContextPast, Contexts, Recorder, attention_mask
+from .runner import Runner, any_shape, evaluating
+
+_TIME, _CONTEXTS = 8, (5, 1)  # tokens of the two rows, and of them those that are taken for a context
+_TOKEN = 4  # where something is added
+_EXACT = 1e-5  # of logits; in 16 bit a quarter of the spacing of numbers, which is less than a forgotten soft cap
+# Other kernels on other shapes. Of a layer's output, its rounding; of what the layer adds to its input, more.
+_ROUNDING, _OF_UPDATE, _OF_UPDATE_IN_HALF = 2.0, 1e-4, 0.05
+_ADDED = 4.0  # times as long as the output it arrives in, so that rounding it matters little
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What holds of a model and one of its layers. Errors are ‖got - wanted‖ / ‖wanted‖."""
+
+    model: str  # its class and type
+    layer: int
+    weight: str  # the parameter that an edit of the layer changes
+    logits_error: float  # of layers run one by one, against the model's own forward
+    shares_past: bool  # rows go on from the keys and values of contexts; otherwise every row is run as a whole
+    past_error: float | None  # of what layers add to their input then, in the worst one; None where one cannot do it
+    adds_unchanged: bool  # δ is added to the layer's output; otherwise the layer is run again in every step
+    value_error: float  # of what arrives there
+
+    def __str__(self) -> str:
+        past = "not possible" if self.past_error is None else f"off by {self.past_error:.1e}"
+        rows = "rows go on from the past of a context" if self.shares_past else "every row is run as a whole"
+        value = "δ is added to the layer's output" if self.adds_unchanged else "the layer is run again with δ"
+        return (
+            f"{self.model}, layer {self.layer}, {self.weight}\n"
+            f"logits of layers run one by one: off by {self.logits_error:.1e}\n"
+            f"a shared past: {past}; {rows}\n"
+            f"the value of one token: off by {self.value_error:.1e} in the output of its layer; {value}"
+        )
+
+
+@dataclass
+class _Known:
+    """What is known of a model as long as `state` is the same."""
+
+    state: Any
+    logits_error: float
+    past_error: float | None
+    shares_past: bool
+    value_errors: dict[int, float] = field(default_factory=dict)
+
+
+_KNOWN: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def verified(runner: Runner, layer: int) -> Verified:
+    """Check that a model can be edited in a layer, and how: three passes over sixteen tokens, the first time only.
+
+    Raises ModelError, which says what was found, for a model that is no causal language model, whose layers cannot be
+    run one by one, or whose layer has no down-projection that all tokens go through.
+    """
+    weight = runner.weight_name(layer)
+    known, states = _known(runner)
+    if layer not in known.value_errors:
+        known.value_errors[layer] = _value_error(runner, layer, states)
+    value_error = known.value_errors[layer]
+    unchanged = value_error <= 4 * torch.finfo(runner.dtype).eps + _EXACT
+    return Verified(
+        runner.decoder.name,
+        layer,
+        weight,
+        known.logits_error,
+        known.shares_past,
+        known.past_error,
+        unchanged,
+        value_error,
+    )
+
+
+def check_model(runner: Runner) -> None:
+    """Raise ModelError for a model whose layers, run one by one, are not the model."""
+    _known(runner)
+
+
+@torch.no_grad()
+def _known(runner: Runner) -> tuple[_Known, list[Tensor] | None]:
+    """What is known of the model, and what enters each layer where that was found out just now."""
+    model, states = runner.model, None
+    # What was found holds for weights of any values, but not for another dtype, kernel, setting or module.
+    modules = tuple(type(module) for module in model.modules())
+    state = (runner.dtype, runner.device, str(vars(model.config)), modules)
+    found = _KNOWN.get(model)
+    if found is None or found.state != state:
+        logits_error, past_error, shares_past, states = _examine(_plain(runner))
+        found = _KNOWN[model] = _Known(state, logits_error, past_error, shares_past)
+    return found, states
+
+
+def _plain(runner: Runner) -> Runner:
+    """Products as the model's own forward takes them."""
+    return runner.computing_in(runner.dtype)
+
+
+def _examine(runner: Runner) -> tuple[float, float | None, bool, list[Tensor]]:
+    """Error of the logits, of a shared past, whether it can be used, and what enters each layer."""
+    ids, name = _tokens(runner), runner.decoder.name
+    with evaluating(runner.model):
+        with any_shape(runner.device):
+            own = getattr(runner.model(input_ids=ids, use_cache=False), "logits", None)
+        if own is None:
+            raise ModelError(f"model: {name} has no language-model head; load it with AutoModelForCausalLM")
+        if not bool(torch.isfinite(own).all()):
+            raise ModelError(f"model: the logits of {name} are not finite in {runner.dtype}; load it in float32")
+        shared = max(_CONTEXTS)
+        if not _error(own[:1, :shared], own[1:, :shared]) <= 32 * torch.finfo(own.dtype).eps + _EXACT:
+            raise ModelError(
+                f"model: {name} is no causal language model: later tokens change the logits of earlier ones"
+            )
+        exact = _EXACT if runner.dtype.itemsize >= 4 else torch.finfo(runner.dtype).eps / 4
+        recorder = Recorder()
+        try:
+            states, error = _one_by_one(runner, ids, own, recorder)
+            shares = error <= exact
+        except _FAULTS:
+            shares = False
+        if not shares:
+            # A cache of its own kind may be what is missing, as in recurrent layers.
+            try:
+                states, error = _one_by_one(runner, ids, own, None)
+            except _FAULTS as fault:
+                reason = f"{type(fault).__name__}: {fault}"
+                raise ModelError(f"model: {name} cannot be run layer by layer ({reason})") from fault
+            if not error <= exact:
+                raise ModelError(f"model: the layers of {name}, run one by one, miss its own logits by {error:.1e}")
+            return error, None, False, states
+        try:
+            past_error, shares = _past_error(runner, ids, states, recorder)
+        except _FAULTS:
+            past_error, shares = None, False
+    return error, past_error, shares, states
+
+
+# Of layers that are called in a way they were not made for; running out of memory is not among them.
+_FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError, RuntimeError)
+
+
+def _tokens(runner: Runner) -> Tensor:
+    """(2, _TIME) token ids, the first ones the same in both rows."""
+    # Special tokens are at the ends of a vocabulary.
+    generator = torch.Generator().manual_seed(0)
+    low, high = runner.vocab_size // 8, runner.vocab_size // 2
+    ids = torch.randint(low, max(high, low + 1), (2, _TIME), generator=generator)
+    ids[1, : max(_CONTEXTS)] = ids[0, : max(_CONTEXTS)]
+    return ids.to(runner.device)
+
+
+def _one_by_one(runner: Runner, ids: Tensor, own: Tensor, past: Recorder | None) -> tuple[list[Tensor], float]:
+    """What enters each layer and, last, leaves the last one; and how far the logits of that are off."""
+    states = [runner.embed(ids)]
+    for layer in range(len(runner.layers)):
+        states.append(runner.run(states[-1], layer, layer + 1, past=past))
+    return states, _error(runner.head(states[-1]), own)
+
+
+def _past_error(runner: Runner, ids: Tensor, states: list[Tensor], recorder: Recorder) -> tuple[float, bool]:
+    """Run every layer behind a padded past, on what really enters it, so that faults do not drown in rounding."""
+    lengths = torch.tensor(_CONTEXTS, device=runner.device)
+    longest, width = max(_CONTEXTS), _TIME - min(_CONTEXTS)
+    past = Recorder()
+    past.keys = {layer: keys[:, :, :longest] for layer, keys in recorder.keys.items()}
+    past.values = {layer: values[:, :, :longest] for layer, values in recorder.values.items()}
+    contexts = Contexts(
+        tuple(tuple(row[:n]) for row, n in zip(ids.tolist(), _CONTEXTS, strict=True)),
+        lengths,
+        past,
+        0,
+        states[0][:, :longest],
+    )
+    seen = torch.arange(longest, device=runner.device) < lengths.unsqueeze(1)
+    mask = attention_mask(seen, width, runner.dtype)
+    positions = lengths.unsqueeze(1) + torch.arange(width, device=runner.device)
+    row = torch.arange(2, device=runner.device).unsqueeze(1)
+    at, real = positions.clamp(max=_TIME - 1), positions < _TIME
+    errors, allowed = [], []
+    embedded = runner.embed(ids[row, at], positions)
+    shares = _error(embedded[real], states[0][row, at][real]) <= _EXACT
+    for layer, (entering, leaving) in enumerate(pairwise(states)):
+        rest, wanted = entering[row, at], leaving[row, at]
+        got = runner.run(rest, layer, layer + 1, positions=positions, mask=mask, past=ContextPast(contexts, row[:, 0]))
+        update = (wanted - rest)[real].double().norm()
+        missed = (got - wanted)[real].double().norm()
+        slack = _OF_UPDATE if runner.dtype.itemsize >= 4 else _OF_UPDATE_IN_HALF
+        rounding = _ROUNDING * torch.finfo(runner.dtype).eps / 2 * wanted[real].double().norm()
+        errors.append(missed / update)
+        allowed.append(missed <= rounding + slack * update)
+    return float(max(errors)), shares and all(map(bool, allowed))
+
+
+def _value_error(runner: Runner, layer: int, states: list[Tensor] | None) -> float:
+    """How much of something added to the value of one token is not in the output of the layer."""
+    runner = _plain(runner)
+    with evaluating(runner.model):
+        entering = runner.run(runner.embed(_tokens(runner)), 0, layer) if states is None else states[layer]
+        out = runner.run(entering, layer, layer + 1)
+        added = torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(0)).to(out)
+        added *= _ADDED * out[:, _TOKEN].norm() / added.norm()
+        at = torch.full((2,), _TOKEN, device=out.device)
+        moved = runner.run_adding(entering, layer, added.expand(2, -1), at) - out
+        arrived = moved[:, _TOKEN].clone()
+        moved[:, _TOKEN] = 0
+        if not float(moved.norm()) <= _EXACT * float(added.norm()):
+            raise ModelError(
+                f"model: in layer {layer} of {runner.decoder.name}, the value of one token reaches others at once"
+            )
+        return _error(arrived, added.expand(2, -1))
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
