@@ -382,7 +382,7 @@ def test_what_is_wrong_with_a_record(tmp_path, record, message):
         (b"prompt,subject,target_new\n{},a,b\n", r"a table of columns, wanted JSON; pandas\.read_csv"),
         (b"subject\tprompt\ttarget_new\na\t{}\tb\n", "a table of columns"),
         (b"PAR1\x15\x04\x15", r"is Parquet, wanted JSON; pandas\.read_parquet"),
-        (gzip.compress(json.dumps(CITY).encode()), "is compressed with gzip; unpack it"),
+        (gzip.compress(json.dumps(CITY).encode(), mtime=0), "is compressed with gzip; unpack it"),
         (b"PK\x03\x04rest", "is a zip archive"),
         (json.dumps(CITY).encode("utf-16"), "UTF-16, or no text at all; save the edits file as UTF-8"),
         (json.dumps(CITY).encode("utf-16-le"), "UTF-16, or no text at all"),
