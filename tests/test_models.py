@@ -11,7 +11,7 @@ from rome_fast import ValueSettings
 from rome_fast.defaults import Default, Selection, default_layer, default_settings, known, select
 from rome_fast.errors import ArgumentError
 from rome_fast.past import ContextPast, Contexts, attention_mask
-from rome_fast.runner import Runner
+from rome_fast.runner import Runner, causal_mask
 from toys import KINDS, LAYERS, SENTENCES, toy_model
 
 
@@ -72,6 +72,9 @@ def by_hand(model, ids, positions, mask, past):
         arguments = {"past": "past_key_values", "position_ids": positions}
     if hasattr(base, "rotary_emb"):
         arguments["position_embeddings"] = base.rotary_emb(embedded, position_ids=positions)
+    if mask is None and model.config._attn_implementation == "eager":
+        # Unlike the fused ones, it does not apply causality by itself.
+        mask = causal_mask(*ids.shape, embedded.dtype, embedded.device)
     known = signature(layers[0].forward).parameters
     arguments["cache" if "cache" in known else arguments["past"]] = past
     del arguments["past"]

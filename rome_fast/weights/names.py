@@ -63,14 +63,15 @@ def _written(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[R
     names, begins, numbers = [], [0], {}
     for name, parameter in model.named_parameters():
         shape = parameter.shape[:-1]
-        numbers[name] = torch.arange(begins[-1], begins[-1] + shape.numel()).reshape(*shape, 1)
+        # Two columns: dimensions of size one are dropped by some conversions.
+        numbers[name] = torch.arange(begins[-1], begins[-1] + shape.numel()).reshape(*shape, 1).expand(*shape, 2)
         names.append(name)
         begins.append(begins[-1] + shape.numel())
     owners = torch.tensor(begins[1:])
     runs: dict[str, list[Run]] = {name: [] for name in names}
     rows_found = dict.fromkeys(names, 0)
     for written, rows in revert_weight_conversion(model, numbers).items():
-        flat = rows.flatten()
+        flat = rows[..., 0].flatten().contiguous()
         owner = torch.searchsorted(owners, flat, right=True)
         # A run ends where the next number is not the next row, or is of another parameter.
         ends = ((flat[1:] != flat[:-1] + 1) | (owner[1:] != owner[:-1])).nonzero().flatten().add(1).tolist()
