@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .editor import EditResult, apply_edits, verify
     from .edits import Edit, Probe, load_edits
     from .errors import RomeFastError
+    from .evaluation import evaluate
     from .planning import Plan, plan
     from .records import Record
     from .statistics import Statistics, collect_statistics
@@ -30,6 +31,7 @@ __all__ = [
     "ValueSettings",
     "apply_edits",
     "collect_statistics",
+    "evaluate",
     "kernels",
     "load_edits",
     "plan",
@@ -48,6 +50,7 @@ _HOMES = {
     "ValueSettings": "values",
     "apply_edits": "editor",
     "collect_statistics": "statistics",
+    "evaluate": "evaluation",
     "load_edits": "edits",
     "plan": "planning",
     "verify": "editor",

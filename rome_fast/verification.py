@@ -7,6 +7,7 @@ another length, and whether what is added to the output of a layer's down-projec
 it is.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -93,8 +94,16 @@ def verified(runner: Runner, layer: int) -> Verified:
 
 
 def check_model(runner: Runner) -> None:
-    """Raise ModelError for a model whose layers, run one by one, are not the model."""
-    _known(runner)
+    """Raise ModelError for a model whose layers, run one by one, are not the model.
+
+    A model whose logits are no numbers can be measured, which finds just that.
+    """
+    with suppress(_NotFinite):
+        _known(runner)
+
+
+class _NotFinite(ModelError):
+    """Nothing can be compared."""
 
 
 @torch.no_grad()
@@ -125,7 +134,7 @@ def _examine(runner: Runner) -> tuple[float, float | None, bool, list[Tensor]]:
         if own is None:
             raise ModelError(f"model: {name} has no language-model head; load it with AutoModelForCausalLM")
         if not bool(torch.isfinite(own).all()):
-            raise ModelError(f"model: the logits of {name} are not finite in {runner.dtype}; load it in float32")
+            raise _NotFinite(f"model: the logits of {name} are not finite in {runner.dtype}; load it in float32")
         shared = max(_CONTEXTS)
         if not _error(own[:1, :shared], own[1:, :shared]) <= 32 * torch.finfo(own.dtype).eps + _EXACT:
             raise ModelError(
@@ -162,9 +171,9 @@ _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError,
 def _tokens(runner: Runner) -> Tensor:
     """(2, _TIME) token ids, the first ones the same in both rows."""
     # Special tokens are at the ends of a vocabulary.
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     low, high = runner.vocab_size // 8, runner.vocab_size // 2
-    ids = torch.randint(low, max(high, low + 1), (2, _TIME), generator=generator)
+    ids = torch.randint(low, max(high, low + 1), (2, _TIME), generator=generator, device="cpu")
     ids[1, : max(_CONTEXTS)] = ids[0, : max(_CONTEXTS)]
     return ids.to(runner.device)
 
@@ -217,7 +226,8 @@ def _value_error(runner: Runner, layer: int, states: list[Tensor] | None) -> flo
     with evaluating(runner.model):
         entering = runner.run(runner.embed(_tokens(runner)), 0, layer) if states is None else states[layer]
         out = runner.run(entering, layer, layer + 1)
-        added = torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(0)).to(out)
+        generator = torch.Generator("cpu").manual_seed(0)
+        added = torch.randn(out.shape[-1], generator=generator, device="cpu").to(out)
         added *= _ADDED * out[:, _TOKEN].norm() / added.norm()
         at = torch.full((2,), _TOKEN, device=out.device)
         moved = runner.run_adding(entering, layer, added.expand(2, -1), at) - out

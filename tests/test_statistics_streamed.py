@@ -12,6 +12,7 @@ from rome_fast.errors import ArgumentError
 from rome_fast.statistics import Statistics
 from rome_fast.statistics import collect as collect_module
 from rome_fast.statistics.collect import opened_for
+from rome_fast.verification import check_model
 from toys import KINDS, LAYERS, SENTENCES, save_toy, toy_model
 
 TOP = LAYERS - 2
@@ -66,12 +67,14 @@ def test_streamed_equals_resident(kind, dtype, tmp_path, toy_tokenizers, small_b
 
 @pytest.mark.parametrize("together", [1, 3, 1000])
 def test_layers_are_read_once_for_several_batches(together, source, small_batches, monkeypatch):
-    """And nothing above the last wanted one is read at all; how many batches go together changes no bit."""
+    """And nothing above the last wanted one is read again; how many batches go together changes no bit."""
     wanted = collect_statistics(source, None, SENTENCES, [LAYER], 400)
     monkeypatch.setattr(collect_module, "_batches_together", lambda *_: together)
     with opened_for(source, [LAYER], memory=least(source)) as (runner, tokenizer):
         assert runner.stream is not None
         assert not runner.stream.placement.resident
+        # That a model is what it is taken for is found out by running all of it, once.
+        check_model(runner)
         taken = []
         take = runner.stream.take
         monkeypatch.setattr(runner.stream, "take", lambda index: (taken.append(index), take(index))[1])

@@ -26,6 +26,7 @@ from ..past import Contexts
 from ..records import Record
 from ..runner import Runner
 from ..values import ValueSettings, compute_dtype
+from ..verification import verified
 from .flops import FlopCounter, ideal_flops
 from .released import ReleasedEdit, edit_as_released
 from .roofline import measure_roofline
@@ -89,8 +90,11 @@ class Setup:
 
     @property
     def flow(self) -> Flow:
+        runner = Runner(self.model)
+        # Once for every model, and no part of the edits that are measured.
+        verified(runner, self.layer)
         return Flow(
-            Runner(self.model),
+            runner,
             self.tokenizer,
             self.layer,
             variant(self.method),

@@ -106,7 +106,7 @@ def place(
 ) -> Placement:
     """Share `budget` bytes out; `blocks` are the layers and, last, the head; `layer` is the edit layer.
 
-    Without `above`, nothing above that layer is ever run, and none of it is kept.
+    Without `above`, what is above that layer is run once only, to check the model, and none of it is kept.
 
     `always` bytes of weights stay in memory, and the largest block must fit beside them. What else there is (the
     process itself, statistics, hidden states) is taken off the budget as far as that only costs resident layers:
@@ -114,8 +114,7 @@ def place(
     Raises ArgumentError, naming the least that is enough, where one block does not fit.
     """
     activations = budget // _ACTIVATIONS
-    used = blocks if above else blocks[: layer + 1]
-    largest = max(used, key=lambda block: block.size)
+    largest = max(blocks, key=lambda block: block.size)
     if always + largest.size > budget:
         raise ArgumentError(
             f"memory: got {budget:,} bytes, wanted at least {always + largest.size:,}: {largest.name}, the "
@@ -125,8 +124,8 @@ def place(
     head = len(blocks) - 1
     options = []
     for kept in ([], [head]) if above else ([],):
-        streamed = [block.size for index, block in enumerate(used) if index not in kept]
-        buffer = min(max(max(streamed), 2 * max(b.size for b in used[:head])), room)
+        streamed = [block.size for index, block in enumerate(blocks) if index not in kept]
+        buffer = min(max(max(streamed), 2 * max(b.size for b in blocks[:head])), room)
         left = room - buffer - sum(blocks[index].size for index in kept)
         if left < 0:
             continue

@@ -57,7 +57,7 @@ def holds(memory, block, wanted):
     return all(
         torch.equal(memory[part], wanted[part])
         for piece in block.pieces
-        for part in [slice(piece.offset, piece.offset + piece.entry.end - piece.entry.begin)]
+        for part in [slice(piece.offset, piece.offset + piece.nbytes)]
     )
 
 
