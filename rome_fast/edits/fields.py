@@ -81,6 +81,14 @@ class Fields:
             self._rest += [f"{name} after the first" for name in names]
         return first
 
+    def only(self, *keys: str) -> str | None:
+        """The one of `texts`; EditError where there are more."""
+        at = " and ".join(self._at(key) for key in keys if key in self)
+        text, *others = self.texts(*keys) or (None,)
+        if others:
+            raise EditError(f"{at}: got {1 + len(others)} texts, wanted one; write a record for each")
+        return text
+
     def lists(self, key: str) -> list[tuple[str, ...]]:
         """The texts of every item of a list, of which an item may be a text or a list of texts."""
         value = self.take(key)

@@ -19,9 +19,9 @@ _PROMPT = ("prompt", "loc", "question", "New Question")
 _ANSWERS = ("ground_truth", "answers", "answer", "loc_ans", "New Answer")
 # Fields of Edit that a file gives as they are, blank ones too.
 _AS_THEY_ARE = ("separator", "end")
-_ONE = {
-    "prompt": ("prompt",),
-    "subject": ("subject",),
+# Those that a record has one of, and those of whose spellings the first counts.
+_ONLY = ("prompt", "subject")
+_FIRST = {
     "target_true": ("target_true", "ground_truth"),
     "neighborhood_answer": ("neighborhood_answer",),
 }
@@ -71,7 +71,9 @@ def _values(fields: Fields, spelled: Sequence[str], given: dict[str, Any]) -> di
     EditError where one of these three is missing.
     """
     values: dict[str, Any] = {name: fields.exactly(name) for name in _AS_THEY_ARE if name in fields.keys}
-    for name, spellings in _ONE.items():
+    for name in _ONLY:
+        values[name] = given[name] if name in given else fields.only(name)
+    for name, spellings in _FIRST.items():
         values[name] = given[name] if name in given else fields.first(*spellings)
     values["case_id"] = given["case_id"] if "case_id" in given else _case_id(fields)
     if "target" in given:
@@ -140,7 +142,7 @@ def _zsre(fields: Fields) -> list[Edit]:
     return _flat(
         fields,
         ("src", "subject", "alt"),
-        prompt=fields.first("src"),
+        prompt=fields.only("src"),
         target=target,
         aliases=tuple(aliases),
         target_true=fields.first("answers"),
@@ -153,8 +155,8 @@ def _wikibio(fields: Fields) -> list[Edit]:
     return _flat(
         fields,
         ("text", "concept", "labels"),
-        prompt=fields.first("text"),
-        subject=fields.first("concept"),
+        prompt=fields.only("text"),
+        subject=fields.only("concept"),
         target=fields.first("labels"),
     )
 
@@ -167,7 +169,7 @@ def _rippleedits(fields: Fields) -> list[Edit]:
     """
     edit = fields.open("edit")
     queries = list(_queries(fields))
-    statement = edit.first("prompt")
+    statement = edit.only("prompt")
     if statement is None:
         raise EditError("edit.prompt missing")
     entity = edit.take("subject_id")
@@ -178,7 +180,7 @@ def _rippleedits(fields: Fields) -> list[Edit]:
         fields,
         ("edit.prompt", "subject", "edit.prompt"),
         prompt=stem,
-        subject=fields.first("subject") or edit.first("subject") or _subject_of(stem, about),
+        subject=fields.only("subject") or edit.only("subject") or _subject_of(stem, about),
         target=target,
         aliases=aliases,
         target_true=_without(stem, original),
