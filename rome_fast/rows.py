@@ -182,6 +182,19 @@ def _apart(tokenizer: PreTrainedTokenizerBase, question: Asked, text: list[int],
     )
 
 
+def check_known(tokenizer: PreTrainedTokenizerBase, name: str, text: str, ids: Sequence[int]) -> None:
+    """Raise EditError where the tokenizer has its token for unknown text among those of a text, which stands for any.
+
+    One that the text spells out is meant, as is an end of text that is the tokenizer's unknown token as well.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and list(ids).count(unknown) > text.count(str(tokenizer.unk_token)):
+        raise EditError(
+            f"{name} {text!r}: got {str(tokenizer.unk_token)!r}, by which the tokenizer writes whatever it does not "
+            "know, wanted tokens of its own; spell it in characters that the model was trained with"
+        )
+
+
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
     """Every token decoded; one that is a part of a character, as the tokenizer writes it."""
     decoded = [_decode(tokenizer, [token]) for token in ids]
@@ -203,8 +216,8 @@ def edit_rows(
 ) -> list[Row]:
     """One row per context (`""` is no context): the prompt behind it, then the target unless told not to.
 
-    Raises EditError where the subject or target has no token of its own, where a context merges with the prompt,
-    or where a row is longer than `max_length`.
+    Raises EditError where the subject or target has no token of its own, or the one for unknown text, where a context
+    merges with the prompt, or where a row is longer than `max_length`.
     """
     questions = [asked(tokenizer, edit, context) for context in contexts]
     if target:
@@ -220,6 +233,8 @@ def edit_rows(
         subject = _last_token_of(tokens, question.text, start, start + len(edit.subject.rstrip()))
         if subject is None:
             raise EditError(f"subject {edit.subject!r}: got no token from the tokenizer, wanted at least one")
+        check_known(tokenizer, "subject", edit.subject, [tokens.ids[subject]])
+        check_known(tokenizer, "target", question.answer, answer)
         row = Row((*tokens.ids, *answer), subject, len(tokens.ids))
         if max_length is not None and len(row.inputs) > max_length:
             raise EditError(

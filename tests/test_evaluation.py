@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import oracle
-from helpers import CONTEXTS, END, MIDDLE, START, edited, rounding_of_log_p
+from helpers import CONTEXTS, END, MIDDLE, START, edited, merging_tokenizer, rounding_of_log_p
 from rome_fast import Edit, Probe
-from rome_fast.errors import ArgumentError, RomeFastError
+from rome_fast.errors import ArgumentError, EditError, RomeFastError
 from rome_fast.evaluation import evaluate, greedy_completion, score, sentence_perplexity, summarise
 from rome_fast.runner import Runner
 from toys import KINDS, SENTENCES, toy_model
@@ -308,6 +308,15 @@ def test_an_alias_is_a_right_answer(toy_tokenizers):
         [Edit("The city of {}", "Chicago", "Rome", aliases=aliases) for aliases in (("Roma", said), ("Roma",))],
     )
     assert (right.answer_right, wrong.answer_right) == (True, False)
+
+
+def test_a_target_that_the_tokenizer_writes_as_unknown_is_not_measured():
+    tokenizer = merging_tokenizer()
+    tokenizer.backend_tokenizer.model.unk_token = tokenizer.unk_token = "?"
+    known = Edit("the city of {}", "Rome", "Paris?", neighborhood_prompts=("the city of Z\u00fcrich",))
+    assert evaluate(toy_model("llama"), tokenizer, [known])[0].probability > 0
+    with pytest.raises(EditError, match=r"target ' Z\u00fcrich': got '\?', by which the tokenizer writes whatever"):
+        evaluate(toy_model("llama"), tokenizer, [Edit("the city of {}", "Rome", "Z\u00fcrich")])
 
 
 def test_what_cannot_be_measured_is_none(toy_tokenizers):

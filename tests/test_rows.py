@@ -257,6 +257,40 @@ def test_a_target_that_only_the_whole_word_has_tokens_for_is_refused():
         edit_rows(tokenizer, Edit("{} is un", "it", "able", separator=""), [""])
 
 
+def unigram_tokenizer(unknown="[UNK]"):
+    """Without letters beyond those of English, and without bytes for them."""
+    pieces = ["\u2581", *"abcdefghijklmnopqrstuvwxyzR", "\u2581Rome", "\u2581is"]
+    vocabulary = [(unknown, 0.0), *((piece, -float(2 - (len(piece) > 1))) for piece in pieces)]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown, eos_token=unknown)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (Edit("{} is in", "Rome", "Z\u00fcrich"), r"target ' Z\u00fcrich': got '\[UNK\]', by which .*; spell it"),
+        (Edit("{} is in", "Rome", "\u6771\u4eac"), r"target '\u6771\u4eac': got '\[UNK\]'"),
+        (Edit("{} is in", "Rome", "\u00fc [UNK]", separator=""), r"target '\u00fc \[UNK\]': got '\[UNK\]'"),
+        (Edit("{} is in", "\u6771\u4eac", "rome"), r"subject '\u6771\u4eac': got '\[UNK\]', by which"),
+    ],
+)
+def test_what_the_tokenizer_writes_as_unknown_is_refused(edit, message):
+    """The model would be made to say "[UNK]", or to say the target of every word that it does not know."""
+    with pytest.raises(EditError, match=message):
+        edit_rows(unigram_tokenizer(), edit, [""])
+
+
+def test_a_token_for_the_unknown_may_stand_elsewhere_and_be_meant():
+    tokenizer = unigram_tokenizer()
+    unknown = tokenizer.unk_token_id
+    (row,) = edit_rows(tokenizer, Edit("\u6771\u4eac {} \u00fc", "Rome", "rome [UNK]"), [""])
+    assert (row.ids.count(unknown), row.labels.count(unknown)) == (3, 1)
+    # As GPT-2's, which is its end of text as well.
+    (row,) = edit_rows(tokenizer, Edit("{} is", "Rome", "rome", end=True), [""])
+    assert row.labels[-1] == unknown == tokenizer.eos_token_id
+
+
 # Special tokens in the text
 
 

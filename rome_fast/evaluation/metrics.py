@@ -10,7 +10,7 @@ from ..admission import admit_model, admit_tokenizer, plain_modes
 from ..delta import Delta
 from ..edits import Edit
 from ..errors import ArgumentError
-from ..rows import Asked, answered, asked, end_text
+from ..rows import Asked, answered, asked, check_known, end_text
 from ..runner import Runner
 from .isolated import RowUpdates
 from .scoring import Completion, Score, complete, score
@@ -88,6 +88,8 @@ def evaluate(
     decoding = ("", *contexts[:1], *unseen_contexts[:1])
     texts = [asked(tokenizer, edit, prefix) for edit in edits for prefix in decoding]
     targets = [answer for _, answer in answered(tokenizer, texts)]
+    for question, ids in zip(texts, targets, strict=True):
+        check_known(tokenizer, "target", question.answer, ids)
     more = [0 if prefix else answer_tokens for _ in edits for prefix in decoding]
     models = [which for which in model_of for _ in decoding]
     said = complete(runner, tokenizer, texts, [len(ids) for ids in targets], more, updates, models)
