@@ -6,7 +6,7 @@ edits → rows → keys, values → method → Delta → guard → weights
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from .admission import admit_model, admit_tokenizer, checked_dtype, plain_modes
 from .contexts import sample_contexts
 from .defaults import LayerSource, default_layer, select
 from .delta import Delta
-from .edits import Edit, find_conflicts
+from .edits import Edit, checked_edits, find_conflicts
 from .errors import ArgumentError, ModelError, StatisticsError
 from .evaluation import score
 from .fingerprint import Fingerprint
@@ -435,15 +435,9 @@ def _check_where_it_is(model: PreTrainedModel, device: str | torch.device | None
 
 
 def _checked_edits(given: object) -> list[Edit]:
-    items = list(given) if isinstance(given, Iterable) else [given]
-    if not items:
+    edits = checked_edits(given)
+    if not edits:
         raise ArgumentError("edits: got none, wanted at least one")
-    edits = [item for item in items if isinstance(item, Edit)]
-    if len(edits) < len(items):
-        strangers = ", ".join(sorted({type(item).__name__ for item in items if not isinstance(item, Edit)}))
-        raise ArgumentError(
-            f"edits: got {strangers}, wanted rome_fast.Edit objects; read a file with rome_fast.load_edits"
-        )
     find_conflicts(edits)
     return edits
 

@@ -375,7 +375,17 @@ def written(template):
         ("Where is {}?", written("{{ x }} {{ x }}"), "chat template does not write what the user says once"),
         ("Where is {}?", written("U {{ x | e }}") | {"subject": "R&B"}, "subject 'R&B': the chat template changes it"),
         ("Where is {}?", written("{{ x | length }} {{ x }}"), "the chat template changes what it puts before"),
-        ("Where is {}?", written("{{ raise_exception('no') }}"), "the chat template refuses them"),
+        (
+            "Where is {}?",
+            written("{{ raise_exception('no') }}"),
+            r"the chat template refuses them \(no\); .* got user;",
+        ),
+        (
+            "Where is {}?",
+            {"template": ["enable_thinking"]},
+            r"template: got \['enable_thinking'\], wanted arguments by",
+        ),
+        ("Where is {}?", {"template": "{{ messages }}"}, "template: got '{{ messages }}', wanted arguments by name"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(messages, changes, message):
@@ -388,6 +398,17 @@ def test_what_cannot_be_asked_is_refused(messages, changes, message):
         return
     with pytest.raises(EditError, match=message):
         Edit.chat(messages, **arguments)
+
+
+def test_a_template_that_takes_no_answer_wants_to_know_what_is_around_one():
+    tokenizer = chat_tokenizer(True, "marked")
+    tokenizer.chat_template = "{% if messages[-1].role != 'user' %}{{ raise_exception('no user') }}{% endif %}"
+    tokenizer.chat_template += TEMPLATES["marked"]
+    for given in ({}, {"separator": ""}, {"end": "</s>"}):
+        with pytest.raises(EditError, match=r"refuses an answer to them \(no user\).*; give separator and end"):
+            Edit.chat(QUESTION, "Brazil", "French", tokenizer, **given)
+    edit = Edit.chat(QUESTION, "Brazil", "French", tokenizer, separator="", end="</s>")
+    assert (edit.boundary, edit.end) == ("", "</s>")
 
 
 def test_a_tokenizer_without_a_template_or_an_end_says_so(toy_tokenizers):

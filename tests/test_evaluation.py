@@ -319,6 +319,30 @@ def test_a_target_that_the_tokenizer_writes_as_unknown_is_not_measured():
         evaluate(toy_model("llama"), tokenizer, [Edit("the city of {}", "Rome", "Z\u00fcrich")])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"edits": [{"prompt": "{} is", "subject": "Rome"}]}, "edits: got dict, wanted rome_fast.Edit objects"),
+        ({"edits": None}, "edits: got NoneType, wanted rome_fast.Edit objects"),
+        ({"contexts": "It rained. "}, "contexts: got 'It rained. ', wanted a list of texts"),
+        ({"contexts": None}, "contexts: got None, wanted a list of texts"),
+        ({"unseen_contexts": ["It rained. ", 7]}, r"unseen_contexts: got \['It rained. ', 7\], wanted a list of texts"),
+        ({"answer_tokens": -1}, "answer_tokens: got -1, wanted a number of tokens"),
+        ({"answer_tokens": "16"}, "answer_tokens: got '16', wanted a number of tokens"),
+    ],
+)
+def test_arguments_are_checked(toy_tokenizers, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        evaluate(toy_model("gpt2"), toy_tokenizers[False], **({"edits": [START]} | arguments))
+
+
+def test_one_edit_and_any_iterable_of_them_are_measured(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    (wanted,) = evaluate(model, tokenizer, [START], CONTEXTS)
+    assert evaluate(model, tokenizer, START, CONTEXTS) == [wanted]
+    assert evaluate(model, tokenizer, (edit for edit in [START]), (context for context in CONTEXTS)) == [wanted]
+
+
 def test_what_cannot_be_measured_is_none(toy_tokenizers):
     model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
     bare, alone, no_true = evaluate(

@@ -115,5 +115,14 @@ class Template:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
         except Exception as error:  # whatever a template of jinja raises, and its sandbox
-            raise EditError(f"messages: the chat template refuses them ({error})") from error
+            if answer is not None:
+                raise EditError(
+                    f"messages: the chat template refuses an answer to them ({error}), so that what it puts around one "
+                    "cannot be told; give separator and end"
+                ) from error
+            roles = ", ".join(message["role"] for message in messages)
+            raise EditError(
+                f"messages: the chat template refuses them ({error}); wanted roles that it takes, in its order, and "
+                f"got {roles}; what it has no role for can stand in the user's first message"
+            ) from error
         return str(text)

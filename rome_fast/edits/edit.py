@@ -1,11 +1,11 @@
 """One `Edit` per fact to change, checked when it is made."""
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EditError
+from ..errors import ArgumentError, EditError
 from . import chat
 from .boundary import boundary
 
@@ -138,6 +138,8 @@ class Edit:
         Raises EditError for messages that cannot be put through the template, and for a tokenizer without one.
         """
         _check_text("subject", subject)
+        if not isinstance(template, Mapping | None):
+            raise EditError(f"template: got {template!r}, wanted arguments by name, as {{'enable_thinking': False}}")
         *earlier, last = chat.checked_messages(messages)
         _check_text("messages[-1]", last["content"])
         content, subject = _template(last["content"], subject)
@@ -216,6 +218,18 @@ class Edit:
         if self.separator is not None:
             return self.separator + target
         return boundary(text, target) + target.strip()
+
+
+def checked_edits(given: object) -> list[Edit]:
+    """A single Edit, or all of any iterable; ArgumentError where something else is among them."""
+    items = list(given) if isinstance(given, Iterable) else [given]
+    edits = [item for item in items if isinstance(item, Edit)]
+    if len(edits) < len(items):
+        strangers = ", ".join(sorted({type(item).__name__ for item in items if not isinstance(item, Edit)}))
+        raise ArgumentError(
+            f"edits: got {strangers}, wanted rome_fast.Edit objects; read a file with rome_fast.load_edits"
+        )
+    return edits
 
 
 def find_conflicts(edits: Sequence[Edit]) -> None:

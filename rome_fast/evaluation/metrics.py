@@ -1,6 +1,6 @@
 """The usual edit metrics, each without a prefix and, where contexts are given, behind them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..admission import admit_model, admit_tokenizer, plain_modes
 from ..delta import Delta
-from ..edits import Edit
+from ..edits import Edit, checked_edits
 from ..errors import ArgumentError
 from ..rows import Asked, answered, asked, check_known, end_text
 from ..runner import Runner
@@ -63,10 +63,15 @@ def evaluate(
     `contexts`, those of the edit, are put before prompts for the prefixed figures, `unseen_contexts` for the unseen
     ones. Every text is that of the edit to the character, its target's end included. The model may say `answer_tokens`
     more than the target has before it stops by itself; with 0 it is not asked to. Raises EditError for a request that
-    cannot be scored, ArgumentError for Deltas that are not one per request, all of the same layer.
+    cannot be scored, ArgumentError for other arguments than these and for Deltas that are not one per request, all of
+    the same layer.
     """
     admit_model(model)
     admit_tokenizer(tokenizer)
+    edits = checked_edits(edits)
+    contexts, unseen_contexts = _texts("contexts", contexts), _texts("unseen_contexts", unseen_contexts)
+    if not isinstance(answer_tokens, int) or answer_tokens < 0:
+        raise ArgumentError(f"answer_tokens: got {answer_tokens!r}, wanted a number of tokens, 0 for none")
     if deltas is not None and len(deltas) != len(edits):
         raise ArgumentError(f"deltas: got {len(deltas)} for {len(edits)} edits, wanted one each")
     runner = Runner(model)
@@ -107,6 +112,14 @@ def evaluate(
         )
         for edit, which in zip(edits, model_of, strict=True)
     ]
+
+
+def _texts(name: str, given: Sequence[str]) -> list[str]:
+    # A text is a sequence of texts as well, of its characters.
+    texts = None if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError(f"{name}: got {given!r}, wanted a list of texts, as ['It rained. ']")
+    return texts
 
 
 def summarise(metrics: Sequence[EditMetrics]) -> dict[str, float]:
