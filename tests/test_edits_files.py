@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -491,6 +492,13 @@ def test_the_command_line_finds_the_template_of_the_model(tmp_path, capsys):
     assert main(["evaluate", str(model), "--edits", str(path), "--json", str(report)]) == 0
     (measured,) = json.loads(report.read_text())["edits"]
     assert (measured["subject"], measured["target"]) == ("Chicago", "Rome")
+    # A pipe, as the shell's <(…) is, can be read only once.
+    out, into = os.pipe()
+    os.write(into, path.read_bytes())
+    os.close(into)
+    assert main(["evaluate", str(model), "--edits", f"/dev/fd/{out}", "--json", str(report)]) == 0
+    os.close(out)
+    assert json.loads(report.read_text())["edits"] == [measured]
 
 
 def test_names_of_fields_are_made_printable(tmp_path):

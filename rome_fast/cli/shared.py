@@ -69,6 +69,8 @@ def read_edits(arguments: argparse.Namespace) -> "list[Edit]":
 
 
 def _may_have_chats(file: Path) -> bool:
+    if file.exists() and not file.is_file():
+        return True  # a pipe can be read only once
     try:
         return b'"messages"' in file.read_bytes()
     except (OSError, ValueError):  # which reading the edits will say
