@@ -37,6 +37,8 @@ from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, 
 from .weights.files import check_writable
 from .weights.memory import anonymous_bytes
 
+_ADAPTER = "adapter_config.json"
+_NAMED = 5  # missing tensors, in an error
 _FREE_SHARE = 0.8  # of the memory that is free, for a model that is read from disk
 
 
@@ -85,21 +87,22 @@ def load_model(
     directory: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The model of a checkpoint as a whole; raises CheckpointError."""
-    model: PreTrainedModel
     auto = _auto_class(_config(directory, trust_remote_code))
     with _loading(directory):
-        model, found = auto.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             directory,
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-        # transformers makes up what is not there.
-        if missing := sorted(found["missing_keys"]):
-            raise ModelError(
-                f"model: {directory} holds no tensor {missing[0]}{' …' if missing[1:] else ''}, wanted all of "
-                f"{type(model).__name__}, its head included; save it from a model of that class"
+        model: PreTrainedModel = loaded[0]
+        if missing := sorted(loaded[1]["missing_keys"]):
+            # They were drawn at random, anew for every process that loads them.
+            raise CheckpointError(
+                f"model: {directory} holds no tensor {', '.join(missing[:_NAMED])}"
+                f"{', …' if len(missing) > _NAMED else ''}, which its config.json asks for; fetch it again, or correct "
+                "the config (tie_word_embeddings, where only the head is missing)"
             )
         # The wrapper of transformers around this method hides its types.
         model.to(checked_device(device))  # type: ignore[arg-type]
@@ -157,6 +160,7 @@ def outline(
     config, target = _config(directory, trust_remote_code), checked_device(device)
     with _loading(directory):
         skeleton = _skeleton(checkpoint, config, _dtype(config, checkpoint), target, trust_remote_code)
+        _untie_stored_head(skeleton, checkpoint)
     decoder = Decoder(skeleton)
     count, by_config = len(decoder.layers), default_layer if layer is None else layer
     layer = by_config(config) if callable(by_config) else by_config
@@ -228,6 +232,12 @@ def _config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
             f"model: got architecture {kind!r}, wanted a causal language model, a decoder alone, that "
             "AutoModelForCausalLM loads"
         )
+    if os.path.lexists(directory / _ADAPTER):
+        # transformers puts it on the model where peft is installed; its weights are no part of a copy.
+        raise ModelError(
+            f"model: {directory} holds an adapter of peft ({_ADAPTER}) beside the model, wanted a model alone; merge "
+            "it and save what merge_and_unload() returns, or move the adapter's files elsewhere"
+        )
     return config
 
 
@@ -280,6 +290,21 @@ def _skeleton(
     embedding = model.get_input_embeddings()
     embedding.padding_idx = None
     return model.eval()
+
+
+def _untie_stored_head(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Give the head a weight of its own where the checkpoint has one for it, whatever the config says of tying.
+
+    `from_pretrained` ties the two only where they are equal, and then reading both gives the same.
+    """
+    head: Any = skeleton.get_output_embeddings()
+    embedding: Any = skeleton.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    prefix, stored = f"{skeleton.base_model_prefix}.", set(checkpoint.names())
+    names = {id(module): f"{name}.weight" for name, module in skeleton.named_modules()}
+    if all({name, name.removeprefix(prefix)} & stored for name in (names[id(head)], names[id(embedding)])):
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
 
 
 def checked_device(name: str | torch.device) -> torch.device:

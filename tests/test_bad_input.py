@@ -14,6 +14,7 @@ import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -588,3 +589,36 @@ def test_settings_of_no_use_are_refused_when_they_are_made(changes):
     ((name, value),) = changes.items()
     with pytest.raises(ArgumentError, match=rf"settings: got {name} {re.escape(repr(value))}, wanted a"):
         ValueSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tie", "absent"),
+    [
+        ("llama", False, "lm_head.weight"),
+        ("llama", True, "model.norm.weight"),
+        ("gpt2", True, "transformer.h.2.mlp.c_fc.bias"),
+    ],
+)
+def test_a_checkpoint_without_one_of_its_weights(kind, tie, absent, tmp_path, toy_tokenizers):
+    """transformers would draw it at random, and every process that loads the copy another one."""
+    source = save_toy(tmp_path / "source", toy_model(kind, tie=tie), toy_tokenizers[True])
+    _rewrite(source, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != absent})
+    with pytest.raises(CheckpointError, match=f"source holds no tensor {re.escape(absent)}, which its config.json"):
+        apply_edits(source, END, out=tmp_path / "out", statistics="identity", contexts=CONTEXTS, settings=SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("memory", [None, 200_000])
+def test_an_adapter_that_lies_beside_the_model(memory, tmp_path, toy_tokenizers):
+    source = save_toy(tmp_path / "source", toy_model("llama"), toy_tokenizers[True])
+    adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(source), adapter).save_pretrained(source)
+    usual = {"statistics": "identity", "contexts": CONTEXTS, "settings": SETTINGS, "memory": memory}
+    with pytest.raises(ModelError, match=r"source holds an adapter of peft .*merge_and_unload.*or move"):
+        apply_edits(source, END, out=tmp_path / "out", **usual)
+    assert not (tmp_path / "out").exists()
+
+
+def _rewrite(directory, change):
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})

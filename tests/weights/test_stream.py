@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, bits
@@ -78,6 +79,22 @@ def test_a_streamed_edit_has_the_bytes_of_a_resident_one(kind, dtype, tie, shard
     streamed = apply_edits(source, [START, MIDDLE, END], out=tmp_path / "streamed", memory=least(source), **usual)
     assert torch.equal(edited_bits(tmp_path / "streamed", streamed), edited_bits(tmp_path / "resident", resident))
     assert [r.to_json() for r in streamed.records] == [r.to_json() for r in resident.records]
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_head_in_the_checkpoint_of_a_config_that_ties_it(kind, same, tmp_path, toy_tokenizers):
+    """`from_pretrained` ties it only where it is the embedding to the bit."""
+    source = save(tmp_path / "source", kind, toy_tokenizers[True], tie=True, shards=False)
+    tensors = load_file(source / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight" if kind == "llama" else "transformer.wte.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if same else embedding.flip(0).contiguous()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    resident = apply_edits(source, END, out=tmp_path / "resident", **USUAL)
+    assert (resident.model.lm_head.weight is resident.model.get_input_embeddings().weight) == same
+    streamed = apply_edits(source, END, out=tmp_path / "streamed", memory=least(source), **USUAL)
+    assert torch.equal(edited_bits(tmp_path / "streamed", streamed), edited_bits(tmp_path / "resident", resident))
+    assert streamed.records[0].to_json() == resident.records[0].to_json()
 
 
 @pytest.mark.parametrize("schedule", ["joint", "sequential"])
