@@ -1,6 +1,7 @@
 """Delta: the product of every method. Low-rank factors per parameter that can be applied, undone, saved, exported."""
 
 import json
+import os
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from .kernels import rank_update_
 from .models import is_transposed, oriented
 from .samples import Sample
 from .weights import load_tensors, save_tensors
+from .weights.files import atomic_write, os_errors
 
 _FORMAT = "rome_fast delta 1"
 _FINGERPRINT = "fingerprint"
@@ -212,10 +213,11 @@ class Delta:
     def to_lora(self, directory: str | Path, model: PreTrainedModel) -> None:
         """Write a PEFT adapter whose product equals this Delta; `model` tells how its layers are stored.
 
-        Raises ArgumentError when the directory exists, when the Delta changes nothing, or does not fit the model.
+        Raises ArgumentError when the directory exists, when the Delta changes nothing, or does not fit the model, and
+        CheckpointError where it cannot be written.
         """
         directory = Path(directory)
-        if directory.exists():
+        if os.path.lexists(directory):
             raise ArgumentError(f"directory: {directory} exists already; choose another name or remove it")
         if not self.updates:
             raise ArgumentError("delta: it is empty, so there is no adapter to write")
@@ -229,9 +231,10 @@ class Delta:
             module = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{module}.lora_A.weight"] = update.right.float().contiguous().cpu()
             tensors[f"{module}.lora_B.weight"] = update.left.float().contiguous().cpu()
-        directory.mkdir(parents=True)
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with os_errors(f"writing {directory}"):
+            directory.mkdir(parents=True)
+        save_tensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
+        atomic_write(directory / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 _SIDES = ("left", "right")

@@ -483,6 +483,15 @@ def test_an_adapter_never_replaces_a_directory(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("name", ["file/adapter", "x" * 300, "dangling"])
+def test_an_adapter_that_cannot_be_written(name, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    update = LowRank(torch.ones(48, 1), torch.ones(1, 80))
+    with pytest.raises((ArgumentError, CheckpointError), match=r"exists already|Not a directory|too long"):
+        Delta({"model.layers.1.mlp.down_proj.weight": update}).to_lora(tmp_path / name, toy_model("llama"))
+
+
 def test_an_empty_delta_has_no_adapter(tmp_path):
     with pytest.raises(ArgumentError, match=r"delta: .*(no|empty)"):
         Delta({}).to_lora(tmp_path / "adapter", toy_model("llama"))
