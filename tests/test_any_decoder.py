@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from helpers import all_bits, changed, relative_error
-from rome_fast import Edit, ValueSettings, apply_edits, checkpoints, verify
+from rome_fast import Edit, ValueSettings, apply_edits, checkpoints, collect_statistics, verify
+from rome_fast.delta import Delta, LowRank
 from rome_fast.errors import ArgumentError, ModelError
+from rome_fast.evaluation import RowUpdates, edited_perplexities, greedy_completion, sentence_perplexity
 from rome_fast.past import ContextPast, Contexts, attention_mask
 from rome_fast.runner import Runner
 from toys import SENTENCES, save_toy
@@ -228,6 +230,43 @@ def test_a_kind_of_each_trait(kind, tmp_path, toy_tokenizers, no_process):
 def test_what_cannot_be_edited_says_why(kind):
     with pytest.raises(ModelError, match=rf"model: .*{re.escape(kind.split('_')[0])}.*{REFUSED[kind]}"):
         verify(zoo_model(kind))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_next", "recurrent_gemma", "bloom"])
+def test_statistics_are_those_of_keys_in_the_models_own_forward(kind, toy_tokenizers):
+    """Rows of several lengths together, also where a layer runs its MLP on all of their tokens in one row."""
+    model, tokenizer = zoo_model(kind), toy_tokenizers[False]
+    entry = collect_statistics(model, tokenizer, SENTENCES[:6], [2], max_length=64).layers[2]
+    keys = []
+    module = model.get_submodule(verify(model, 2).weight.removesuffix(".weight"))
+    handle = module.register_forward_hook(lambda _module, args, _output: keys.append(args[0].flatten(0, -2)))
+    for sentence in SENTENCES[:6]:
+        own_logits(model, tokens(tokenizer, sentence))
+    handle.remove()
+    wanted = torch.cat(keys).double()
+    assert entry.tokens == len(wanted)
+    assert relative_error(entry.moment, wanted.T @ wanted / len(wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2_moe", "granite", "bloom", "lfm2"])
+def test_many_edits_in_one_pass_are_each_of_them_alone(kind, toy_tokenizers):
+    """Where an edit's value does not arrive unchanged, its layer is run for it; generation carries it as well."""
+    model, tokenizer = zoo_model(kind), toy_tokenizers[False]
+    runner, name = Runner(model), verify(model, 1).weight
+    generator = torch.Generator().manual_seed(0)
+    weight, deltas = runner.weight(1), []
+    for _ in range(3):
+        left, right = (torch.randn(shape, generator=generator) for shape in ((len(weight), 1), (1, weight.shape[1])))
+        deltas.append(Delta({name: LowRank(left * weight.norm() / (left @ right).norm(), right)}))
+    updates = RowUpdates.of(runner, deltas)
+    together = edited_perplexities(runner, tokenizer, SENTENCES[:3], updates)
+    texts = greedy_completion(runner, tokenizer, [SENTENCES[0][:20]] * 3, [4] * 3, updates, [0, 1, 2])
+    for i, delta in enumerate(deltas):
+        delta.apply(model)
+        assert together[i] == pytest.approx(sentence_perplexity(runner, tokenizer, SENTENCES[:3]), rel=1e-4)
+        assert texts[i] == greedy_completion(runner, tokenizer, [SENTENCES[0][:20]], [4])[0]
+        delta.revert(model)
+    assert len({round(p, 2) for p in together}) == 3
 
 
 @pytest.mark.slow
