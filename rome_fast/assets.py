@@ -118,14 +118,7 @@ def _make_model(work: Path, say: Say) -> Path:
     gguf = _fetch(_MODEL, work, say)
     say("converting SmolLM2-135M-Instruct to fp32 safetensors (about 40 s)")
     done = work / "done"
-    with quiet_transformers():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The weights are plain fp32 by now, but save_pretrained refuses a model that is marked as quantised.
-        del model.config.quantization_config, model.hf_quantizer
-        model.save_pretrained(done)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(done)
+    dequantise(gguf, done)
     _check_saved_model(done / "model.safetensors")
     _write_provenance(
         done,
@@ -135,6 +128,18 @@ def _make_model(work: Path, say: Say) -> Path:
         changes="dequantised from Q4_1 to fp32",
     )
     return done
+
+
+def dequantise(gguf: Path, done: Path) -> None:
+    """Model and tokenizer of a GGUF file as a checkpoint in fp32; needs gguf and accelerate."""
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The weights are plain fp32 by now, but save_pretrained refuses a model that is marked as quantised.
+        del model.config.quantization_config, model.hf_quantizer
+        model.save_pretrained(done)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(done)
 
 
 def _check_saved_model(path: Path) -> None:
