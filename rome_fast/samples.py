@@ -30,7 +30,8 @@ class Sample:
         d, d_ff = weight.shape
         device = weight.device
         left, right = left.to(device), right.to(device)
-        flat = torch.linspace(0, d * d_ff - 1, min(_SPREAD, d * d_ff), dtype=torch.float64).round().long()
+        spread = min(_SPREAD, d * d_ff)
+        flat = torch.linspace(0, d * d_ff - 1, spread, dtype=torch.float64, device="cpu").round().long()
         size = (left.norm(dim=0)[:, None] * right).norm(dim=0)
         columns = size.topk(min(_COLUMNS, d_ff)).indices
         change = (left @ right[:, columns]).abs()
@@ -59,8 +60,8 @@ class Sample:
     @classmethod
     def from_json(cls, fields: Any) -> "Sample":
         """Raises ValueError, KeyError or TypeError for anything that `to_json` does not give."""
-        rows, columns = (torch.tensor(fields[name], dtype=torch.int64) for name in ("rows", "columns"))
-        before = torch.tensor(fields["before"], dtype=torch.float64)
+        rows, columns = (torch.tensor(fields[name], dtype=torch.int64, device="cpu") for name in ("rows", "columns"))
+        before = torch.tensor(fields["before"], dtype=torch.float64, device="cpu")
         if not rows.shape == columns.shape == before.shape == (len(before),) or not len(rows):
             raise ValueError("a sample of rows, columns and values of different numbers")
         if int(torch.minimum(rows, columns).min()) < 0:

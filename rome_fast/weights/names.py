@@ -64,10 +64,12 @@ def _written(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[R
     for name, parameter in model.named_parameters():
         shape = parameter.shape[:-1]
         # Two columns: dimensions of size one are dropped by some conversions.
-        numbers[name] = torch.arange(begins[-1], begins[-1] + shape.numel()).reshape(*shape, 1).expand(*shape, 2)
+        numbers[name] = (
+            torch.arange(begins[-1], begins[-1] + shape.numel(), device="cpu").reshape(*shape, 1).expand(*shape, 2)
+        )
         names.append(name)
         begins.append(begins[-1] + shape.numel())
-    owners = torch.tensor(begins[1:])
+    owners = torch.tensor(begins[1:], device="cpu")
     runs: dict[str, list[Run]] = {name: [] for name in names}
     rows_found = dict.fromkeys(names, 0)
     for written, rows in revert_weight_conversion(model, numbers).items():
