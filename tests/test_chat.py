@@ -471,7 +471,8 @@ def test_ten_facts_through_the_template_answer_in_a_fresh_process(tmp_path):
     model, tokenizer = (kind.from_pretrained(model_dir()) for kind in (AutoModelForCausalLM, AutoTokenizer))
     edits = [Edit.chat(prompt, subject, target, tokenizer) for prompt, subject, target in FACTS]
     statistics = Statistics.load(statistics_dir())
-    result = apply_edits(model, edits, tokenizer=tokenizer, statistics=statistics)
+    # One whose value is not found within the steps counts as it comes out.
+    result = apply_edits(model, edits, tokenizer=tokenizer, statistics=statistics, unconverged="write")
     result.save(tmp_path / "edited")
     metrics = evaluate(model, tokenizer, edits)
     questions = json.dumps([(prompt.replace("{}", subject), target) for prompt, subject, target in FACTS])
