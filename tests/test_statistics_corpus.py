@@ -14,7 +14,7 @@ from rome_fast import collect_statistics
 from rome_fast.errors import ArgumentError, StatisticsError
 from rome_fast.statistics import Corpus, collect, corpus, hub_dataset, reading
 from rome_fast.statistics.reading import Place, Reading, made_ahead
-from toys import D_FF, SENTENCES, toy_model
+from toys import BOS, D_FF, SENTENCES, toy_model
 
 # C is quadratic in the keys, which lie in the first half of the model.
 ALLOWED = 2 * rounding(torch.float32, FORWARD / 2)
@@ -190,16 +190,36 @@ def test_the_digest_of_a_corpus_knows_where_texts_end(toy_tokenizers):
     assert len(digests) == 2
 
 
-def test_every_token_is_in_one_row_of_one_window(toy_tokenizers):
-    tokenizer = toy_tokenizers[True]
+@pytest.mark.parametrize("bos", [False, True])
+def test_every_token_is_in_one_row_of_one_window(bos, toy_tokenizers):
+    """Behind BOS where the tokenizer puts it before texts: a model that knows it is never asked without."""
+    tokenizer = toy_tokenizers[bos]
     windows, _ = read(tokenizer, SENTENCES)
-    wanted = []
+    wanted, several = [], 0
     for sentence in SENTENCES:
-        ids = tokenizer(sentence)["input_ids"]
-        wanted += [ids[start : start + 16] for start in range(0, len(ids), 16)]
+        ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        pieces = [ids[start : start + 16 - bos] for start in range(0, len(ids), 16 - bos)]
+        wanted += [[BOS, *piece] if bos else piece for piece in pieces]
+        several += len(pieces) > 1
+    assert several
     assert [row for window in windows for row in window.rows] == wanted
     for window in windows:
         assert sorted(row for batch in window.batches(32) for row in batch) == sorted(window.rows)
+
+
+def test_rows_behind_bos_take_as_many_tokens_as_they_may(toy_tokenizers):
+    """Also where the last row has room for BOS alone, and where no row has room for more."""
+    tokenizer = toy_tokenizers[True]
+    ids = tokenizer(SENTENCES[0])["input_ids"]
+    assert len(ids) > 12
+    for tokens in range(1, 12):
+        (window,), _ = read(tokenizer, [SENTENCES[0]], tokens=tokens, length=5)
+        assert [token for row in window.rows for token in row] == [*ids[:5], BOS, *ids[5:9], BOS, *ids[9:]][:tokens]
+    (window, *_), _ = read(tokenizer, [SENTENCES[0]], tokens=3, length=1)
+    assert window.rows == [[token] for token in ids[:3]]
+    # A text without a token of its own gives no row.
+    (window,), _ = read(tokenizer, ["", SENTENCES[0]], tokens=3)
+    assert window.rows == [ids[:3]]
 
 
 def test_hardly_any_padding(toy_tokenizers):
@@ -218,12 +238,13 @@ def test_hardly_any_padding(toy_tokenizers):
     assert [len(b[0]) for b in reading.Window(Place(), [[7] * 9] * 2).batches(4)] == [9, 9]
 
 
-def test_reading_may_begin_at_any_window(toy_tokenizers):
-    windows, whole = read(toy_tokenizers[False], SENTENCES, tokens=700)
+@pytest.mark.parametrize("bos", [False, True])
+def test_reading_may_begin_at_any_window(bos, toy_tokenizers):
+    windows, whole = read(toy_tokenizers[bos], SENTENCES, tokens=700)
     assert len(windows) > 1
     assert sum(len(row) for window in windows for row in window.rows) == 700
     for index, window in enumerate(windows):
-        again, part = read(toy_tokenizers[False], SENTENCES, tokens=700, start=window.start)
+        again, part = read(toy_tokenizers[bos], SENTENCES, tokens=700, start=window.start)
         assert again == windows[index:]
         assert part.corpus.hexdigest() == whole.corpus.hexdigest()
 

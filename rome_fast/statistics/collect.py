@@ -65,9 +65,9 @@ def collect_statistics(
 
     `texts` are strings, or mappings with a string in `field` (a data set); 10 tokens per dimension of the keys are
     read unless told otherwise. Each text is tokenised whole (by the megabyte) and cut into rows of at most `max_length`
-    tokens; short rows, like those of ordinary use, give first tokens, whose keys are of their own kind, their weight
-    in C. Layers above the last wanted one are not run. Products are taken in fp32 (fp64 for an fp64 model) and summed
-    in fp64.
+    tokens, each of which begins with the special tokens, as BOS, that the text begins with; short rows, like those of
+    ordinary use, give first tokens, whose keys are of their own kind, their weight in C. Layers above the last wanted
+    one are not run. Products are taken in fp32 (fp64 for an fp64 model) and summed in fp64.
 
     With `out`, a folder, the result is saved there, and until then a snapshot every few seconds: the same call goes on
     after it was interrupted, with the same result to the bit. With `distributed`, the processes of torch.distributed
@@ -178,6 +178,7 @@ def collect(
         **about,
         "tokens": budget,
         "batch_tokens": batch_tokens,
+        "rows": "behind special tokens",  # what snapshots of other releases, cut otherwise, do not have
         "layers": {layer: str(fingerprint) for layer, fingerprint in fingerprints.items()},
     }
     processes.agree("model, layers, tokens, max_length", json.dumps(run, sort_keys=True))

@@ -91,19 +91,22 @@ class Reading:
         place, rows, size = start, Rows(), 0
         number, offset, left = start.texts, start.offset, self.tokens - start.tokens
         while left and (group := self._group(texts, left)):
-            for text, ids in zip(group, _encode(self.tokenizer, group, number), strict=True):
+            for text, (ids, lead) in zip(group, _encode(self.tokenizer, group, number), strict=True):
                 before = self.corpus.hexdigest()
                 self._read(text, number)
-                for begin in range(offset, len(ids), self.length):
-                    row = ids[begin : min(begin + self.length, begin + left)]
+                while offset < len(ids):
+                    # A model that knows BOS has other keys without it, and is not asked or edited without it.
+                    head = ids[:lead] if offset and lead < self.length else []
+                    row = (head + ids[offset : offset + self.length - len(head)])[:left]
                     rows.append(row)
                     size += len(row)
                     left -= len(row)
+                    offset += max(len(row) - len(head), 0)
                     if size >= _WINDOW_BATCHES * self.batch_tokens or not left:
                         window = Window(place, rows)
                         yield window
                         batches = place.batches + len(window.batches(self.batch_tokens))
-                        place = Place(number, begin + len(row), place.tokens + size, batches, before)
+                        place = Place(number, offset, place.tokens + size, batches, before)
                         rows, size = [], 0
                     if not left:
                         return
@@ -190,8 +193,8 @@ def _bytes(text: str, number: int) -> bytes:
         ) from error
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], number: int) -> Rows:
-    """Token ids of whole texts, with the tokenizer's leading special tokens and without trailing ones."""
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], number: int) -> list[tuple[list[int], int]]:
+    """Token ids of whole texts, without trailing special tokens, and how many special ones each begins with."""
     for index, text in enumerate(texts):
         _bytes(text, number + index)
     encoded = tokenizer(
@@ -208,7 +211,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], number: in
         end = len(ids)
         while end and special[end - 1]:
             end -= 1
-        out.append(ids[:end])
+        lead = next((i for i, is_special in enumerate(special[:end]) if not is_special), 0)
+        out.append((ids[:end], lead))
     return out
 
 
