@@ -48,13 +48,13 @@ def test_float64_models_are_summed_in_float64(toy_tokenizers):
 
 @pytest.mark.parametrize("bos", [False, True], ids=["no bos", "bos"])
 def test_long_texts_are_cut_into_rows(bos, toy_tokenizers):
-    """Every token counts; only the first row of a text has the BOS."""
+    """Every token counts, and every row begins with BOS where texts do."""
     model, tokenizer = toy_model("llama"), toy_tokenizers[bos]
     statistics = collect_statistics(model, tokenizer, TEXTS[:3], [LAYER], max_length=7)
     rows = []
     for text in TEXTS[:3]:
         ids = tokenizer(text)["input_ids"]
-        rows += [ids[start : start + 7] for start in range(0, len(ids), 7)]
+        rows += [ids[:bos] + ids[start : start + 7 - bos] for start in range(bos, len(ids), 7 - bos)]
     double = oracle.double_copy(model)
     keys = torch.cat([oracle.keys_of(double, LAYER, row) for row in rows])
     assert statistics.layers[LAYER].tokens == len(keys)
