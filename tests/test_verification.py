@@ -137,8 +137,8 @@ def test_nothing_is_done_with_a_model_that_is_refused(toy_tokenizers, monkeypatc
 def test_what_is_found_is_the_same_in_every_dtype(kind, shares_past, adds_unchanged, dtype):
     found = verify(zoo_model(kind, dtype=dtype), 1)
     assert (found.shares_past, found.adds_unchanged, found.logits_error) == (shares_past, adds_unchanged, 0)
-    # Far from where one turns into the other: that is 0.05 in 16 bit, where a few roundings of what a layer adds come to
-    # 4 u, and 1e-4 in fp32, where a tenth of it is more than forty.
+    # Far from where one turns into the other: that is 0.05 in 16 bit, where a few roundings of what a layer adds come
+    # to 4 u, and 1e-4 in fp32, where a tenth of it is more than forty.
     near = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     assert found.past_error is None or not near < found.past_error < 0.1
     assert not 0.02 < found.value_error < 0.1
