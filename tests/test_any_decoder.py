@@ -84,7 +84,9 @@ class Rows:
     def __init__(self, tokenizer, name):
         self.name = name
         prompts = [tokens(tokenizer, context + EDIT.prompt.format(EDIT.subject)) for context in ("", *CONTEXTS)]
-        self.rows = [(ids, tokens(tokenizer, f" {EDIT.target}")) for ids in prompts]
+        # Without the BOS that some tokenizers put before any text.
+        target = tokenizer(f" {EDIT.target}", add_special_tokens=False)["input_ids"]
+        self.rows = [(ids, target) for ids in prompts]
         self.essence = tokens(tokenizer, EDIT.subject)
 
     def run(self, model, added=None):
