@@ -173,6 +173,7 @@ _PARTS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".model")
 def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A dtype that a checkpoint may be loaded in, by its name as well; ArgumentError for others."""
     if dtype is None or dtype in DTYPES.values():
+        # What is among dtypes is one, which mypy cannot tell.
         return dtype  # type: ignore[return-value]
     found = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if found is None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .batches import is_out_of_memory
 from .errors import ModelError
 from .past import ContextPast, Contexts, Recorder, attention_mask
 from .runner import Runner, any_shape, evaluating
@@ -145,13 +146,15 @@ def _examine(runner: Runner) -> tuple[float, float | None, bool, list[Tensor]]:
         try:
             states, error = _one_by_one(runner, ids, own, recorder)
             shares = error <= exact
-        except _FAULTS:
+        except _FAULTS as fault:
+            _pass_on(fault)
             shares = False
         if not shares:
             # A cache of its own kind may be what is missing, as in recurrent layers.
             try:
                 states, error = _one_by_one(runner, ids, own, None)
             except _FAULTS as fault:
+                _pass_on(fault)
                 reason = f"{type(fault).__name__}: {fault}"
                 raise ModelError(f"model: {name} cannot be run layer by layer ({reason})") from fault
             if not error <= exact:
@@ -159,13 +162,20 @@ def _examine(runner: Runner) -> tuple[float, float | None, bool, list[Tensor]]:
             return error, None, False, states
         try:
             past_error, shares = _past_error(runner, ids, states, recorder)
-        except _FAULTS:
+        except _FAULTS as fault:
+            _pass_on(fault)
             past_error, shares = None, False
     return error, past_error, shares, states
 
 
-# Of layers that are called in a way they were not made for; running out of memory is not among them.
+# Of layers that are called in a way they were not made for.
 _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError, RuntimeError)
+
+
+def _pass_on(fault: Exception) -> None:
+    """Running out of memory, a RuntimeError as well, says nothing of the model."""
+    if is_out_of_memory(fault):
+        raise fault
 
 
 def _tokens(runner: Runner) -> Tensor:

@@ -145,6 +145,22 @@ def test_what_is_found_is_the_same_in_every_dtype(kind, shares_past, adds_unchan
     assert f"layer 1, {found.weight}" in str(found)
 
 
+@pytest.mark.parametrize("step", ["_one_by_one", "_past_error"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_running_out_of_memory_says_nothing_of_the_model(step, error, monkeypatch):
+    """It is a RuntimeError, and was taken for a layer that cannot be run so, or for a past that cannot be shared."""
+    model = toy_model("llama")
+
+    def fail(*_arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"rome_fast.verification.{step}", fail)
+        with pytest.raises(type(error), match=str(error)):
+            verify(model)
+    assert verify(model).shares_past
+
+
 def test_a_model_is_run_once_until_something_changes(toy_tokenizers):
     model = toy_model("llama")
     passes = []
