@@ -16,8 +16,8 @@ from .runner import evaluating, plain_generation
 
 _OPENINGS = ("The first", "There is", "Because of", "In the year", "I think that")
 # New tokens of the continuations of each opening, in the order in which they are used: half of the contexts are of
-# either length, as in the released code. The last ones stand in for others that are not usable, or there already.
-_LENGTHS = (5, 5, 10, 10, 5)
+# either length, as in the released code. Those that are not usable, or there already, take a few more.
+_LENGTHS = (5, 5, 10, 10)
 _TOP_K = 5
 _ROUNDS = 8
 
@@ -41,9 +41,10 @@ def sample_contexts(
     with torch.random.fork_rng(devices=devices), evaluating(model):
         torch.manual_seed(seed)
         for _ in range(_ROUNDS):
-            for text in _sample(model, tokenizer, openings):
-                if len(found) < count and _usable(text):
-                    found[f"{text}. "] = None
+            for texts in _sample(model, tokenizer, openings):
+                new = next((text for text in texts if _usable(text) and f"{text}. " not in found), None)
+                if len(found) < count and new is not None:
+                    found[f"{new}. "] = None
             if len(found) >= count:
                 return tuple(found)
     raise ModelError(
@@ -51,8 +52,8 @@ def sample_contexts(
     )
 
 
-def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, openings: list[list[int]]) -> list[str]:
-    """Continuations of every opening, all of them in one batch: more rows cost little where reading weights costs most.
+def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, openings: list[list[int]]) -> list[list[str]]:
+    """Continuations of every opening, all of them in one batch; of each, what it is with more and more tokens.
 
     Short ones are the beginnings of what could be long ones, which is what a short one would be.
     """
@@ -76,12 +77,19 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, openings: list[list[
             max_new_tokens=SAMPLED_TOKENS,
             pad_token_id=pad,
         )
-    rows = [
-        generated[opening * several + number, longest - len(tokens) : longest + length].tolist()
+    grown = [
+        [generated[opening * several + number, longest - len(tokens) : longest + n].tolist() for n in _lengths(length)]
         for number, length in enumerate(_LENGTHS)
         for opening, tokens in enumerate(openings)
     ]
-    return [" ".join(text.split()).rstrip(" .") for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    return [
+        [" ".join(text.split()).rstrip(" .") for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        for rows in grown
+    ]
+
+
+def _lengths(shortest: int) -> range:
+    return range(shortest, SAMPLED_TOKENS + 1)
 
 
 def _usable(text: str) -> bool:
