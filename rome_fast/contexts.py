@@ -16,7 +16,7 @@ from .runner import evaluating, plain_generation
 
 _OPENINGS = ("The first", "There is", "Because of", "In the year", "I think that")
 # New tokens of the continuations of each opening, in the order in which they are used: half of the contexts are of
-# either length, as in the released code. Those that are not usable, or there already, take a few more.
+# either length, as in the released code. Those that are not usable, or there already, take a few more or fewer.
 _LENGTHS = (5, 5, 10, 10)
 _TOP_K = 5
 _ROUNDS = 8
@@ -53,7 +53,7 @@ def sample_contexts(
 
 
 def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, openings: list[list[int]]) -> list[list[str]]:
-    """Continuations of every opening, all of them in one batch; of each, what it is with more and more tokens.
+    """Continuations of every opening, all of them in one batch; of each, what it is with more tokens and with fewer.
 
     Short ones are the beginnings of what could be long ones, which is what a short one would be.
     """
@@ -88,8 +88,9 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, openings: list[list[
     ]
 
 
-def _lengths(shortest: int) -> range:
-    return range(shortest, SAMPLED_TOKENS + 1)
+def _lengths(wanted: int) -> list[int]:
+    """How many of a continuation's tokens to take, in the order in which they are tried."""
+    return [*range(wanted, SAMPLED_TOKENS + 1), *range(wanted - 1, min(_LENGTHS) - 1, -1)]
 
 
 def _usable(text: str) -> bool:
