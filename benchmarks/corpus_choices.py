@@ -29,10 +29,13 @@ from rome_fast.demo import held_out_sentences
 from rome_fast.errors import StatisticsError
 from rome_fast.evaluation import EditMetrics, RowUpdates, edited_perplexities, evaluate, sentence_perplexity
 from rome_fast.fingerprint import Fingerprint
-from rome_fast.flow import Clock, Flow, Request, Solved, tokenise
-from rome_fast.methods import variant
+from rome_fast.flow import Flow
+from rome_fast.geometry import Geometry
+from rome_fast.methods import method_named
+from rome_fast.requests import Request, tokenise
 from rome_fast.rows import encode
 from rome_fast.runner import Runner, evaluating
+from rome_fast.search import Solved
 from rome_fast.statistics import LayerStatistics
 from rome_fast.study.cases import cases_of
 
@@ -60,20 +63,8 @@ class Bench:
 
     def flow(self, method: str, factor: Tensor | None) -> Flow:
         settings = default_settings(self.model.config)
-        return Flow(
-            self.runner,
-            self.tokenizer,
-            self.layer,
-            variant(method),
-            self.contexts,
-            factor,
-            settings,
-            "off",
-            "write",
-            Clock(),
-            None,
-            0,
-        )
+        layers = {self.layer: Geometry(factor)}
+        return Flow.measuring(self.runner, self.tokenizer, method_named(method), layers, self.contexts, settings)
 
     @cached_property
     def solved(self) -> Mapping[str, tuple[list[Request], list[Solved]]]:
@@ -81,7 +72,7 @@ class Bench:
         found = {}
         for method, cases in (("c-rome", self.cases), ("rome", self.first)):
             flow = self.flow(method, None)
-            requests = [tokenise(self.runner, self.tokenizer, case.edit, self.contexts, flow.how) for case in cases]
+            requests = [tokenise(self.runner, self.tokenizer, case.edit, self.contexts, flow.method) for case in cases]
             found[method] = requests, flow.find(requests)
         return found
 

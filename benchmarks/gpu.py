@@ -200,7 +200,7 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
     from rome_fast.bench.shapes import repeated
     from rome_fast.bench.throughput import Track, ideal, run_timed, shape_setup, warm_up
     from rome_fast.edits import load_edits
-    from rome_fast.flow import tokenise
+    from rome_fast.requests import tokenise
     from rome_fast.runner import Runner
 
     table = Table(results() / "gpu_values.csv", origin(device))
@@ -211,7 +211,7 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
     runner = Runner(setup.model)
     weight_bytes = sum(p.nbytes for p in setup.model.parameters())
     requests = [
-        tokenise(runner, setup.tokenizer, e, setup.contexts, setup.flow.how) for e in repeated(edits, max(batches))
+        tokenise(runner, setup.tokenizer, e, setup.contexts, setup.flow.method) for e in repeated(edits, max(batches))
     ]
     for batch in batches:
         group = requests[:batch]
@@ -235,12 +235,12 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
             "shape": shape,
             "dtype": "bfloat16",
             "batch": batch,
-            "largest_batch": flow.largest_batch,
+            "largest_batch": flow.search.largest_batch,
             "repeats": len(runs),
             "seconds_per_edit": seconds,
             "steps_per_edit": track.steps / batch,
             "rows_per_edit": len(group[0].rows),
-            **{f"{stage}_seconds_per_edit": s / batch for stage, s in flow.clock.seconds.items()},
+            **{f"{stage}_seconds_per_edit": s / batch for stage, s in flow.search.clock.seconds.items()},
             "ideal_tflop_per_edit": useful / 1e12,
             "counted_tflop_per_edit": "" if counted is None else counted / 1e12,
             "tflop_per_s": useful / seconds / 1e12,
@@ -253,7 +253,7 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
         }
         table.add(row)
         say(
-            f"batch {batch:4} (at once {flow.largest_batch}): {seconds:.3f} s per edit, "
+            f"batch {batch:4} (at once {flow.search.largest_batch}): {seconds:.3f} s per edit, "
             f"{row['tflop_per_s']:.0f} TFLOP/s, {row['share_of_matrix_rate']:.0%} of the matrix rate, "
             f"peak {row['peak_gib']:.1f} GiB"
         )

@@ -24,10 +24,13 @@ from rome_fast.defaults import default_layer, default_settings
 from rome_fast.delta import Delta
 from rome_fast.demo import held_out_sentences, statistics_dir
 from rome_fast.evaluation import evaluate, sentence_perplexity, summarise
-from rome_fast.flow import Clock, Flow, Request, Solved, tokenise
-from rome_fast.methods import variant
+from rome_fast.flow import Flow
+from rome_fast.geometry import Geometry
+from rome_fast.methods import method_named
+from rome_fast.requests import Request, tokenise
 from rome_fast.rows import edit_rows, needs_prefix
 from rome_fast.runner import Runner
+from rome_fast.search import Solved
 from rome_fast.values import compute_dtype
 
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"
@@ -64,21 +67,17 @@ class Study:
 
     def flow(self) -> Flow:
         factor = self.statistics.for_layer(self.runner, self.layer).factor(self.runner.device)
-        how = variant(METHOD)
-        return Flow(
+        flow = Flow.measuring(
             self.runner,
             self.tokenizer,
-            self.layer,
-            how,
+            method_named(METHOD),
+            {self.layer: Geometry(factor)},
             self.contexts,
-            factor,
             self.settings,
-            "warn",
-            "write",
-            Clock(),
-            lambda done, total: print(f"  {done} values", flush=True) if done % 16 < 4 else None,
-            0,
         )
+        flow.guard = flow.closing.guard = "warn"
+        flow.search.progress = lambda done, _: print(f"  {done} values", flush=True) if done % 16 < 4 else None
+        return flow
 
     def measure(self, edits: Sequence[Edit]) -> dict[str, float]:
         """On the model as it is."""
@@ -90,17 +89,17 @@ class Study:
 
 def joint(study: Study, edits: Sequence[Edit], counts: Sequence[int]) -> None:
     flow = study.flow()
-    requests: list[Request] = [tokenise(study.runner, study.tokenizer, e, study.contexts, flow.how) for e in edits]
+    requests: list[Request] = [tokenise(study.runner, study.tokenizer, e, study.contexts, flow.method) for e in edits]
     solved: list[Solved] = []
     seconds = 0.0
     for count in counts:
         start = time.process_time()
         solved += flow.find(requests[len(solved) : count])
-        factors = flow.close(solved, study.weight_norm)
-        delta = flow.delta(factors)
+        closed = flow.closing.close(solved, flow.search)
+        delta = flow.closing.delta(closed)
         seconds += time.process_time() - start
         delta.apply(study.model)
-        record(study, "joint", 0, count, study.measure(edits[:count]), norm(delta), factors.condition, seconds)
+        record(study, "joint", 0, count, study.measure(edits[:count]), norm(delta), closed.condition, seconds)
         delta.revert(study.model)
 
 

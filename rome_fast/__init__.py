@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import kernels
     from .delta import Delta
-    from .editor import EditResult, apply_edits, verify
+    from .editor import apply_edits, verify
     from .edits import Edit, Probe, load_edits
     from .errors import RomeFastError
     from .evaluation import evaluate
     from .planning import Plan, plan
     from .records import Record
+    from .result import EditResult
     from .statistics import Statistics, collect_statistics
     from .values import ValueSettings
 
@@ -41,7 +42,7 @@ __all__ = [
 _HOMES = {
     "Delta": "delta",
     "Edit": "edits",
-    "EditResult": "editor",
+    "EditResult": "result",
     "Plan": "planning",
     "Probe": "edits",
     "Record": "records",

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -122,10 +122,15 @@ class Outline:
     directory: Path
     checkpoint: Checkpoint
     skeleton: PreTrainedModel
-    layer: int
+    layers: tuple[int, ...]  # edit layers, ascending
     device: torch.device
     parts: Parts | None  # None where all of it fits, as is the next
     placement: Placement | None
+
+    @property
+    def layer(self) -> int:
+        """The last of the edit layers, where δ is found."""
+        return self.layers[-1]
 
     def stream(self, on_read: OnRead | None = None) -> Stream:
         """Start reading; close the stream when done."""
@@ -139,19 +144,19 @@ def outline(
     source: str | Path,
     *,
     memory: int | str | None = None,
-    layer: int | Callable[[PretrainedConfig], int] | None = None,
+    layer: int | Sequence[int] | Callable[[PretrainedConfig], Sequence[int]] | None = None,
     device: str = "cpu",
     identity: bool = False,
-    collecting: int = 0,
+    collecting: bool = False,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Outline:
     """Find out what of a checkpoint stays in memory; no weight is read yet.
 
-    `layer` is the edit layer, a function of the model's config that says it, or None for the model's default.
+    `layer` is the edit layer or several, a function of the model's config that says which, or None for the default.
     `memory` bounds what weights, buffers and hidden states take; by default what is free on the device. Without
-    `identity`, room is left for the statistics of the edit layer. With `collecting`, second moments of so many layers,
-    `layer` the last of them, are summed up in place of an edit: nothing above it is run. In another `dtype` than its
+    `identity`, room is left for the statistics of one edit layer. With `collecting`, second moments of those layers are
+    summed up in place of an edit: nothing above them is run. In another `dtype` than its
     own, a checkpoint has to fit as a whole. Raises CheckpointError, ModelError, and ArgumentError for a layer that is
     not there, a budget that is too small, and a dtype under a budget.
     """
@@ -162,19 +167,20 @@ def outline(
         skeleton = _skeleton(checkpoint, config, _dtype(config, checkpoint), target, trust_remote_code)
         _untie_stored_head(skeleton, checkpoint)
     decoder = Decoder(skeleton)
-    count, by_config = len(decoder.layers), default_layer if layer is None else layer
-    layer = by_config(config) if callable(by_config) else by_config
-    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
-        raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
-    layer = decoder.nearest_site(layer) if callable(by_config) else layer
-    edited = decoder.weight_name(layer)
-    weight = skeleton.get_parameter(edited)
-    # An edit holds its weight three times for a moment, and the factor of C with what it is made of.
-    width = oriented(skeleton, edited, weight).shape[1]
-    occupied = 2 * weight.nbytes + (0 if identity else 20 * width**2)
+    if layer is None or callable(layer):
+        by_config = (default_layer(config),) if layer is None else layer(config)
+        layers = decoder.sites_of(checked_layers(by_config, len(decoder.layers)))
+    else:
+        layers = checked_layers(layer, len(decoder.layers))
+    edited = [decoder.weight_name(each) for each in layers]
+    weights = [skeleton.get_parameter(name) for name in edited]
+    width = max(oriented(skeleton, *pair).shape[1] for pair in zip(edited, weights, strict=True))
     if collecting:
         # A sum in fp64 and a mean in fp32 each, and one sum twice.
-        occupied = (12 * collecting + 8) * width**2
+        edited, occupied = [], (12 * len(layers) + 8) * width**2
+    else:
+        # An edit holds its weights three times for a moment, and one factor of C with what it is made of.
+        occupied = 2 * sum(weight.nbytes for weight in weights) + (0 if identity else 20 * width**2)
     if memory is not None and target.type == "cpu":
         occupied += anonymous_bytes()
     budget = int(_FREE_SHARE * free_memory(target)) if memory is None else parse_bytes(memory)
@@ -193,10 +199,21 @@ def outline(
                 f"is stored only, in {skeleton.dtype}; leave dtype out"
             )
     if size * 9 // 8 + occupied <= budget:
-        return Outline(directory, checkpoint, skeleton, layer, target, None, None)
+        return Outline(directory, checkpoint, skeleton, layers, target, None, None)
     parts = Parts(skeleton, decoder.layers, checkpoint, stored_runs(checkpoint, skeleton), edited)
-    placement = place(parts.blocks, layer, budget, parts.always_bytes, occupied, above=not collecting)
-    return Outline(directory, checkpoint, skeleton, layer, target, parts, placement)
+    placement = place(parts.blocks, layers[-1], budget, parts.always_bytes, occupied, above=not collecting)
+    return Outline(directory, checkpoint, skeleton, layers, target, parts, placement)
+
+
+def checked_layers(layers: object, count: int) -> tuple[int, ...]:
+    """One layer or several of a model that has `count`, in ascending order; ArgumentError for others."""
+    found: list[Any] = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    for layer in found:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
+            raise ArgumentError(f"layer: got {layer!r}, wanted one of 0 .. {count - 1}")
+    if not found or len(set(found)) < len(found):
+        raise ArgumentError(f"layers: got {found}, wanted at least one, none of them twice")
+    return tuple(sorted(found))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Edit layer and optimisation settings of a model: given, found by `rome-fast tune`, published, or by a rule."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ LayerSource = Literal["given", "tune", "published", "depth rule"]
 class Default:
     layer: int
     settings: ValueSettings
-    layers: tuple[int, ...] = ()  # first to last of those that MEMIT spreads edits over, where any were published
+    layers: tuple[int, ...] = ()  # first to last of those to spread edits over, MEMIT's where any were published
 
 
 class Tuned(Protocol):
@@ -31,17 +31,22 @@ class Tuned(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """The layer and settings of an edit."""
+    """The layers and settings of an edit."""
 
-    layer: int
+    layers: tuple[int, ...]  # ascending
     settings: ValueSettings
     layer_source: LayerSource
 
+    @property
+    def layer(self) -> int:
+        """Where δ is found."""
+        return self.layers[-1]
 
-def explain_layer(layer: int, source: LayerSource, model: str) -> str:
-    """One line on who chose a layer, and for a layer that nobody chose for this very model what would."""
+
+def explain_layer(layers: Sequence[int], source: LayerSource, model: str) -> str:
+    """One line on who chose the layers, and for those that nobody chose for this very model what would."""
     return (
-        f"layer {layer}: "
+        f"layer{'' if len(layers) == 1 else 's'} {', '.join(map(str, layers))}: "
         + {
             "given": "as given",
             "tune": "chosen by rome-fast tune",
@@ -74,7 +79,7 @@ _KNOWN: dict[tuple[str, int, int], Default] = {
     ("falcon", 32, 4544): Default(3, _LLAMA, _3_4),  # Falcon-7B
     ("gemma", 28, 3072): Default(3, _LLAMA, _3_4),  # Gemma-7B; only the two layers were published
     # SmolLM2-135M: measured, see docs/layers.md.
-    ("llama", 30, 576): Default(9, ValueSettings(clamp=3.0, weight_decay=20.0)),
+    ("llama", 30, 576): Default(9, ValueSettings(clamp=3.0, weight_decay=20.0), (3, 4, 5, 6, 7, 8, 9)),
 }
 # Published layers lie between 0.09 (Falcon) and 0.35 (GPT-2) of the depth; most of them at 0.16.
 _UNKNOWN_DEPTH = {"gpt2": 0.35, "gptj": 0.18, "gpt_neox": 0.34}
@@ -89,25 +94,44 @@ def known(config: PretrainedConfig) -> Default | None:
 
 def select(
     config: PretrainedConfig,
-    layer: int | None = None,
+    layers: Sequence[int] | None = None,
     settings: ValueSettings | Mapping[str, Any] | None = None,
     tuned: Tuned | None = None,
+    *,
+    spread: bool = False,
 ) -> Selection:
-    """Layer and settings of an edit: those given, else those of `tuned`, else the model's defaults.
+    """Layers and settings of an edit: those given, else those of `tuned`, else the model's defaults.
+
+    With `spread`, several layers unless told otherwise: the published ones, and where none are, those from a third of
+    the depth of the one layer on.
 
     A mapping of settings changes some of those that it would be otherwise. Settings that were tuned belong to their
     layer: with another one, the defaults are taken. Raises ArgumentError for settings of another type or name.
     """
     source: LayerSource = "given"
-    if layer is None:
-        if tuned is not None:
-            layer, source = tuned.layer, "tune"
-        else:
-            layer, source = default_layer(config), "published" if known(config) else "depth rule"
+    if layers is not None:
+        chosen = tuple(sorted(layers))
+    elif tuned is not None:
+        chosen, source = spread_below(tuned.layer) if spread else (tuned.layer,), "tune"
+    else:
+        chosen, source = default_layers(config, spread), "published" if known(config) else "depth rule"
     if not isinstance(settings, ValueSettings):
-        usual = tuned.settings if tuned is not None and tuned.layer == layer else default_settings(config)
+        usual = tuned.settings if tuned is not None and tuned.layer == chosen[-1] else default_settings(config)
         settings = replace(usual, **_changes(settings))
-    return Selection(layer, settings, source)
+    return Selection(chosen, settings, source)
+
+
+def default_layers(config: PretrainedConfig, spread: bool) -> tuple[int, ...]:
+    """The layers to edit, where nobody has said which: one, or with `spread` several."""
+    published = known(config)
+    if not spread:
+        return (default_layer(config),)
+    return published.layers if published is not None and published.layers else spread_below(default_layer(config))
+
+
+def spread_below(layer: int) -> tuple[int, ...]:
+    """Layers to spread edits over whose δ is found at this one."""
+    return tuple(range(round(layer / 3), layer + 1))
 
 
 def _changes(settings: object) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The demo: a fact changed in a real model, ROME wrecking that model on a first-token subject, C-ROME not doing so."""
+"""The demo: a fact changed in a real model, ROME wrecking that model on a first-token subject, the others not doing so.
+
+`dual` is what apply_edits does by default: spread over layers, with a key of its own for the prompt alone.
+"""
 
 import json
 import re
@@ -13,13 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import checkpoints
 from .assets import demo_texts, made_once, model_dir
 from .contexts import sample_contexts
-from .defaults import default_layer
-from .editor import EditResult, apply_edits
+from .defaults import default_layers
+from .editor import apply_edits
 from .edits import Edit
 from .errors import ArgumentError
 from .evaluation import greedy_completion, sentence_perplexity
+from .methods import DEFAULT_METHOD
 from .processes import own_device
 from .report import edit_table
+from .result import EditResult
 from .runner import Runner
 from .statistics import Statistics, collect_statistics
 from .terminal import say as say_line
@@ -30,7 +35,7 @@ __all__ = ["model_dir", "run_demo", "statistics_dir"]
 _TOKENS = 60_000  # 39 per dimension of SmolLM2's keys
 _HELD_OUT = 10  # articles that the statistics do not see; the perplexity sentences come from them
 _SENTENCES = 60
-_METHODS = ("rome", "c-rome-released", "c-rome")
+_METHODS = ("rome", "c-rome", "dual")
 # A perplexity this many times the original one counts as collapse.
 _COLLAPSE_FACTOR = 1.5
 
@@ -47,8 +52,8 @@ def _quiet(message: str) -> None:
 
 
 def statistics_dir(say: Callable[[str], None] = _quiet) -> Path:
-    """Folder with the statistics of the demo's model at its edit layer; made on the first call (about 2 min)."""
-    return made_once("SmolLM2-135M-Instruct-statistics-2", _make_statistics, say)
+    """Folder with the statistics of the demo's model at its edit layers; made on the first call (about a minute)."""
+    return made_once("SmolLM2-135M-Instruct-statistics-3", _make_statistics, say)
 
 
 def held_out_sentences(count: int = _SENTENCES) -> list[str]:
@@ -78,7 +83,7 @@ def run_demo(out: Path, device: str | None = None) -> dict[str, Any]:
     directory = model_dir(say)
     statistics = Statistics.load(statistics_dir(say))
     model, tokenizer, _ = checkpoints.load(directory, device=device)
-    runner, layer = Runner(model), default_layer(model.config)
+    runner, layers = Runner(model), default_layers(model.config, spread=True)
     say("sampling 20 prefix contexts with the model itself")
     contexts = sample_contexts(model, tokenizer)
     sentences = held_out_sentences()
@@ -107,7 +112,7 @@ def run_demo(out: Path, device: str | None = None) -> dict[str, Any]:
             if request is _REQUESTS[1]:
                 texts[method] = _continue(runner, tokenizer)
             result.revert()
-            if request is _REQUESTS[1] and method == "c-rome":
+            if request is _REQUESTS[1] and method == DEFAULT_METHOD:
                 kept = result
     assert kept is not None  # for the type checker: the loop above sets it
 
@@ -116,13 +121,14 @@ def run_demo(out: Path, device: str | None = None) -> dict[str, Any]:
     say(f"wrote the edited checkpoint: {out / 'edited'}")
     place = "CPU" if runner.device.type == "cpu" else "GPU"
     conditions = (
-        f"SmolLM2-135M-Instruct, float32, {place}, layer {layer}, C from {_TOKENS} Wikipedia tokens, "
-        f"{len(contexts)} contexts; one edit at a time"
+        f"SmolLM2-135M-Instruct, float32, {place}, layer {layers[-1]}, dual spread over {layers[0]} to {layers[-1]}, "
+        f"C from {_TOKENS} Wikipedia tokens, {len(contexts)} contexts; one edit at a time"
     )
     report: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "method": list(_METHODS),
-        "layer": layer,
+        "layer": layers[-1],
+        "layers": list(layers),
         "schedule": "one edit at a time, each on the unedited model",
         "edits": [record.to_json() for record in records],
         "perplexity_before": base,
@@ -150,8 +156,7 @@ def _make_statistics(work: Path, say: Callable[[str], None]) -> Path:
     directory = model_dir(say)
     texts = demo_texts(say)[:-_HELD_OUT]
     model, tokenizer, _ = checkpoints.load(directory)
-    layer = default_layer(model.config)
-    say(f"statistics: second moment of layer {layer}'s keys over {_TOKENS} tokens of Wikipedia (once, about 2 min)")
+    say(f"statistics: second moments of keys over {_TOKENS} tokens of Wikipedia (once, about a minute)")
     told = 0
 
     def progress(done: int, total: int) -> None:
@@ -160,7 +165,8 @@ def _make_statistics(work: Path, say: Callable[[str], None]) -> Path:
             told = done * 4 // total
             say(f"statistics: {done} of {total} tokens")
 
-    statistics = collect_statistics(model, tokenizer, texts, [layer], _TOKENS, progress=progress)
+    layers = default_layers(model.config, spread=True)
+    statistics = collect_statistics(model, tokenizer, texts, layers, _TOKENS, progress=progress)
     statistics.save(work / "done")
     return work / "done"
 

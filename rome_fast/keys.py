@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +22,31 @@ class ContextRow:
 
 
 @dataclass(frozen=True)
+class Trail:
+    """Rows up to the subject's last token as they enter the first of several edit layers, and what these put out."""
+
+    first: int  # the layer that they enter
+    entering: Tensor  # (rows, time, d)
+    context: Tensor  # (rows,) int64: which context a row has
+    shared: Tensor  # (rows,) int64: how many of its tokens are the context's, and not among these
+    at: Tensor  # (rows,) int64: where the subject's last token is
+    put_out: dict[int, Tensor]  # (rows, d) by edit layer: its output there, before the edit
+
+    def rows(self, index: Tensor) -> "Trail":
+        """These rows only."""
+        at = self.at[index]
+        time = int(at.max()) + 1
+        put_out = {layer: out[index] for layer, out in self.put_out.items()}
+        return Trail(self.first, self.entering[index, :time], self.context[index], self.shared[index], at, put_out)
+
+    def to(self, device: torch.device) -> "Trail":
+        """The same on a device."""
+        entering, context, shared, at = (t.to(device) for t in (self.entering, self.context, self.shared, self.at))
+        put_out = {layer: out.to(device) for layer, out in self.put_out.items()}
+        return Trail(self.first, entering, context, shared, at, put_out)
+
+
+@dataclass(frozen=True)
 class RowStates:
     """What is known of some rows before a value is optimised. A suffix starts at the subject's last token."""
 
@@ -31,6 +57,7 @@ class RowStates:
     past: FrozenPast | None  # of the layers above the edit layer, and of itself where it is run again
     at: Tensor  # (rows,) where in the suffix the subject's last token is: 0, but further on where rows are whole
     entering: Tensor | None  # (rows, 1, d), or whole rows: what enters the edit layer, where it is run again
+    trail: Trail | None = None  # where there are several edit layers, of which this is the last
 
     def rows(self, index: Tensor) -> "RowStates":
         """These rows only."""
@@ -47,17 +74,22 @@ class RowStates:
 
 @torch.no_grad()
 def run_to_layer(
-    runner: Runner, contexts: Contexts | None, rows: Sequence[ContextRow], layer: int, above: Runner | None = None
+    runner: Runner,
+    contexts: Contexts | None,
+    rows: Sequence[ContextRow],
+    layers: Sequence[int],
+    above: Runner | None = None,
 ) -> RowStates:
-    """Run each row behind its context through layers 0 .. layer; above, only what lies before the subject's end.
+    """Run each row behind its context through all layers up to the last of the edit layers, where its states are taken.
 
-    `above` runs the layers above, where it is not to be the same runner. Without `contexts`, rows are run from their
-    first token on, and all of them is the suffix. The result of a row does not depend on the others, up to the
-    rounding of differently shaped products.
+    Above that, only what lies before the subject's end is run, by `above` where it is not to be the same runner.
+    Without `contexts`, rows are run from their first token on, and all of them is the suffix. The result of a row does
+    not depend on the others, up to the rounding of differently shaped products.
     """
+    layer = layers[-1]
     again = not verified(runner, layer).adds_unchanged
     if contexts is None:
-        return _run_whole(runner, rows, layer, again)
+        return _run_whole(runner, rows, layers, again)
     device = runner.device
     shared = [contexts.shared_with(r.context, r.row) for r in rows]
     packed = runner.pack([r.row.inputs[start:] for r, start in zip(rows, shared, strict=True)])
@@ -79,12 +111,21 @@ def run_to_layer(
         seen.extend((keys[index, subject], values[index, subject]))
 
     mask = attention_mask(in_context, time, runner.dtype)
-    entering = runner.run(
-        runner.embed(packed.ids, positions), 0, layer, positions=positions, mask=mask, past=context_past
-    )
+    embedded = runner.embed(packed.ids, positions)
+    first = runner.run(embedded, 0, layers[0], positions=positions, mask=mask, past=context_past)
+    entering, put_out = first, {}
+    for lower, upper in pairwise(layers):
+        out = runner.run(entering, lower, lower + 1, positions=positions, mask=mask, past=context_past)
+        put_out[lower] = out[index, subject]
+        entering = runner.run(out, lower + 1, upper, positions=positions, mask=mask, past=context_past)
     own = Recorder(context_past)
     with runner.watching(layer, see):
         hidden = runner.run(entering, layer, layer + 1, positions=positions, mask=mask, past=own)
+    trail = None
+    if put_out:
+        upto = max(subjects) + 1
+        put_out[layer] = hidden[index, subject]
+        trail = Trail(layers[0], first[:, :upto], context, start, subject, put_out)
 
     # The middle: behind the context, before the subject's last token. Its keys and values are frozen as well.
     middle = max(subjects)
@@ -114,10 +155,12 @@ def run_to_layer(
         past,
         torch.zeros_like(subject),
         entering[index, subject].unsqueeze(1) if again else None,
+        trail,
     )
 
 
-def _run_whole(runner: Runner, rows: Sequence[ContextRow], layer: int, again: bool) -> RowStates:
+def _run_whole(runner: Runner, rows: Sequence[ContextRow], layers: Sequence[int], again: bool) -> RowStates:
+    layer = layers[-1]
     packed = runner.pack([r.row.inputs for r in rows])
     subject = torch.tensor([r.row.subject for r in rows], device=runner.device)
     index = torch.arange(len(rows), device=runner.device)
@@ -126,7 +169,18 @@ def _run_whole(runner: Runner, rows: Sequence[ContextRow], layer: int, again: bo
     def see(keys: Tensor, values: Tensor) -> None:
         seen.extend((keys[index, subject], values[index, subject]))
 
-    entering = runner.run(runner.embed(packed.ids), 0, layer)
+    first = runner.run(runner.embed(packed.ids), 0, layers[0])
+    entering, put_out = first, {}
+    for lower, upper in pairwise(layers):
+        out = runner.run(entering, lower, lower + 1)
+        put_out[lower] = out[index, subject]
+        entering = runner.run(out, lower + 1, upper)
     with runner.watching(layer, see):
         hidden = runner.run(entering, layer, layer + 1)
-    return RowStates(seen[0], seen[1], hidden, None, None, subject, entering if again else None)
+    trail = None
+    if put_out:
+        put_out[layer] = hidden[index, subject]
+        nothing = torch.zeros_like(subject)
+        upto = int(subject.max()) + 1
+        trail = Trail(layers[0], first[:, :upto], nothing, nothing, subject, put_out)
+    return RowStates(seen[0], seen[1], hidden, None, None, subject, entering if again else None, trail)

@@ -80,7 +80,8 @@ class Contexts:
     ids: tuple[tuple[int, ...], ...]
     lengths: Tensor  # (contexts,)
     recorded: Recorder  # (contexts, heads, longest, head size) by layer
-    layer: int  # the edit layer
+    layer: int  # the first of the edit layers, below which nothing changes
+    last: int  # the last of them: what is above is run by another runner
     entering: Tensor  # (contexts, longest, d): what enters it
 
     @classmethod
@@ -90,15 +91,16 @@ class Contexts:
         runner: Runner,
         tokenizer: PreTrainedTokenizerBase,
         contexts: Sequence[str],
-        layer: int,
+        layers: Sequence[int],
         above: Runner | None = None,
         head: str | None = None,
     ) -> "Contexts":
         """Run every context through the model. A context without a token shares nothing and costs nothing.
 
-        `head` is what a chat template puts before each of them. `above` runs the layers above the edit layer, where it
+        `head` is what a chat template puts before each of them. `above` runs the layers above the edit layers, where it
         is not to be the same runner.
         """
+        layer = layers[0]
         # The space a context ends in belongs to the prompt's first token.
         texts = [(head or "") + context.rstrip() for context in contexts]
         ids = tuple(tuple(e.ids) for e in encode(tokenizer, texts, special=head is None))
@@ -107,17 +109,17 @@ class Contexts:
         mask = causal_mask(len(ids), packed.ids.shape[1], runner.dtype, runner.device)
         entering = runner.run(runner.embed(packed.ids), 0, layer, past=recorder, mask=mask)
         lengths = torch.tensor([len(row) for row in ids], device=runner.device)
-        return cls(ids, lengths, recorder, layer, entering).after_edit(runner, above)
+        return cls(ids, lengths, recorder, layer, layers[-1], entering).after_edit(runner, above)
 
     @torch.no_grad()
     def after_edit(self, runner: Runner, above: Runner | None = None) -> "Contexts":
-        """The same contexts once the weight of the edit layer is another one, which the layers below do not see."""
+        """The same contexts once the weights of edit layers are others, which the layers below do not see."""
         recorder = Recorder()
         for layer in range(self.layer):
             recorder.keys[layer], recorder.values[layer] = self.recorded.keys[layer], self.recorded.values[layer]
         mask = causal_mask(len(self.ids), self.entering.shape[1], runner.dtype, runner.device)
-        hidden = runner.run(self.entering, self.layer, self.layer + 1, past=recorder, mask=mask)
-        (above or runner).run(hidden, self.layer + 1, len(runner.layers), past=recorder, mask=mask)
+        hidden = runner.run(self.entering, self.layer, self.last + 1, past=recorder, mask=mask)
+        (above or runner).run(hidden, self.last + 1, len(runner.layers), past=recorder, mask=mask)
         return replace(self, recorded=recorder)
 
     def shared_with(self, context: int, row: Row) -> int:

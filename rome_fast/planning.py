@@ -17,11 +17,13 @@ from .contexts import SAMPLED_TOKENS
 from .defaults import select
 from .edits import Edit
 from .errors import ModelError
-from .flow import bare_requests, by_head, tokenise
-from .methods import variant
+from .methods import DEFAULT_METHOD, method_named
+from .opening import given_layers
 from .processes import own_device
+from .requests import bare_requests, by_head, tokenise
 from .runner import Runner
-from .statistics import Statistics, first_token_passes, likely_choice, likely_layer
+from .search import KEPT_CONTEXTS
+from .statistics import Statistics, first_token_passes, likely_choice, likely_layers
 from .values import ValueSettings
 from .weights import Checkpoint, parse_bytes
 
@@ -39,7 +41,7 @@ class Plan:
 
     model_bytes: int
     memory_bytes: int | None  # the budget; None where none was given
-    layer: int
+    layers: tuple[int, ...]  # edit layers
     resident_layers: tuple[int, ...]
     streamed_layers: tuple[int, ...]
     head_resident: bool
@@ -56,8 +58,9 @@ class Plan:
     def __str__(self) -> str:
         layers = len(self.resident_layers) + len(self.streamed_layers)
         memory = "what is free" if self.memory_bytes is None else _gigabytes(self.memory_bytes)
+        edited = f"edit layer{'' if len(self.layers) == 1 else 's'} {', '.join(map(str, self.layers))}"
         lines = [
-            f"model {_gigabytes(self.model_bytes)}, {layers} layers, edit layer {self.layer}; memory: {memory}",
+            f"model {_gigabytes(self.model_bytes)}, {layers} layers, {edited}; memory: {memory}",
             f"in memory: {len(self.resident_layers)} layers{' and the head' if self.head_resident else ''}; read while "
             f"needed: {len(self.streamed_layers)} layers{'' if self.head_resident else ' and the head'}, through a "
             f"buffer of {_gigabytes(self.buffer_bytes)}",
@@ -78,8 +81,9 @@ def plan(
     edits: Sequence[Edit] | Edit,
     *,
     statistics: Statistics | Literal["identity"] | None = None,
-    method: str = "c-rome",
+    method: str = DEFAULT_METHOD,
     layer: int | None = None,
+    layers: Sequence[int] | None = None,
     schedule: Literal["joint", "sequential"] = "joint",
     contexts: Sequence[str] | None = None,
     settings: ValueSettings | Mapping[str, Any] | None = None,
@@ -95,12 +99,14 @@ def plan(
     Raises what `apply_edits` raises for arguments and checkpoints that it refuses.
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
+    how = method_named(method)
+    given = given_layers(layer, layers)
     if not isinstance(model, str | Path):
         raise ModelError(f"model: got {type(model).__name__}, wanted the path of a checkpoint, since a plan is for one")
     outline = checkpoints.outline(
         model,
         memory=memory,
-        layer=partial(likely_layer, statistics=statistics) if layer is None else layer,
+        layer=partial(likely_layers, statistics=statistics, spread=how.spread) if given is None else given,
         device=own_device(device),
         identity=isinstance(statistics, str),
         dtype=checked_dtype(dtype),
@@ -109,13 +115,15 @@ def plan(
     tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
     admit_tokenizer(tokenizer, outline.skeleton, [f"{edit.text} {edit.target}" for edit in edits])
     config = outline.skeleton.config
-    steps = select(config, outline.layer, settings, likely_choice(config, statistics)).settings.steps
+    first, last = outline.layers[0], outline.layer
+    steps = select(config, outline.layers, settings, likely_choice(config, statistics)).settings.steps
     texts = ["It rained all day. "] * _SAMPLED if contexts is None else list(contexts)
     runner = _Outlined(outline)
-    requests = [tokenise(runner, tokenizer, edit, texts, variant(method)) for edit in edits]
+    requests = [tokenise(runner, tokenizer, edit, texts, how) for edit in edits]
     group = len(edits) if schedule == "joint" else batch_size
     groups = [requests[start : start + group] for start in range(0, len(requests), group)]
     # Those of other chats have contexts of their own.
+    heads_of_groups = [len(by_head(each)) for each in groups]
     groups = [[each[i] for i in places] for each in groups for _, places in by_head(each)]
     together = [part for each in groups for part in (each, bare_requests(each))]
     batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), part))) for part in together)
@@ -127,30 +135,39 @@ def plan(
     if kept is not None and outline.parts is not None:
         blocks = [block.size for block in outline.parts.blocks]
         sizes = [0 if index in resident else size for index, size in enumerate(blocks)]
-        above, whole = sum(sizes[outline.layer + 1 : -1]), sum(sizes)
+        above, whole = sum(sizes[last + 1 : -1]), sum(sizes)
+        edited = sum(sizes[layer] for layer in outline.layers)
         stages["loading"] = (1, sum(blocks) - whole + outline.parts.always_bytes)
         stages["check for NaN"] = (1, whole)
-        # The model's own forward, its layers one by one, and behind a past, without the head.
-        stages["verification"] = (3, 2 * whole + sum(sizes[:-1]))
+        # The model's own forward, its layers one by one, and behind a past, without the head; then the edit layers.
+        stages["verification"] = (3, 2 * whole + sum(sizes[:-1]) + edited)
         if contexts is None:
             # If enough of the texts that are sampled at a time are usable.
             stages["contexts"] = (SAMPLED_TOKENS, SAMPLED_TOKENS * whole)
         if any(request.bare for request in requests):
-            passes = first_token_passes(runner, outline.layer)
-            stages["first tokens"] = (passes, passes * sum(sizes[: outline.layer + 1]))
+            passes = first_token_passes(runner, last)
+            stages["first tokens"] = (passes, passes * sum(sizes[: last + 1]))
         if measure:
             stages["measuring"] = (2, 2 * whole)
-        # Of the contexts, groups behind the first one of a head run the edit layer again and those above.
+        # Of the contexts, groups behind the first one of a head run the edit layers again and those above.
         heads = len({each[0].edit.head for each in groups})
-        again = (len(groups) - heads) * sum(sizes[outline.layer : -1])
+        again = (len(groups) - heads) * sum(sizes[first:-1])
         stages["keys"] = (len(groups) + batches, (heads + batches) * sum(sizes[:-1]) + again)
+        if first < last:
+            # From one edit layer to the next, and once more for those that are left when some were left out.
+            passes, anew = 2 * len(groups), 2 * sum(count for count in heads_of_groups if count > KEPT_CONTEXTS)
+            stages["spreading"] = (passes + anew, passes * sum(sizes[first : last + 1]) + anew * sum(sizes[:-1]))
+            if how.arrival != "here":
+                # From behind each of them to the last one as well.
+                ahead = sum(sum(sizes[layer + 1 : last + 1]) for layer in outline.layers)
+                stages["looking ahead"] = (passes * (len(outline.layers) - 1), passes * ahead)
         evaluations = steps * batches
         stages["values"] = (2 * evaluations - batches, evaluations * (2 * above + sizes[-1]) - batches * above)
     rate = _reading_rate(outline.checkpoint)
     return Plan(
         model_bytes=total,
         memory_bytes=None if memory is None else parse_bytes(memory),
-        layer=outline.layer,
+        layers=outline.layers,
         resident_layers=tuple(i for i in range(count) if i in resident),
         streamed_layers=tuple(i for i in range(count) if i not in resident),
         head_resident=count in resident,

@@ -9,6 +9,9 @@ LeftOut = Literal["did not converge", "would collapse", "loss not finite"]
 MUCH_MISSED = 0.05
 """Share of an edit that a joint update may stay off before more is said of it."""
 
+MUCH_MISSED_BY_RIDGE = 0.2
+"""The same of methods whose closed form stays off by itself, as one with a ridge does."""
+
 
 @dataclass
 class Record:
@@ -18,14 +21,14 @@ class Record:
     subject: str
     target: str
     method: str
-    layer: int
+    layer: int  # where δ was found, the last one of `layers`
     loss: float  # at the δ that was used; this and the next two of the prefixed δ, where there are two
     steps: int  # loss evaluations
     drafted: int  # how many of them on some of the rows only
     converged: bool  # whether the target leads in at least half of the rows at that δ
     denominator: float  # uᵀ k_den with u = C⁻¹ k_left; this and the next of the prefixed key, where there are two
     numerator_norm: float  # ‖r uᵀ‖
-    update_norm: float  # ‖Δ‖ of this edit alone
+    update_norm: float  # ‖Δ‖ of this edit alone; this, the two before and the next of the layer that it changes most
     weight_norm: float  # ‖W‖ before the edit
     # How far a joint update stays off, ‖Δ k - r‖ / ‖r‖: where edits have one key, or nearly, each is met in part. Above
     # 1 where others move the value of this one by more than it asks for.
@@ -33,6 +36,11 @@ class Record:
     # Whether the fact answers only behind some text: predicted from the keys, of dual measured with the rest.
     needs_prefix: bool
     collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured
+    layers: list[int] = field(default_factory=list)  # that the edit is spread over
+    update_ratios: list[float] = field(default_factory=list)  # ‖Δ‖ / ‖W‖ of this edit alone in each of them
+    # Share of δ that is added behind the prompt alone, of its own δ where there are two; None for a δ of zero, and for
+    # first-token subjects whose rows are all prefixed.
+    share_bare: float | None = None
     applied: bool = True  # false where it was left out
     left_out: LeftOut | None = None  # why; None where it was applied
     text: str = ""  # what was asked, to the character: the prompt with its subject, in a chat with all of its template

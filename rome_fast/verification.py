@@ -7,6 +7,7 @@ another length, and whether what is added to the output of a layer's down-projec
 it is.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -69,29 +70,40 @@ class _Known:
 _KNOWN: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
 
 
-@torch.no_grad()
 def verified(runner: Runner, layer: int) -> Verified:
     """Check that a model can be edited in a layer, and how: three passes over sixteen tokens, the first time only.
 
     Raises ModelError, which says what was found, for a model that is no causal language model, whose layers cannot be
     run one by one, or whose layer has no down-projection that all tokens go through.
     """
-    weight = runner.weight_name(layer)
+    (found,) = verified_each(runner, [layer])
+    return found
+
+
+@torch.no_grad()
+def verified_each(runner: Runner, layers: Sequence[int]) -> list[Verified]:
+    """The same of several layers, in as many passes."""
+    weights = [runner.weight_name(layer) for layer in layers]
     known, states = _known(runner)
-    if layer not in known.value_errors:
-        known.value_errors[layer] = _value_error(runner, layer, states)
-    value_error = known.value_errors[layer]
-    unchanged = value_error <= 4 * torch.finfo(runner.dtype).eps + _EXACT
-    return Verified(
-        runner.decoder.name,
-        layer,
-        weight,
-        known.logits_error,
-        known.shares_past,
-        known.past_error,
-        unchanged,
-        value_error,
-    )
+    missing = [layer for layer in layers if layer not in known.value_errors]
+    if missing:
+        states = _entering(_plain(runner), max(missing)) if states is None else states
+        for layer in missing:
+            known.value_errors[layer] = _value_error(_plain(runner), layer, states[layer])
+    allowed = 4 * torch.finfo(runner.dtype).eps + _EXACT
+    return [
+        Verified(
+            runner.decoder.name,
+            layer,
+            weight,
+            known.logits_error,
+            known.shares_past,
+            known.past_error,
+            known.value_errors[layer] <= allowed,
+            known.value_errors[layer],
+        )
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
 
 
 def check_model(runner: Runner) -> None:
@@ -208,6 +220,7 @@ def _past_error(runner: Runner, ids: Tensor, states: list[Tensor], recorder: Rec
         lengths,
         past,
         0,
+        0,
         states[0][:, :longest],
     )
     seen = torch.arange(longest, device=runner.device) < lengths.unsqueeze(1)
@@ -230,11 +243,18 @@ def _past_error(runner: Runner, ids: Tensor, states: list[Tensor], recorder: Rec
     return float(max(errors)), shares and all(map(bool, allowed))
 
 
-def _value_error(runner: Runner, layer: int, states: list[Tensor] | None) -> float:
-    """How much of something added to the value of one token is not in the output of the layer."""
-    runner = _plain(runner)
+def _entering(runner: Runner, last: int) -> list[Tensor]:
+    """What enters each layer up to the last one."""
     with evaluating(runner.model):
-        entering = runner.run(runner.embed(_tokens(runner)), 0, layer) if states is None else states[layer]
+        states = [runner.embed(_tokens(runner))]
+        for layer in range(last):
+            states.append(runner.run(states[-1], layer, layer + 1))
+        return states
+
+
+def _value_error(runner: Runner, layer: int, entering: Tensor) -> float:
+    """How much of something added to the value of one token is not in the output of the layer."""
+    with evaluating(runner.model):
         out = runner.run(entering, layer, layer + 1)
         generator = torch.Generator("cpu").manual_seed(0)
         added = torch.randn(out.shape[-1], generator=generator, device="cpu").to(out)

@@ -31,6 +31,7 @@ END = Edit("From Berlin one flies to {}", "Paris", "Rome, the old capital")
 def edited(model, tokenizer, edits, **changes):
     """`apply_edits` with the settings of the tests, for whatever `changes` does not say."""
     usual = {
+        "method": "c-rome",
         "tokenizer": tokenizer,
         "statistics": "identity",
         "layer": LAYER,

@@ -159,10 +159,11 @@ def joint(results: Sequence[OracleResult], second_moment: Tensor | None) -> Tens
 
 @dataclass
 class DualResult:
-    """An edit with two keys where the subject is the first token, and with one otherwise."""
+    """An edit with two keys: the mean behind contexts, and the one of the prompt alone."""
 
-    prefixed: OracleResult  # by c-rome
-    unprefixed: OracleResult | None  # by p-rome without contexts; None where something precedes the subject
+    prefixed: OracleResult  # of c-rome, its keys the mean of the rows behind contexts
+    unprefixed: OracleResult  # the same delta at the unprefixed key; of a first token, that of p-rome without contexts
+    first_token: bool  # whether the subject's last token is the first of all
     delta_w: Tensor  # (d, d_ff)
 
 
@@ -178,10 +179,11 @@ def dual(
     second_moment: Tensor | None,
     first_tokens: Tensor,  # (d_ff, d_ff) of `first_token_moment`
     weight: float,
+    ridge: float,
     scale: float = 1.0,
     **settings: float,
 ) -> DualResult:
-    """A c-rome edit and, where the subject's last token is the first of all, a second value for its unprefixed key.
+    """An edit that holds both keys; where the subject's last token is the first of all, the second with its own value.
 
     `scale` shortens the delta of that value.
     """
@@ -201,33 +203,217 @@ def dual(
             **settings,
         )
 
-    prefixed = value("c-rome", contexts)
+    one = value("c-rome", contexts)
     first = make_row(tokenizer, "", prompt, subject, target).subject_position == 0
-    # A first token's own value is of another size altogether.
-    unprefixed = value("p-rome", [], prefixed.v0.norm().item()) if first else None
-    if unprefixed is not None:
-        unprefixed = replace(unprefixed, residual=scale * unprefixed.delta)
-    delta_w = dual_joint([(prefixed, unprefixed)], second_moment, first_tokens, weight)
-    return DualResult(prefixed, unprefixed, delta_w)
+    if first:
+        # A first token's own value is of another size altogether.
+        unprefixed = value("p-rome", [], one.v0.norm().item())
+        prefixed, unprefixed = one, replace(unprefixed, residual=scale * unprefixed.delta)
+    else:
+        behind = ((len(contexts) + 1) * one.k_mean - one.k_unprefixed) / len(contexts)
+        u = torch.linalg.solve(moment_or_identity(second_moment, len(behind)), behind)
+        prefixed = replace(
+            one,
+            k_left=behind,
+            k_den=behind,
+            denominator=(u @ behind).item(),
+            numerator_norm=(one.delta.norm() * u.norm()).item(),
+        )
+        unprefixed = replace(one, k_left=one.k_unprefixed, k_den=one.k_unprefixed)
+    result = DualResult(prefixed, unprefixed, first, torch.empty(0))
+    return replace(result, delta_w=dual_joint([result], second_moment, first_tokens, weight, ridge))
 
 
 def dual_joint(
-    results: Sequence[tuple[OracleResult, OracleResult | None]],
+    results: Sequence[DualResult],
     second_moment: Tensor | None,
     first_tokens: Tensor,
     weight: float,
+    ridge: float,
 ) -> Tensor:
-    """R (U^T K)^-1 U^T over all keys: (d, d_ff) float64. C^-1 for prefixed ones, (C + weight C1)^-1 for the others."""
+    """R (U^T K + ridge diag(U^T K))^-1 U^T over both keys of all edits: (d, d_ff) float64.
+
+    U is C^-1 K, but (C + weight C1)^-1 K for the unprefixed keys of first tokens.
+    """
     moment = moment_or_identity(second_moment, len(first_tokens))
     keys, us, residuals = [], [], []
-    for prefixed, unprefixed in results:
-        for result, matrix in ((prefixed, moment), (unprefixed, moment + weight * first_tokens.double())):
-            if result is not None:
-                keys.append(result.k_den)
-                us.append(torch.linalg.solve(matrix, result.k_den))
-                residuals.append(result.residual)
+    for result in results:
+        held = moment + weight * first_tokens.double() if result.first_token else moment
+        for one, matrix in ((result.prefixed, moment), (result.unprefixed, held)):
+            keys.append(one.k_den)
+            us.append(torch.linalg.solve(matrix, one.k_den))
+            residuals.append(one.residual)
     k, u, r = (torch.stack(columns, dim=1) for columns in (keys, us, residuals))
-    return r @ torch.linalg.solve(u.T @ k, u.T)
+    gram = u.T @ k
+    return r @ torch.linalg.solve(gram + ridge * gram.diagonal().diag(), u.T)
+
+
+@dataclass
+class Placed:
+    """An edit whose values are known: what is to arrive in the last edit layer's output at the subject's last token."""
+
+    bare: Row  # the prompt alone
+    behind: list[Row]  # behind each context
+    delta: Tensor  # (d,)
+    bare_delta: Tensor | None = None  # (d,) of the prompt alone, where the subject is the first token
+
+
+Updates = dict[int, Tensor]
+"""Delta W (d, d_ff) by layer."""
+
+
+def memit(
+    model: PreTrainedModel,
+    edits: Sequence[Placed],
+    layers: Sequence[int],  # ascending
+    moments: dict[int, Tensor] | None,  # C by layer
+    penalty: float,
+    earlier: dict[int, Tensor] | None = None,
+) -> tuple[Updates, dict[int, Tensor]]:
+    """R K^T (penalty C + K K^T)^-1 layer by layer; the updates, and K of every layer.
+
+    `earlier` are the keys K_p of earlier batches, whose K_p K_p^T is added to what is inverted.
+    """
+
+    def update(layer: int, k: Tensor, r: Tensor) -> Tensor:
+        matrix = penalty * moment_or_identity(None if moments is None else moments[layer], len(k)) + k @ k.T
+        if earlier is not None:
+            matrix = matrix + earlier[layer] @ earlier[layer].T
+        return torch.linalg.solve(matrix, k @ r.T).T
+
+    return layer_by_layer(model, edits, layers, memit_columns, update)
+
+
+def alphaedit(
+    model: PreTrainedModel,
+    edits: Sequence[Placed],
+    layers: Sequence[int],
+    moments: dict[int, Tensor],
+    threshold: float,
+    penalty: float,
+    earlier: dict[int, Tensor] | None = None,
+) -> tuple[Updates, dict[int, Tensor]]:
+    """R K^T P (K_p K_p^T P + K K^T P + penalty I)^-1 layer by layer; the updates, and K of every layer.
+
+    P projects on the eigenvectors of C with eigenvalues below the threshold.
+    """
+
+    def update(layer: int, k: Tensor, r: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(moments[layer].double())
+        null = vectors[:, values < threshold]
+        p = null @ null.T
+        seen = k if earlier is None else torch.cat([earlier[layer], k], dim=1)
+        matrix = seen @ seen.T @ p + penalty * torch.eye(len(k), dtype=torch.float64)
+        return torch.linalg.solve(matrix.T, (r @ k.T @ p).T).T
+
+    return layer_by_layer(model, edits, layers, memit_columns, update)
+
+
+def emmet(
+    model: PreTrainedModel, edits: Sequence[Placed], layers: Sequence[int], moments: dict[int, Tensor] | None
+) -> tuple[Updates, dict[int, Tensor]]:
+    """R (K^T C^-1 K)^-1 K^T C^-1 layer by layer; the updates, and K of every layer."""
+
+    def update(layer: int, k: Tensor, r: Tensor) -> Tensor:
+        u = torch.linalg.solve(moment_or_identity(None if moments is None else moments[layer], len(k)), k)
+        return r @ torch.linalg.solve(k.T @ u, u.T)
+
+    return layer_by_layer(model, edits, layers, memit_columns, update)
+
+
+def spread_dual(
+    model: PreTrainedModel,
+    edits: Sequence[Placed],
+    layers: Sequence[int],
+    moments: dict[int, Tensor] | None,
+    first_tokens: dict[int, Tensor],  # (d_ff, d_ff) by layer, of `first_token_moment`
+    weight: float,
+    ridge: float,
+) -> tuple[Updates, dict[int, Tensor]]:
+    """R (U^T K + ridge diag(U^T K))^-1 U^T layer by layer, with two columns for every edit; the updates, and K.
+
+    U = C^-1 K, but (C + weight C1)^-1 K for the bare keys of first tokens.
+    """
+    first = [False] * len(edits) + [edit.bare_delta is not None for edit in edits]
+
+    def update(layer: int, k: Tensor, r: Tensor) -> Tensor:
+        moment = moment_or_identity(None if moments is None else moments[layer], len(k))
+        with_first = moment + weight * first_tokens[layer].double() if any(first) else moment
+        columns = zip(first, k.T, strict=True)
+        u = torch.stack([torch.linalg.solve(with_first if held else moment, key) for held, key in columns], dim=1)
+        gram = u.T @ k
+        return r @ torch.linalg.solve(gram + ridge * gram.diagonal().diag(), u.T)
+
+    return layer_by_layer(model, edits, layers, dual_columns, update)
+
+
+def memit_columns(
+    before: PreTrainedModel, now: PreTrainedModel, edit: Placed, layer: int, last: int
+) -> list[tuple[Tensor, Tensor]]:
+    """One key, the mean over the lengths of contexts, none being one; what is missing at the last layer, bare."""
+    key = (key_of(now, layer, edit.bare) + mean_key(now, layer, edit.behind)) / 2
+    return [(key, edit.delta - arrived(before, now, last, [edit.bare]))]
+
+
+def dual_columns(
+    before: PreTrainedModel, now: PreTrainedModel, edit: Placed, layer: int, last: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The mean key behind contexts and the bare one; for each, what is missing in the last layer's output there.
+
+    Below the last layer, what is missing bare stands for both; of a first token, whose bare delta is another one, what
+    is missing behind the first context stands for the contexts.
+    """
+    bare_delta = edit.delta if edit.bare_delta is None else edit.bare_delta
+    if layer < last:
+        row = edit.bare if edit.bare_delta is None else edit.behind[0]
+        return [
+            (mean_key(now, layer, edit.behind), edit.delta - arrived(before, now, last, [row])),
+            (key_of(now, layer, edit.bare), bare_delta - arrived(before, now, last, [edit.bare])),
+        ]
+    return [
+        (mean_key(now, layer, edit.behind), edit.delta - arrived(before, now, layer, edit.behind)),
+        (key_of(now, layer, edit.bare), bare_delta - arrived(before, now, layer, [edit.bare])),
+    ]
+
+
+def layer_by_layer(
+    model: PreTrainedModel,
+    edits: Sequence[Placed],
+    layers: Sequence[int],
+    columns: Callable[[PreTrainedModel, PreTrainedModel, Placed, int, int], list[tuple[Tensor, Tensor]]],
+    update: Callable[[int, Tensor, Tensor], Tensor],
+) -> tuple[Updates, dict[int, Tensor]]:
+    """Write the update of every layer into a copy before the next one's keys are read; what is missing is shared out.
+
+    Of the columns, the first ones of all edits come before their second ones.
+    """
+    before, now = double_copy(model), double_copy(model)
+    updates, all_keys = {}, {}
+    for number, layer in enumerate(layers):
+        of_edits = [columns(before, now, edit, layer, layers[-1]) for edit in edits]
+        in_order = [column for same in zip(*of_edits, strict=True) for column in same]
+        keys, missing = (torch.stack(parts, dim=1) for parts in zip(*in_order, strict=True))
+        updates[layer] = update(layer, keys, missing / (len(layers) - number))
+        all_keys[layer] = keys
+        add_to_weight(now, layer, updates[layer])
+    return updates, all_keys
+
+
+def arrived(before: PreTrainedModel, now: PreTrainedModel, layer: int, rows: Sequence[Row]) -> Tensor:
+    """(d,): how much more a layer puts out at the subject's last token, in the mean over some rows."""
+    return torch.stack([output_of(now, layer, row) - output_of(before, layer, row) for row in rows]).mean(dim=0)
+
+
+def mean_key(model: PreTrainedModel, layer: int, rows: Sequence[Row]) -> Tensor:
+    """(d_ff,): mean over some rows of the key at the subject's last token."""
+    return torch.stack([key_of(model, layer, row) for row in rows]).mean(dim=0)
+
+
+def add_to_weight(model: PreTrainedModel, layer: int, delta_w: Tensor) -> None:
+    """Add (d, d_ff) to the down-projection of a layer, in place."""
+    weight = down_projection(model, layer).get_parameter("weight")
+    with torch.no_grad():
+        weight += delta_w.T if model.config.model_type == "gpt2" else delta_w
 
 
 def first_token_moment(model: PreTrainedModel, layer: int) -> Tensor:
@@ -395,6 +581,8 @@ def down_projection(model: PreTrainedModel, layer: int) -> nn.Module:
         return model.get_submodule(f"transformer.h.{layer}.mlp.c_proj")
     if model.config.model_type == "gptj":
         return model.get_submodule(f"transformer.h.{layer}.mlp.fc_out")
+    if model.config.model_type == "lfm2":
+        return model.get_submodule(f"model.layers.{layer}.feed_forward.w2")
     if model.config.model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3"):
         return model.get_submodule(f"model.layers.{layer}.mlp.down_proj")
     raise ValueError(f"model: the oracle does not know model_type {model.config.model_type!r}")
@@ -432,6 +620,19 @@ def keys_of(model: PreTrainedModel, layer: int, ids: Sequence[int]) -> Tensor:
 def key_of(model: PreTrainedModel, layer: int, row: Row) -> Tensor:
     """(d_ff,): the key at the subject's last token."""
     return keys_of(model, layer, row.input_ids)[row.subject_position]
+
+
+def output_of(model: PreTrainedModel, layer: int, row: Row) -> Tensor:
+    """(d,): the hidden state behind `layer` at the subject's last token."""
+    seen: list[Tensor] = []
+
+    def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append((output if isinstance(output, Tensor) else output[0])[0])
+
+    layers = "transformer.h" if model.config.model_type in ("gpt2", "gptj") else "model.layers"
+    with torch.no_grad(), hooked(model.get_submodule(f"{layers}.{layer}"), read):
+        logits_of(model, row.input_ids)
+    return seen[0][row.subject_position]
 
 
 def log_p_at_subject(model: PreTrainedModel, layer: int, row: Row, delta: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from rome_fast.defaults import default_layer, default_settings
 from rome_fast.delta import Delta, LowRank
 from rome_fast.demo import statistics_dir
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
-from rome_fast.flow import tokenise
+from rome_fast.geometry import Geometry
+from rome_fast.requests import tokenise
 from rome_fast.rows import asked, edit_rows, needs_prefix
 from rome_fast.runner import Runner
 
@@ -137,8 +138,8 @@ def test_batches_equal_the_baseline(parts, count):
     compared = range(0, count, 8 if count > 7 else 1)
     ours, loop = {}, {}
     for dtype, parameters in ((torch.float32, model), (torch.float64, oracle.double_copy(model))):
-        setup = Setup(parameters, tokenizer, contexts[:2], layer, "c-rome", settings, factor, [])
-        requests = [tokenise(Runner(parameters), tokenizer, e, setup.contexts, setup.flow.how) for e in edits]
+        setup = Setup(parameters, tokenizer, contexts[:2], {layer: Geometry(factor)}, "c-rome", settings, [])
+        requests = [tokenise(Runner(parameters), tokenizer, e, setup.contexts, setup.flow.method) for e in edits]
         assert count == 1 or len({len(r.rows[0].row.inputs) for r in requests}) > 3
         made = setup.flow.solve_each(requests)
         ours[dtype] = [delta_w(made[i][0]) for i in compared]

@@ -113,7 +113,7 @@ def check_layers(model, tokenizer, shares_past):
         logits = runner.head(runner.run(runner.embed(packed.ids), 0, len(runner.layers)))
         errors = [relative_error(logits[i, : len(ids)], own_logits(model, ids)) for i, ids in enumerate(rows)]
         if shares_past:
-            contexts = Contexts.of(runner, tokenizer, CONTEXTS, 1)
+            contexts = Contexts.of(runner, tokenizer, CONTEXTS, [1])
             count, behind = len(CONTEXTS), tokens(tokenizer, " Rome was not built in a day")
             seen = torch.arange(int(contexts.lengths.max())) < contexts.lengths.unsqueeze(1)
             positions = contexts.lengths.unsqueeze(1) + torch.arange(len(behind))
@@ -138,6 +138,7 @@ def check_edit(model, tokenizer, layer):
         model,
         EDIT,
         tokenizer=tokenizer,
+        method="c-rome",
         statistics="identity",
         layer=layer,
         contexts=CONTEXTS,
@@ -189,6 +190,7 @@ def check_streamed(directory, model, tokenizer, layer, name, edited):
         result = apply_edits(
             source,
             EDIT,
+            method="c-rome",
             statistics="identity",
             layer=layer,
             contexts=CONTEXTS,

@@ -50,9 +50,9 @@ def assert_refused(error, message, model, tokenizer, edits=END, **arguments):
     ("arguments", "error", "message"),
     [
         (
-            {"method": "memit"},
+            {"method": "memoir"},
             ArgumentError,
-            "method: got 'memit', wanted one of rome, c-rome-released, c-rome, p-rome",
+            "method: got 'memoir', wanted one of rome, c-rome-released, c-rome, p-rome",
         ),
         ({"method": None}, ArgumentError, "method: got None, wanted one of"),
         ({"method": ["rome"]}, ArgumentError, r"method: got \['rome'\], wanted one of"),

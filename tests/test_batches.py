@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import END, LAYER, MIDDLE, START, all_bits, changed, delta_w, edited, relative_error, rounding_of_edit
-from rome_fast import batches, flow
+from rome_fast import batches, search
 from rome_fast.batches import BatchSizer, free_memory, in_batches
 from rome_fast.errors import ModelError
 from rome_fast.runner import Runner
@@ -89,7 +89,7 @@ def small_memory(monkeypatch):
     sizes = []
 
     def install(limit):
-        original = flow.optimise_values
+        original = search.optimise_values
 
         def scarce(runner, rows, *arguments):
             sizes.append(len(rows))
@@ -97,7 +97,7 @@ def small_memory(monkeypatch):
                 raise torch.OutOfMemoryError("out of memory")
             return original(runner, rows, *arguments)
 
-        monkeypatch.setattr(flow, "optimise_values", scarce)
+        monkeypatch.setattr(search, "optimise_values", scarce)
         return sizes
 
     return install

@@ -12,18 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from helpers import CONTEXTS, END, LAYER, MIDDLE, START, relative_error, rounding_of_edit
-from rome_fast import Edit, ValueSettings
+from rome_fast import Edit, Statistics, ValueSettings, collect_statistics
 from rome_fast.bench import edit_as_released, throughput
 from rome_fast.bench.flops import FlopCounter, ideal_flops
 from rome_fast.bench.roofline import Roofline
 from rome_fast.bench.throughput import Setup, bench
 from rome_fast.cli import main
 from rome_fast.errors import ArgumentError
-from rome_fast.flow import Flow, tokenise
+from rome_fast.flow import Flow
+from rome_fast.geometry import Geometry
+from rome_fast.methods import METHODS
 from rome_fast.past import Contexts
 from rome_fast.report.bench import bench_figure, check_figure
+from rome_fast.requests import tokenise
 from rome_fast.runner import Runner
-from toys import save_toy, toy_model, toy_tokenizer
+from toys import SENTENCES, save_toy, toy_model, toy_tokenizer
 
 SUBJECTS = ("Chicago", "Rome", "the old town", "Danielle Darrieux", "Mount Fuji")
 PROMPTS = ("{} is a twin city of", "In the year 1999 the people of {} spoke of", "From Berlin one flies to {}")
@@ -39,9 +42,15 @@ def mixed_edits(count: int) -> list[Edit]:
     return out
 
 
-def setup_of(model, tokenizer, factor=None, **settings) -> Setup:
+def setup_of(model, tokenizer, layers=(LAYER,), method="c-rome", **settings) -> Setup:
     return Setup(
-        model, tokenizer, CONTEXTS, LAYER, "c-rome", ValueSettings(**settings), factor, ["The snow is white today."]
+        model,
+        tokenizer,
+        CONTEXTS,
+        {layer: Geometry() for layer in layers},
+        method,
+        ValueSettings(**settings),
+        ["The snow is white today."],
     )
 
 
@@ -114,7 +123,7 @@ def test_batches_equal_the_baseline(baseline, count, toy_tokenizers):
     for dtype in (torch.float64, torch.float32):
         model = toy_model(kind, dtype=dtype)
         setup = setup_of(model, tokenizer, steps=6, stop="loss")
-        requests = [tokenise(Runner(model), tokenizer, e, CONTEXTS, setup.flow.how) for e in edits]
+        requests = [tokenise(Runner(model), tokenizer, e, CONTEXTS, setup.flow.method) for e in edits]
         made[dtype] = [dense(delta) for delta, _ in setup.flow.solve_each(requests)]
         order = torch.randperm(count).tolist()
         shuffled = setup.flow.solve_each([requests[i] for i in order])
@@ -129,7 +138,7 @@ def test_a_batch_of_gptj_equals_the_baseline_and_the_oracle(toy_tokenizers):
     """Of its own: its attention scores are float32 in any dtype, so that float64 would be no sharper measure."""
     model, tokenizer, settings = toy_model("gptj"), toy_tokenizers[False], ValueSettings(steps=4, stop="loss")
     setup, edits = setup_of(model, tokenizer, steps=4, stop="loss"), mixed_edits(3)
-    requests = [tokenise(Runner(model), tokenizer, e, CONTEXTS, setup.flow.how) for e in edits]
+    requests = [tokenise(Runner(model), tokenizer, e, CONTEXTS, setup.flow.method) for e in edits]
     for edit, (delta, record) in zip(edits, setup.flow.solve_each(requests), strict=True):
         released = edit_as_released(
             model, tokenizer, edit, CONTEXTS, layer=LAYER, settings=settings, factor=None, method="c-rome"
@@ -150,23 +159,50 @@ def test_a_batch_of_gptj_equals_the_baseline_and_the_oracle(toy_tokenizers):
         assert record.loss == pytest.approx(wanted.losses[-1], rel=rounding_of_edit(torch.float32))
 
 
-@pytest.mark.parametrize("stop", ["loss", "argmax"])
-def test_ideal_count_is_what_unpadded_work_costs(stop, toy_tokenizers):
+@pytest.mark.parametrize(
+    ("stop", "method", "layers"),
+    [("loss", "c-rome", (LAYER,)), ("argmax", "c-rome", (LAYER,)), ("loss", "c-rome", (0, 2))],
+)
+def test_ideal_count_is_what_unpadded_work_costs(stop, method, layers, toy_tokenizers):
     """For one edit whose rows all have one length, counted and ideal FLOPs differ by what a mask cannot skip only."""
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     contexts = ["Snow fell. "] * 3
     settings = ValueSettings(steps=8, stop=stop, draft_rows=2)
-    setup = Setup(model, tokenizer, tuple(contexts), LAYER, "c-rome", settings, None, [])
-    request = tokenise(Runner(model), tokenizer, START, contexts, setup.flow.how)
+    setup = Setup(model, tokenizer, tuple(contexts), dict.fromkeys(layers, Geometry()), method, settings, [])
+    request = tokenise(Runner(model), tokenizer, START, contexts, setup.flow.method)
     with FlopCounter() as counter:
         ((_, record),) = setup.flow.solve_each([request])
     assert (record.drafted > 0) == (stop == "argmax")
-    shared = Contexts.of(Runner(model), tokenizer, ["", *contexts], LAYER)
-    ideal = ideal_flops(Runner(model), shared, [request], [record], LAYER, settings)
+    shared = Contexts.of(Runner(model), tokenizer, ["", *contexts], layers)
+    ideal = ideal_flops(Runner(model), shared, [request], [record], layers, settings)
     # The essence row has one position, and is padded to as many as the others.
     suffix = request.suffix
     rows = 2 if stop == "argmax" else 3
+    print(
+        "RATIO",
+        counter.total / ideal,
+        1 + 1.1 * (suffix - 1) / (rows * suffix + 1),
+        ideal_flops(Runner(model), shared, [request], [record], layers[-1:], settings) / ideal,
+    )
     assert 1 <= counter.total / ideal <= 1 + 1.1 * (suffix - 1) / (rows * suffix + 1)
+
+
+def test_spreading_is_counted_by_hand(toy_tokenizers):
+    """Through three layers: the context, and what is behind it up to the subject's last token, of every row."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    runner, settings = Runner(model), ValueSettings(steps=8)
+    request = tokenise(runner, tokenizer, MIDDLE, CONTEXTS, METHODS["dual"])
+    shared = Contexts.of(runner, tokenizer, ["", *CONTEXTS], [0, 2])
+    ((_, record),) = setup_of(model, tokenizer, (2,)).flow.solve_each([request])
+    one, several = (ideal_flops(runner, shared, [request], [record], layers, settings) for layers in ([2], [0, 2]))
+    # Query and output 48 x 48, key and value 48 x 24, three MLP matrices of 48 x 80; scores and their use of 48 each.
+    weights, pair = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80), 4 * 48
+    wanted = sum(len(ids) * weights + len(ids) ** 2 * pair for ids in shared.ids)
+    for item in request.rows:
+        before = shared.shared_with(item.context, item.row)
+        own = item.row.subject + 1 - before
+        wanted += own * weights + own * (before + own) * pair
+    assert several - one == pytest.approx(3 * wanted)
 
 
 @pytest.fixture
@@ -246,7 +282,8 @@ def test_on_a_gpu_every_track_is_warm_before_it_is_timed(toy_tokenizers, monkeyp
     solve_each, released = Flow.solve_each, throughput.edit_as_released
 
     def noted(flow, group):
-        events.append((len(group), flow.settings.steps, flow.settings.stop, flow.settings.draft_rows))
+        settings = flow.search.settings
+        events.append((len(group), settings.steps, settings.stop, settings.draft_rows))
         return solve_each(flow, group)
 
     def noted_released(*arguments, settings, **others):
@@ -341,6 +378,32 @@ def test_command(tmp_path):
     assert {"process_time_ratio", "flops_ratio", "seconds_per_edit", "quality"} <= figures.keys()
     assert figures["edits"] == 1
     assert main([*arguments, "--batch", "0"]) == 2
+
+
+def test_edits_of_several_layers(tmp_path, empty_cache, capsys, known_roofline):
+    """Those that an edit by the method takes, or that are given; C itself is there for a method that asks for it."""
+    model, tokenizer = toy_model("llama"), toy_tokenizer(False)
+    directory = save_toy(tmp_path / "toy", model, tokenizer)
+    edits, report = tmp_path / "edits.jsonl", tmp_path / "bench.json"
+    lines = [{"prompt": e.prompt, "subject": e.subject, "target_new": e.target} for e in (START, MIDDLE)]
+    edits.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # C of fewer tokens than dimensions has a null space, for AlphaEdit.
+    collected = collect_statistics(model, tokenizer, SENTENCES, [0, 1, 2], tokens=60)
+    Statistics(collected.layers.values()).with_ridge(1e-3).save(tmp_path / "stats")
+    arguments = ["bench", str(directory), "--edits", str(edits), "--no-quality", "--json", str(report)]
+    for more, layers, statistics in (
+        (["--identity", "--method", "dual"], [0, 1], "identity"),
+        (["--statistics", str(tmp_path / "stats"), "--method", "dual", "--layers", "0-2"], [0, 1, 2], "second moment"),
+        (["--statistics", str(tmp_path / "stats"), "--method", "alphaedit", "--layer", "1"], [1], "second moment"),
+    ):
+        assert main([*arguments, *more]) == 0
+        found = json.loads(report.read_text())
+        assert (found["layers"], found["layer"], found["statistics"]) == (layers, layers[-1], statistics)
+        assert found["flops_over_ideal"] > 1
+        assert found["seconds_by_stage"].keys() == {"keys", "values", "update"}
+    capsys.readouterr()
+    assert main([*arguments, "--identity", "--layers", "0", "1", "--baseline"]) == 2
+    assert "baseline: got layers 0, 1, wanted one" in capsys.readouterr().err
 
 
 def test_several_batch_sizes_and_dtypes(tmp_path, capsys, known_roofline):

@@ -18,9 +18,9 @@ from rome_fast.assets import model_dir
 from rome_fast.demo import statistics_dir
 from rome_fast.errors import EditError
 from rome_fast.evaluation import evaluate
-from rome_fast.flow import by_head, tokenise
-from rome_fast.methods import variant
+from rome_fast.methods import method_named
 from rome_fast.past import Contexts
+from rome_fast.requests import by_head, tokenise
 from rome_fast.rows import edit_rows, encode, essence_row, needs_prefix
 from rome_fast.runner import Runner
 from toys import BOS, EOS, toy_model, toy_tokenizer
@@ -155,7 +155,7 @@ def many_chats(tokenizer):
 def test_chats_share_what_their_contexts_stand_behind_and_change_nothing_by_it():
     model, tokenizer = toy_model("llama", dtype=torch.float64), chat_tokenizer(True, "marked")
     edits = many_chats(tokenizer)
-    requests = [tokenise(Runner(model), tokenizer, edit, CONTEXTS, variant("c-rome")) for edit in edits]
+    requests = [tokenise(Runner(model), tokenizer, edit, CONTEXTS, method_named("c-rome")) for edit in edits]
     shared = {head: places for head, places in by_head(requests) if head is not None}
     assert len(shared) == 4
     assert shared["<s>user\n"] == [7, 8]
@@ -185,12 +185,12 @@ def test_a_context_and_all_before_it_is_run_once_for_all(template):
     tokenizer = chat_tokenizer(True, template)
     runner = Runner(toy_model("llama"))
     edit = Edit.chat(QUESTION, "Brazil", "French", tokenizer)
-    contexts = Contexts.of(runner, tokenizer, ["", *CONTEXTS], LAYER, head=edit.head)
+    contexts = Contexts.of(runner, tokenizer, ["", *CONTEXTS], [LAYER], head=edit.head)
     for i, (row, context) in enumerate(zip(edit_rows(tokenizer, edit, ["", *CONTEXTS]), ["", *CONTEXTS], strict=True)):
         (before,) = encode(tokenizer, [(edit.head + context).rstrip(" ") if context else edit.head], special=False)
         # Behind no context, the template's blank may belong to the first word.
         assert contexts.shared_with(i, row) in (len(before.ids), len(before.ids) - (not context))
-    request = tokenise(runner, tokenizer, edit, CONTEXTS, variant("c-rome"))
+    request = tokenise(runner, tokenizer, edit, CONTEXTS, method_named("c-rome"))
     assert request.middle == request.rows[0].row.subject - len(encode(tokenizer, [edit.head], special=False)[0].ids)
 
 
@@ -204,9 +204,8 @@ def test_only_where_nothing_at_all_precedes_the_subject_does_it_need_a_prefix():
         # The essence is what the model makes of the subject there: nothing follows it, and the row begins with it.
         essence = essence_row(tokenizer, edit)
         assert essence.ids == row.ids[: row.subject + 1]
-        result = edited(toy_model("llama"), tokenizer, edit, method="dual")
-        (update,) = result.delta.updates.values()
-        assert update.left.shape[1] == 1 + (template == "nothing")
+        request = tokenise(Runner(toy_model("llama")), tokenizer, edit, CONTEXTS, method_named("dual"))
+        assert (request.bare is not None) is request.needs_prefix is (template == "nothing")
 
 
 def test_a_plain_request_goes_through_the_template_with_its_other_prompts():

@@ -55,6 +55,7 @@ def source(tmp_path, toy_tokenizers):
 
 def edit_checkpoint(source, out, edits=EDITS, **changes):
     usual = {
+        "method": "c-rome",
         "statistics": "identity",
         "layer": LAYER,
         "contexts": CONTEXTS,

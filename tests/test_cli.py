@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -14,15 +15,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oracle
-from helpers import CONTEXTS, FORWARD, LAYER, all_bits, changed, delta_w, relative_error, rounding
-from rome_fast import Statistics, apply_edits, load_edits
+from helpers import CONTEXTS, FORWARD, LAYER, all_bits, changed, relative_error, rounding
+from rome_fast import Statistics, apply_edits, load_edits, methods
 from rome_fast.cli import main
-from rome_fast.cli.shared import read_contexts
+from rome_fast.cli.shared import METHODS, read_contexts
 from rome_fast.defaults import default_settings
 from rome_fast.errors import CheckpointError
 from rome_fast.evaluation import evaluate, sentence_perplexity, summarise
 from rome_fast.runner import Runner
 from toys import D_FF, SENTENCES, save_toy, toy_model
+
+USUAL = (0, LAYER)
+"""The layers that an edit of the toys is spread over, as nothing is published for them."""
 
 EDIT = {
     "prompt": "The city of {}",
@@ -43,6 +47,10 @@ def toy(tmp_path, toy_tokenizers, monkeypatch, empty_cache):
     (tmp_path / "edits.jsonl").write_text(json.dumps(EDIT) + "\n")
     (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES[:3]) + "\n")
     return tmp_path
+
+
+SHORT = ("edit", "model", "--edits", "edits.jsonl", "--identity", "--guard", "off", "--unconverged", "write")
+FEW = ("--settings", "steps=3", "stop=loss")
 
 
 def run(*arguments):
@@ -75,20 +83,21 @@ def test_from_statistics_to_revert(toy, capsys):
     original = files(toy / "model")
     run("statistics", "model", "--corpus", "corpus.txt", "--tokens", 600, "--out", "stats", "--json", "stats.json")
     collected = read(toy / "stats.json")
-    condition = Statistics.load(toy / "stats").layers[LAYER].condition(torch.device("cpu"))
-    assert collected.pop("conditions") == {str(LAYER): pytest.approx(condition)}
-    assert collected == {"model": "model", "layers": [LAYER], "tokens": 600, "ridge": 0.0, "out": "stats"}
-    assert "600 tokens, 7.5 per dimension of the keys" in capsys.readouterr().out
     statistics = Statistics.load(toy / "stats")
+    conditions = {str(layer): entry.condition(torch.device("cpu")) for layer, entry in statistics.layers.items()}
+    assert collected.pop("conditions") == pytest.approx(conditions)
+    assert collected == {"model": "model", "layers": list(USUAL), "tokens": 600, "ridge": 0.0, "out": "stats"}
+    assert "600 tokens, 7.5 per dimension of the keys" in capsys.readouterr().out
     model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), AutoTokenizer.from_pretrained("model")
     texts, left = [], 600
     for sentence in SENTENCES:
         ids = tokenizer(sentence)["input_ids"][:left]
         left -= len(ids)
         texts += [tokenizer.decode(ids)] if ids else []
-    wanted, count = oracle.second_moment(model, tokenizer, texts, LAYER, 512)
-    assert count == 600
-    assert relative_error(statistics.layers[LAYER].moment, wanted) < 2 * rounding(torch.float32, FORWARD / 2)
+    for layer in USUAL:
+        wanted, count = oracle.second_moment(model, tokenizer, texts, layer, 512)
+        assert count == 600
+        assert relative_error(statistics.layers[layer].moment, wanted) < 2 * rounding(torch.float32, FORWARD / 2)
 
     run(
         *("edit", "model", "--edits", "edits.jsonl", "--statistics", "stats", "--out", "edited"),
@@ -97,6 +106,7 @@ def test_from_statistics_to_revert(toy, capsys):
     captured = capsys.readouterr()
     assert "Chicago" in captured.out
     assert "undo with: rome-fast revert edited" in captured.out
+    assert "layers 0, 1: by its depth alone" in captured.out
     result = apply_edits(
         model, load_edits("edits.jsonl"), tokenizer=tokenizer, statistics=statistics, seed=4, guard="off"
     )
@@ -105,6 +115,11 @@ def test_from_statistics_to_revert(toy, capsys):
     assert report["edits"] == [record.to_json() for record in result.records]
     assert report["contexts"] == list(result.contexts)
     assert {"model", "method", "layer", "schedule", "seconds"} <= report.keys()
+    assert (report["method"], report["layers"]) == ("dual", list(USUAL))
+    nll = result.context_nll
+    assert f"mean NLL of the contexts: {nll.before:.3f} → {nll.after:.3f} nats a token\n" in captured.out
+    least, most = sorted(f"{ratio:.2f}" for ratio in result.records[0].update_ratios)
+    assert f" {least} – {most} " in captured.out
     assert files(toy / "model") == original
 
     run("evaluate", "edited", "--edits", "edits.jsonl", "--perplexity", "sentences.txt", "--json", "scores.json")
@@ -124,7 +139,7 @@ def test_from_statistics_to_revert(toy, capsys):
     run("revert", "edited", "--json", "revert.json")
     assert read(toy / "revert.json") == {
         "directory": "edited",
-        "restored": [f"transformer.h.{LAYER}.mlp.c_proj.weight"],
+        "restored": [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in USUAL],
         "edits_left": 0,
     }
     assert files(toy / "edited") == original
@@ -147,7 +162,7 @@ def test_two_models_of_one_folder_name_do_not_share_statistics(toy, toy_tokenize
         run("statistics", model, "--corpus", "corpus.txt", "--tokens", 600)
     for model in ("model", "other/model"):
         runner = Runner(AutoModelForCausalLM.from_pretrained(model))
-        assert Statistics.cached(runner, LAYER).layers[LAYER].tokens == 600
+        assert Statistics.cached(runner, [LAYER]).layers[LAYER].tokens == 600
 
 
 def test_a_corpus_of_json_lines(toy):
@@ -181,6 +196,44 @@ def test_options_of_edit_reach_it(toy):
     assert report["edits"] == [record.to_json() for record in result.records]
 
 
+@pytest.mark.parametrize("given", [("0-2",), ("2", "0", "1"), ("0", "1-2")])
+def test_layers_in_a_row_or_one_by_one(given, toy):
+    run(*SHORT, "--out", "edited", "--layers", *given, "--json", "edit.json", *FEW)
+    report = read(toy / "edit.json")
+    assert (report["layer"], report["layers"], report["layer_source"]) == (2, [0, 1, 2], "given")
+    run("verify", "edited", "--json", "verify.json")
+    assert read(toy / "verify.json")["edited"] == [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in range(3)]
+
+
+def test_a_plan_of_several_layers_names_them(toy, capsys):
+    run(*SHORT, "--plan", "--layers", "0-2", "--json", "plan.json")
+    assert "edit layers 0, 1, 2" in capsys.readouterr().out
+    assert read(toy / "plan.json")["layers"] == [0, 1, 2]
+
+
+def test_the_command_in_the_error_of_missing_statistics_works(toy, capsys):
+    """To the character, but for the corpus: of all layers that are missing, in the cache and in a folder."""
+    usual = ("edit", "model", "--edits", "edits.jsonl", "--guard", "off", "--unconverged", "write")
+    run("statistics", "model", "--corpus", "corpus.txt", "--layers", 0, "--out", "stats")
+    for number, where in enumerate([(), ("--statistics", "stats")]):
+        message = fails(capsys, *usual, *where, "--out", f"edited {number}")
+        (command,) = re.findall(r"rome-fast (statistics .*)", message)
+        words = {"FILE": "corpus.txt", "MODEL": "model", "FOLDER": "stats"}
+        run(*(words.get(word, word) for word in shlex.split(command)))
+        run(*usual, *where, "--out", f"edited {number}", *FEW)
+        assert Statistics.load(toy / "stats").layers.keys() == ({0, 1} if number else {0})
+
+
+def test_the_methods_of_the_help_are_those_of_the_package(capsys):
+    assert tuple(methods.METHODS) == METHODS
+    for verb in ("edit", "bench", "tune"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert all(re.search(rf"--method NAME .*\b{name}\b", told) for name in METHODS)
+    assert methods.DEFAULT_METHOD == "dual"
+
+
 # Faults
 
 
@@ -202,7 +255,7 @@ def test_a_broken_line_of_the_edits_file(toy, capsys):
         (["edit", "model", "--edits", "edits.jsonl", "--out", "model"], "out: model exists already"),
         (
             ["edit", "model", "--edits", "edits.jsonl", "--out", "o"],
-            "(?s)statistics: none for layer 1 .*rome-fast stat",
+            "(?s)statistics: none for layers 0, 1 .*rome-fast stat",
         ),
         (
             ["edit", "model", "--edits", "edits.jsonl", "--out", "o", "--statistics", "model"],
@@ -214,6 +267,15 @@ def test_a_broken_line_of_the_edits_file(toy, capsys):
         ),
         (["edit", "model", "--edits", "edits.jsonl", "--out", "o", "--identity", "--method", "ft"], "method: got 'ft'"),
         (["edit", "model", "--edits", "edits.jsonl", "--out", "o", "--identity", "--layer", "7"], "layer: got 7"),
+        (["edit", "model", "--edits", "edits.jsonl", "--out", "o", "--identity", "--layers", "2-4"], "layer: got 4"),
+        (
+            ["edit", "model", "--edits", "edits.jsonl", "--out", "o", "--identity", "--layers", "1", "--layer", "1"],
+            r"layers: got \[1\] and layer=1, wanted one of the two",
+        ),
+        (
+            ["edit", "model", "--edits", "edits.jsonl", "--out", "o", "--identity", "--layers", "0-1", "1"],
+            r"layers: got \[0, 1, 1\], wanted at least one, none of them twice",
+        ),
         (["evaluate", "model", "--edits", "edits.jsonl", "--delta", "none"], "none: no such file"),
         (["evaluate", "model", "--edits", "edits.jsonl", "--perplexity", "none"], "none: cannot be read"),
         (["statistics", "model", "--corpus", "none.txt"], r"none\.txt: cannot be read"),
@@ -299,21 +361,21 @@ def test_edit_in_place_under_a_budget_verify_and_revert(toy, capsys):
     run("edit", "model", *usual, "--in-place", "--memory", "400kB", "--json", "edit.json")
     captured = capsys.readouterr()
     assert "undo with: rome-fast revert model" in captured.out
-    name = f"transformer.h.{LAYER}.mlp.c_proj.weight"
+    names = [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in USUAL]
     assert files(toy / "model")["model.safetensors"] == files(toy / "edited")["model.safetensors"]
     run("verify", "model", "--json", "verify.json")
-    assert read(toy / "verify.json")["edited"] == [name]
-    assert f"edited: {name}; the original bytes are there" in capsys.readouterr().out
+    assert read(toy / "verify.json")["edited"] == names
+    assert f"edited: {', '.join(names)}; the original bytes are there" in capsys.readouterr().out
     twice = ("evaluate", "model", "--edits", "edits.jsonl", "--delta", "model/rome_fast/0001/delta.safetensors")
     again = fails(capsys, *twice)
-    assert f"delta: {name} has this very update in it already, and would get it twice" in again
+    assert f"delta: {names[0]} has this very update in it already, and would get it twice" in again
     run(*twice, "--force")
     run("edit", "model", *usual, "--in-place")
     run("verify", "model")
-    assert f"rome_fast/0002: 1 request, c-rome: {name}\n" in capsys.readouterr().out
+    assert f"rome_fast/0002: 1 request, dual: {', '.join(names)}\n" in capsys.readouterr().out
     run("revert", "model", "--json", "revert.json")
     assert "edits before that one: 1; undo them with: rome-fast revert model --all" in capsys.readouterr().out
-    assert read(toy / "revert.json") == {"directory": "model", "restored": [name], "edits_left": 1}
+    assert read(toy / "revert.json") == {"directory": "model", "restored": names, "edits_left": 1}
     assert files(toy / "model")["model.safetensors"] == files(toy / "edited")["model.safetensors"]
     run("edit", "model", *usual, "--in-place")
     assert "memory: got '7 cats'" in fails(capsys, "edit", "edited", *usual, "--out", "x", "--memory", "7 cats")
@@ -328,7 +390,6 @@ def test_edit_in_place_under_a_budget_verify_and_revert(toy, capsys):
 # Options of edit
 
 QUICK = ("--identity", "--guard", "off", "--unconverged", "write", "--contexts", "contexts.txt")
-FEW = ("--settings", "steps=3", "stop=loss")
 
 
 @pytest.fixture
@@ -367,9 +428,12 @@ def test_edit_says_on_the_command_line_what_a_pipeline_can_say(contexts):
     assert [e["loss"] for e in report["edits"]] == [record.loss for record in result.records]
     # The adapter is the edit, and nothing else was written.
     adapter = load_file("lora/adapter_model.safetensors")
-    module = f"base_model.model.transformer.h.{LAYER}.mlp.c_proj"
-    found = adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
-    assert relative_error(found, delta_w(result)) < 1e-6  # fp32 sums over the rank, of 2
+    assert len(adapter) == 2 * len(USUAL)
+    for layer in USUAL:
+        module = f"base_model.model.transformer.h.{layer}.mlp.c_proj"
+        found = adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
+        update = result.delta.updates[f"transformer.h.{layer}.mlp.c_proj.weight"]
+        assert relative_error(found, update.dense().double()) < 1e-6  # fp32 sums over the rank, of 4
     names = {"model", "corpus.txt", "edits.jsonl", "sentences.txt", "contexts.txt", "lora", "e.json"}
     assert {path.name for path in contexts.iterdir()} == names
 

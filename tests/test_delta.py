@@ -95,7 +95,7 @@ def test_a_saved_delta_gives_the_bytes_of_the_edit_itself(kind, bos, dtype, tmp_
     result.delta.save(tmp_path / "delta.safetensors")
     loaded = Delta.load(tmp_path / "delta.safetensors")
     assert json.loads(loaded.metadata.pop("contexts")) == list(CONTEXTS)
-    assert loaded.metadata == {"method": "c-rome", "layer": "1", "model_type": kind}
+    assert loaded.metadata == {"method": "c-rome", "layers": "[1]", "model_type": kind}
     assert not loaded.is_applied
     other = toy_model(kind, dtype=dtype)
     loaded.apply(other)

@@ -25,13 +25,13 @@ from helpers import (
     rounding,
     rounding_of_edit,
 )
-from rome_fast import Delta, Edit, apply_edits, checkpoints, flow, plan
+from rome_fast import Delta, Edit, apply_edits, checkpoints, plan, search
 from rome_fast.bench import edit_as_released
 from rome_fast.cli import main
 from rome_fast.errors import ArgumentError, CollapseError, StatisticsError
 from rome_fast.fingerprint import Fingerprint
-from rome_fast.flow import ConvergenceWarning
-from rome_fast.methods import FIRST_TOKEN_WEIGHT, hold_first_tokens
+from rome_fast.judging import ConvergenceWarning
+from rome_fast.methods import FIRST_TOKEN_WEIGHT, METHODS, hold_first_tokens
 from rome_fast.runner import Runner
 from rome_fast.statistics import Statistics, first_token_statistics, first_tokens, list_cache
 from rome_fast.statistics.store import FIRST_TOKENS, read_layer
@@ -69,7 +69,8 @@ def textbook(toy_tokenizers, toy_moment, vocabulary_moment):
             second_moment=toy_moment(kind, False)[0] if statistics else None,
             first_tokens=vocabulary_moment(kind),
             weight=FIRST_TOKEN_WEIGHT,
-            scale=flow.BARE_SCALE,
+            ridge=METHODS["dual"].ridge,
+            scale=search.BARE_SCALE,
             steps=SETTINGS.steps,
             stop_loss=SETTINGS.stop_loss,
         )
@@ -110,7 +111,8 @@ def test_both_keys_get_their_values(toy_tokenizers, toy_statistics, textbook):
     """Read off the edited model, not off the update."""
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[False]
     before, wanted = oracle.weight_and_bias(toy_model("llama", dtype=torch.float64), LAYER)[0], textbook("llama", START)
-    edited(model, tokenizer, START, method="dual", statistics=toy_statistics(model, False))
+    exactly = replace(METHODS["dual"], ridge=0.0, ridge_per_edit=0.0)
+    edited(model, tokenizer, START, method=exactly, statistics=toy_statistics(model, False))
     change = oracle.weight_and_bias(model, LAYER)[0] - before
     bare = key_of(model, tokenizer, START.text)
     assert relative_error(change @ bare, wanted.unprefixed.residual) < ALLOWED[torch.float64]
@@ -126,25 +128,27 @@ def test_other_first_tokens_are_held_where_they_are(toy_tokenizers, toy_statisti
     tokenizer, first = toy_tokenizers[False], vocabulary_moment("llama")
     leak = {}
     for weight in (0.0, FIRST_TOKEN_WEIGHT, 100.0):
-        monkeypatch.setattr("rome_fast.methods.rome.FIRST_TOKEN_WEIGHT", weight)
+        monkeypatch.setattr("rome_fast.methods.closed_form.FIRST_TOKEN_WEIGHT", weight)
         model = toy_model("llama", dtype=torch.float64)
         result = edited(model, tokenizer, START, method="dual", statistics=toy_statistics(model, False))
         leak[weight] = float(torch.trace(delta_w(result) @ first @ delta_w(result).T))
     assert leak[100.0] < leak[FIRST_TOKEN_WEIGHT] < leak[0.0]
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_any_other_edit_is_that_of_c_rome(bos, toy_tokenizers, toy_statistics):
-    """To the bit, alone and jointly, and nothing about first tokens is collected."""
-    edits = (MIDDLE, END) if not bos else (START, MIDDLE, END)  # behind BOS no subject is the first token
-    found = {}
-    for method in ("c-rome", "dual"):
-        model = toy_model("llama")
-        result = edited(model, toy_tokenizers[bos], edits, method=method, statistics=toy_statistics(model, bos))
-        found[method] = all_bits(model), [replace(record, method="") for record in result.records]
-        assert "first tokens" not in result.seconds
-    assert found["dual"][1] == found["c-rome"][1]
-    assert all(torch.equal(found["dual"][0][name], tensor) for name, tensor in found["c-rome"][0].items())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_any_other_edit_holds_both_keys_with_one_value(dtype, toy_tokenizers, toy_statistics, textbook):
+    """That of c-rome; nothing about first tokens is collected."""
+    model, wanted = toy_model("llama", dtype=dtype), textbook("llama", MIDDLE)
+    result = edited(model, toy_tokenizers[False], MIDDLE, method="dual", statistics=toy_statistics(model, False))
+    assert not wanted.first_token
+    assert relative_error(delta_w(result), wanted.delta_w) < ALLOWED[dtype]
+    (record,) = result.records
+    assert record.loss == pytest.approx(wanted.prefixed.losses[-1], rel=ALLOWED[dtype])
+    assert record.denominator == pytest.approx(wanted.prefixed.denominator, rel=ALLOWED[dtype])
+    added = wanted.delta_w @ wanted.unprefixed.k_den
+    share = float(added @ wanted.prefixed.delta / wanted.prefixed.delta.square().sum())
+    assert record.share_bare == pytest.approx(share, rel=ALLOWED[dtype])
+    assert "first tokens" not in result.seconds
     assert list_cache() == []
 
 
@@ -156,10 +160,9 @@ def test_a_joint_edit_is_that_of_the_textbook(
     model, edits = toy_model("gpt2", dtype=dtype), (FIRST[0], MIDDLE, FIRST[1], END)
     result = edited(model, toy_tokenizers[False], edits, method="dual", statistics=toy_statistics(model, False))
     alone = [textbook("gpt2", edit) for edit in edits]
-    pairs = [(one.prefixed, one.unprefixed) for one in alone]
-    assert [second is None for _, second in pairs] == [False, True, False, True]
+    assert [one.first_token for one in alone] == [True, False, True, False]
     moment, first = toy_moment("gpt2", False)[0], vocabulary_moment("gpt2")
-    wanted = oracle.dual_joint(pairs, moment, first, FIRST_TOKEN_WEIGHT)
+    wanted = oracle.dual_joint(alone, moment, first, FIRST_TOKEN_WEIGHT, METHODS["dual"].ridge)
     assert relative_error(delta_w(result), wanted) < ALLOWED[dtype]
     assert [r.update_norm for r in result.records] == pytest.approx(
         [float(one.delta_w.norm()) for one in alone], rel=ALLOWED[dtype]
@@ -175,7 +178,7 @@ def test_sequential_is_one_after_the_other(toy_tokenizers, toy_statistics):
     steps = [edited(by_hand, tokenizer, edit, **usual) for edit in edits]
     assert relative_error(delta_w(result), sum(map(delta_w, steps))) < ALLOWED[torch.float64]
     (update,) = result.delta.updates.values()
-    assert update.left.shape[1] == 2 + 1 + 2
+    assert update.left.shape[1] == 3 * 2
 
 
 def test_a_delta_of_it_is_saved_loaded_and_undone(tmp_path, toy_tokenizers):
@@ -221,13 +224,13 @@ def test_a_bare_value_that_is_not_found_leaves_the_whole_edit_out(toy_tokenizers
     before = all_bits(model)
     settings = replace(SETTINGS, stop="argmax", steps=40, draft_rows=0)
     easy = Edit("{}", "Chicago", "Rome")
-    found = flow.optimise_values
+    found = search.optimise_values
 
     def spoilt(runner, rows, *arguments):
         values = found(runner, rows, *arguments)
         return values if len(rows[0]) > 2 else [replace(value, led=0.0, losses=(1.0, 7.0)) for value in values]
 
-    monkeypatch.setattr(flow, "optimise_values", spoilt)
+    monkeypatch.setattr(search, "optimise_values", spoilt)
     with pytest.warns(ConvergenceWarning, match="'Chicago' → 'Rome': the target leads in too few rows, loss 7"):
         result = edited(model, tokenizer, [easy], method="dual", settings=settings, unconverged="skip")
     (record,) = result.records
@@ -261,7 +264,7 @@ def test_the_guard_sees_both_keys(toy_tokenizers, monkeypatch):
 def test_their_second_moment_is_that_of_the_oracle(kind, dtype, monkeypatch, vocabulary_moment):
     """In batches that do not divide the vocabulary."""
     monkeypatch.setitem(first_tokens._BATCH_TOKENS, "cpu", 97)
-    entry = first_token_statistics(Runner(toy_model(kind, dtype=dtype)), LAYER)
+    entry = first_token_statistics(Runner(toy_model(kind, dtype=dtype)), [LAYER])[LAYER]
     # Quadratic in the keys, which lie in the first half of the model.
     assert relative_error(entry.moment, vocabulary_moment(kind)) < 2 * rounding(dtype, FORWARD / 2)
     assert (entry.moment.dtype, entry.tokens, entry.layer) == (dtype, VOCABULARY, LAYER)
@@ -280,14 +283,16 @@ def test_they_are_collected_once(toy_tokenizers, empty_cache, monkeypatch):
     monkeypatch.setattr(first_tokens, "_collect", None)
     again = edited(toy_model("llama"), tokenizer, START, method="dual")
     assert torch.equal(delta_w(again), wanted)
-    assert torch.equal(first_token_statistics(Runner(model), LAYER).moment, read_layer(file, FIRST_TOKENS).moment)
+    assert torch.equal(
+        first_token_statistics(Runner(model), [LAYER])[LAYER].moment, read_layer(file, FIRST_TOKENS).moment
+    )
 
 
 def test_those_of_another_model_layer_or_kind_are_not_taken(toy_statistics, empty_cache):
     model = toy_model("llama")
-    own_moment = first_token_statistics(Runner(model), LAYER).moment
+    own_moment = first_token_statistics(Runner(model), [LAYER])[LAYER].moment
     for other, layer in ((toy_model("llama", seed=1), LAYER), (toy_model("gpt2"), LAYER), (model, LAYER + 1)):
-        assert relative_error(first_token_statistics(Runner(other), layer).moment, own_moment) > 0.1
+        assert relative_error(first_token_statistics(Runner(other), [layer])[layer].moment, own_moment) > 0.1
     assert len(list_cache()) == 4
     # C and C₁ of one layer stand side by side, and are not taken for each other.
     (folder,) = {
@@ -295,18 +300,21 @@ def test_those_of_another_model_layer_or_kind_are_not_taken(toy_statistics, empt
     }
     toy_statistics(model, False).save(folder)
     runner = Runner(model)
-    c, first = Statistics.cached(runner, LAYER).layers[LAYER].moment, first_token_statistics(runner, LAYER).moment
+    c, first = (
+        Statistics.cached(runner, [LAYER]).layers[LAYER].moment,
+        first_token_statistics(runner, [LAYER])[LAYER].moment,
+    )
     assert relative_error(c, first) > 0.1
     assert [entry.first_tokens for entry in list_cache() if entry.file.parent == folder] == [False, True]
 
 
 def test_damaged_ones_are_made_again(empty_cache):
     runner = Runner(toy_model("gpt2"))
-    wanted = first_token_statistics(runner, LAYER).moment
+    wanted = first_token_statistics(runner, [LAYER])[LAYER].moment
     (file,) = empty_cache.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-8])
     assert "damaged" in list_cache()[0].problem
-    assert torch.equal(first_token_statistics(runner, LAYER).moment, wanted)
+    assert torch.equal(first_token_statistics(runner, [LAYER])[LAYER].moment, wanted)
     assert list_cache()[0].problem == ""
 
 
@@ -393,12 +401,12 @@ def test_on_the_command_line(tmp_path, toy_tokenizers, capsys):
     assert f"layer {LAYER} " in capsys.readouterr().out
 
 
-def test_the_baseline_of_the_benchmark_has_one_key(toy_tokenizers):
+def test_the_baseline_of_the_benchmark_finds_one_value(toy_tokenizers):
+    """A first token wants a second one, which it does not look for; any other edit is that of the textbook."""
     arguments = {"layer": LAYER, "settings": SETTINGS, "factor": None, "method": "dual"}
     with pytest.raises(ArgumentError, match="method: got 'dual' for subject 'Chicago', the first token, wanted"):
         edit_as_released(toy_model("gpt2"), toy_tokenizers[False], START, CONTEXTS, **arguments)
-    made = edit_as_released(toy_model("gpt2"), toy_tokenizers[False], MIDDLE, CONTEXTS, **arguments)
-    usual = edit_as_released(
-        toy_model("gpt2"), toy_tokenizers[False], MIDDLE, CONTEXTS, **(arguments | {"method": "c-rome"})
-    )
-    assert torch.equal(delta_w(made.delta), delta_w(usual.delta))
+    model = toy_model("gpt2", dtype=torch.float64)
+    made = edit_as_released(model, toy_tokenizers[False], MIDDLE, CONTEXTS, **arguments)
+    result = edited(model, toy_tokenizers[False], MIDDLE, method="dual")
+    assert relative_error(delta_w(made.delta), delta_w(result)) < ALLOWED[torch.float64]

@@ -27,9 +27,9 @@ from helpers import (
     rounding_of_edit,
     rounding_of_log_p,
 )
-from rome_fast import Edit, ValueSettings, flow
+from rome_fast import Edit, ValueSettings, search
 from rome_fast.errors import ArgumentError, ConvergenceError
-from rome_fast.flow import ConvergenceWarning, SharedKeyWarning
+from rome_fast.judging import ConvergenceWarning, SharedKeyWarning
 from rome_fast.records import Record
 from rome_fast.rows import edit_rows
 from toys import LAYERS, toy_model
@@ -466,7 +466,7 @@ def test_a_loss_that_is_not_finite_is_never_written(toy_tokenizers):
 @pytest.fixture
 def one_broken(monkeypatch, toy_tokenizers):
     """In fp16 activations of one edit may overflow: its keys and its loss are then no numbers."""
-    run_to_layer, optimise_values = flow.run_to_layer, flow.optimise_values
+    run_to_layer, optimise_values = search.run_to_layer, search.optimise_values
     broken = toy_tokenizers[False](" museum")["input_ids"][-1]
 
     def keys_of(runner, contexts, rows, *arguments):
@@ -480,8 +480,8 @@ def one_broken(monkeypatch, toy_tokenizers):
             for value, group in zip(optimise_values(runner, rows, *arguments), rows, strict=True)
         ]
 
-    monkeypatch.setattr(flow, "run_to_layer", keys_of)
-    monkeypatch.setattr(flow, "optimise_values", values_of)
+    monkeypatch.setattr(search, "run_to_layer", keys_of)
+    monkeypatch.setattr(search, "optimise_values", values_of)
     return Edit("The {} is", "museum", "Rome")
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, all_bits, changed, relative_error, rounding_of_edit
-from rome_fast import Delta, Edit, apply_edits, flow
+from rome_fast import Delta, Edit, apply_edits, search
 from rome_fast.errors import ArgumentError, RomeFastError
 from toys import save_toy, toy_model
 
@@ -26,13 +26,13 @@ WEIGHT = f"transformer.h.{LAYER}.mlp.c_proj.weight"
 def together(toy_tokenizers, tmp_path):
     """A function that edits in forked processes; returns what each of them said, None of one that died."""
     tokenizer = toy_tokenizers[False]
-    options = {"statistics": "identity", "layer": LAYER, "contexts": CONTEXTS, "settings": SETTINGS}
+    options = {"method": "c-rome", "statistics": "identity", "layer": LAYER, "contexts": CONTEXTS, "settings": SETTINGS}
     options |= {"guard": "off", "unconverged": "write", "measure": True}
 
     def work(rank, dies, own):
         model = toy_model("gpt2", dtype=torch.float64)
         before = all_bits(model)
-        found, optimise = 0, flow.optimise_values
+        found, optimise = 0, search.optimise_values
 
         def counted(runner, rows, *arguments):
             nonlocal found
@@ -41,7 +41,7 @@ def together(toy_tokenizers, tmp_path):
             found += len(rows)
             return optimise(runner, rows, *arguments)
 
-        flow.optimise_values = counted
+        search.optimise_values = counted
         try:
             result = apply_edits(model, EDITS, tokenizer=tokenizer, distributed=True, **options | own)
         except RomeFastError as error:

@@ -227,7 +227,7 @@ def test_the_values_part_writes_a_row_per_batch(as_if_on_a_gpu, empty_cache, mon
     original, solve_each = throughput.run_timed, Flow.solve_each
 
     def noted(flow, group):
-        events.append((len(group), flow.settings.steps))
+        events.append((len(group), flow.search.settings.steps))
         return solve_each(flow, group)
 
     def at_given_speed(track, flow, group):

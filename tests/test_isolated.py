@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+import zoo
 from helpers import (
     CONTEXTS,
     END,
@@ -13,6 +14,7 @@ from helpers import (
     START,
     all_bits,
     changed,
+    edited,
     relative_error,
     rounding,
     rounding_of_log_p,
@@ -31,6 +33,11 @@ from toys import D_FF, KINDS, SENTENCES, toy_model
 # The updates of this file move what they are added to by half of the weight.
 ALLOWED, ALLOWED_64 = (1.5 * rounding_of_log_p(dtype) for dtype in (torch.float32, torch.float64))
 
+# The lowest and the topmost of four layers, and one in between.
+SEVERAL = (0, 1, 3)
+# Each update moves what the next one sees, by half of its weight; sums of the zoo are 4/3 as long as those of the toys.
+ALLOWED_SEVERAL_64 = 1.5**3 * 4 / 3 * rounding_of_log_p(torch.float64)
+
 REQUESTS = [
     Edit(
         e.prompt,
@@ -45,18 +52,24 @@ REQUESTS = [
 ]
 
 
-def random_deltas(model, count, ranks=(1,), seed=0):
+def a_model(kind, dtype=torch.float64):
+    return toy_model(kind, dtype=dtype) if kind in KINDS else zoo.zoo_model(kind, dtype=dtype)
+
+
+def random_deltas(model, count, ranks=(1,), seed=0, layers=(LAYER,)):
     """Updates half as large as the weight, so that what they do is far above rounding."""
     runner, generator = Runner(model), torch.Generator().manual_seed(seed)
-    name, weight = runner.weight_name(LAYER), runner.weight(LAYER)
-    wide = torch.promote_types(weight.dtype, torch.float32)
     out = []
     for i in range(count):
-        rank = ranks[i % len(ranks)]
-        left = torch.randn(weight.shape[0], rank, generator=generator, dtype=wide)
-        right = torch.randn(rank, weight.shape[1], generator=generator, dtype=wide)
-        left *= 0.5 * weight.norm() / (left @ right).norm()
-        out.append(Delta({name: LowRank(left, right)}))
+        updates = {}
+        for number, layer in enumerate(layers):
+            weight, rank = runner.weight(layer), ranks[(i + number) % len(ranks)]
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            left = torch.randn(weight.shape[0], rank, generator=generator, dtype=wide)
+            right = torch.randn(rank, weight.shape[1], generator=generator, dtype=wide)
+            left *= 0.5 * weight.norm() / (left @ right).norm()
+            updates[runner.weight_name(layer)] = LowRank(left, right)
+        out.append(Delta(updates))
     return out
 
 
@@ -71,22 +84,52 @@ def one_by_one(model, deltas, measure):
     return out
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_metrics_equal_the_loop(kind, toy_tokenizers):
-    model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[False]
-    deltas, before = random_deltas(model, 3, ranks=(1, 2)), all_bits(model)
-    prefixes = {"contexts": CONTEXTS, "unseen_contexts": ("Far away from here, ",)}
+def assert_metrics_are_those_of_the_loop(model, tokenizer, deltas, allowed):
+    """Every figure of every request; returns the metrics."""
+    before, prefixes = all_bits(model), {"contexts": CONTEXTS, "unseen_contexts": ("Far away from here, ",)}
     together = evaluate(model, tokenizer, REQUESTS, **prefixes, deltas=deltas)
     assert not changed(model, before)
     alone = one_by_one(model, deltas, lambda i: evaluate(model, tokenizer, [REQUESTS[i]], **prefixes)[0])
-    unedited = evaluate(model, tokenizer, REQUESTS, **prefixes)
-    for mine, theirs, untouched in zip(together, alone, unedited, strict=True):
+    for mine, theirs in zip(together, alone, strict=True):
         for field in fields(mine):
             got, wanted = getattr(mine, field.name), getattr(theirs, field.name)
             assert wanted is not None, field.name
-            assert got == (pytest.approx(wanted, rel=ALLOWED_64) if isinstance(wanted, float) else wanted), field.name
+            assert got == (pytest.approx(wanted, rel=allowed) if isinstance(wanted, float) else wanted), field.name
         assert len({mine.probability, mine.probability_prefixed, mine.probability_unseen}) == 3
+    return together
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [(kind, (LAYER,)) for kind in KINDS] + [("llama", SEVERAL), ("gemma2", SEVERAL)]
+)
+def test_metrics_equal_the_loop(kind, layers, toy_tokenizers):
+    """The last kind runs its first edit layer again: what is added there is normalised before it arrives."""
+    model, tokenizer = a_model(kind), toy_tokenizers[False]
+    allowed = ALLOWED_64 if len(layers) == 1 else ALLOWED_SEVERAL_64
+    deltas = random_deltas(model, 3, ranks=(1, 2), layers=layers)
+    together = assert_metrics_are_those_of_the_loop(model, tokenizer, deltas, allowed)
+    for mine, untouched in zip(together, evaluate(model, tokenizer, REQUESTS), strict=True):
         assert mine.probability != pytest.approx(untouched.probability, rel=0.01)
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
+def test_edits_spread_over_layers_equal_the_loop(kind, toy_tokenizers):
+    """By `dual`, the first of them with a value of its own for the first token. Rows of the last kind are whole."""
+    model, tokenizer = a_model(kind), toy_tokenizers[False]
+    runner, deltas, layers = Runner(model), [], (0, 1, 2)
+    for request in REQUESTS:
+        result = edited(model, tokenizer, request, method="dual", layer=None, layers=layers)
+        deltas.append(result.delta)
+        result.revert()
+    assert RowUpdates.of(runner, deltas).layers == list(layers)
+    # These updates are smaller than the random ones.
+    assert_metrics_are_those_of_the_loop(model, tokenizer, deltas, ALLOWED_SEVERAL_64)
+    together = edited_perplexities(runner, tokenizer, SENTENCES[:2], RowUpdates.of(runner, deltas))
+    alone = one_by_one(model, deltas, lambda _: sentence_perplexity(runner, tokenizer, SENTENCES[:2]))
+    assert together == pytest.approx(alone, rel=ALLOWED_SEVERAL_64)
+    untouched = sentence_perplexity(runner, tokenizer, SENTENCES[:2])
+    assert all(abs(p / untouched - 1) > 1e4 * ALLOWED_SEVERAL_64 for p in together)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, ALLOWED_64), (torch.float32, ALLOWED)])
@@ -146,20 +189,21 @@ def test_layers_below_are_run_once(toy_tokenizers):
     assert alone.total / together.total >= 1.5
 
 
-def test_updates_are_exact(toy_tokenizers):
-    runner = Runner(toy_model("llama"))
-    deltas = random_deltas(runner.model, 3, ranks=(1, 3))
+def test_updates_are_exact():
+    """Of every layer, in each row those of its edit, whatever their ranks."""
+    runner, layers = Runner(toy_model("llama")), (0, LAYER, 3)
+    deltas = random_deltas(runner.model, 3, ranks=(1, 3), layers=layers)
     updates, generator = RowUpdates.of(runner, deltas), torch.Generator().manual_seed(1)
-    weight = runner.weight(LAYER)
-    keys = torch.randn(4, 5, weight.shape[1], generator=generator)
-    values = torch.zeros(4, 5, weight.shape[0])
-    updates.add_(values, keys, torch.tensor([2, -1, 0, 1]))
-    assert bool((values[1] == 0).all())
-    for row, edit in ((0, 2), (2, 0), (3, 1)):
-        (update,) = deltas[edit].updates.values()
-        assert relative_error(values[row], keys[row].double() @ update.dense().double().T) <= rounding(
-            torch.float32, D_FF
-        )
+    assert (updates.count, updates.layers) == (3, list(layers))
+    for layer in layers:
+        weight = runner.weight(layer)
+        keys = torch.randn(4, 5, weight.shape[1], generator=generator)
+        values = torch.zeros(4, 5, weight.shape[0])
+        updates.add_(layer, values, keys, torch.tensor([2, -1, 0, 1]))
+        assert bool((values[1] == 0).all())
+        for row, edit in ((0, 2), (2, 0), (3, 1)):
+            update = deltas[edit].updates[runner.weight_name(layer)].dense().double()
+            assert relative_error(values[row], keys[row].double() @ update.T) <= rounding(torch.float32, D_FF)
 
 
 def test_bad_deltas(toy_tokenizers):
@@ -167,14 +211,17 @@ def test_bad_deltas(toy_tokenizers):
     runner, (delta,) = Runner(model), random_deltas(model, 1)
     (update,) = delta.updates.values()
     elsewhere = Delta({runner.weight_name(LAYER + 1): update})
+    both = Delta(delta.updates | elsewhere.updates)
     narrow = Delta({runner.weight_name(LAYER): LowRank(update.left, update.right[:, 1:].contiguous())})
     with pytest.raises(ArgumentError, match="got 1 for 3 edits"):
         evaluate(model, tokenizer, REQUESTS, deltas=[delta])
     for wrong, message in (
-        ([delta, elsewhere], "one layer's in each"),
-        ([delta, Delta({})], "updates of nothing"),
-        ([Delta({"lm_head.weight": update})], "one layer's in each"),
-        ([delta, narrow], "of shape"),
+        ([delta, elsewhere], "those of the same layers in each"),
+        ([delta, both], "those of the same layers in each"),
+        ([delta, Delta({})], "those of the same layers in each"),
+        ([Delta({})], "updates of nothing"),
+        ([Delta({"lm_head.weight": update})], "those of the same layers in each"),
+        ([delta, narrow], "has shape"),
     ):
         with pytest.raises(ArgumentError, match=message):
             RowUpdates.of(runner, wrong)

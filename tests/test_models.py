@@ -39,7 +39,7 @@ def test_layers_and_head_are_those_of_the_models_own_forward(kind, toy_tokenizer
 def test_what_follows_a_recorded_past_is_what_follows_in_one_go(kind, toy_tokenizers):
     model, tokenizer = toy_model(kind), toy_tokenizers[False]
     runner = Runner(model)
-    contexts = Contexts.of(runner, tokenizer, CONTEXTS, 1)
+    contexts = Contexts.of(runner, tokenizer, CONTEXTS, [1])
     behind = tokenizer(" Rome was not built in a day")["input_ids"]
     count, longest = len(CONTEXTS), int(contexts.lengths.max())
     seen = torch.arange(longest) < contexts.lengths.unsqueeze(1)
@@ -93,7 +93,7 @@ def test_asking_the_model_gives_the_bits_of_calls_written_by_hand(kind, dtype, t
     model = toy_model(kind, dtype=dtype)
     runner = Runner(model).computing_in(dtype)
     ids = torch.arange(3, 25).reshape(2, 11)
-    contexts = Contexts.of(runner, toy_tokenizers[False], CONTEXTS, 1)
+    contexts = Contexts.of(runner, toy_tokenizers[False], CONTEXTS, [1])
     longest = int(contexts.lengths.max())
     seen = torch.arange(longest) < contexts.lengths.unsqueeze(1)
     behind = contexts.lengths.unsqueeze(1) + torch.arange(11)
@@ -154,17 +154,21 @@ def test_several_layers_are_the_published_ones(kind, layers, width, several):
 def test_what_is_given_comes_before_what_was_tuned_and_that_before_what_is_published():
     config = AutoConfig.for_model("llama", num_hidden_layers=32, hidden_size=4096)
     given, tuned = ValueSettings(steps=3), Default(7, ValueSettings(steps=9))
-    assert select(config) == Selection(5, default_settings(config), "published")
-    assert select(config, tuned=tuned) == Selection(7, tuned.settings, "tune")
-    assert select(config, settings=given, tuned=tuned) == Selection(7, given, "tune")
-    assert select(config, layer=7, tuned=tuned) == Selection(7, tuned.settings, "given")
+    assert select(config) == Selection((5,), default_settings(config), "published")
+    assert select(config, tuned=tuned) == Selection((7,), tuned.settings, "tune")
+    assert select(config, settings=given, tuned=tuned) == Selection((7,), given, "tune")
+    assert select(config, [7], tuned=tuned) == Selection((7,), tuned.settings, "given")
     in_part = ValueSettings(steps=9, clamp=1.0)
-    assert select(config, settings={"clamp": 1.0}, tuned=tuned) == Selection(7, in_part, "tune")
+    assert select(config, settings={"clamp": 1.0}, tuned=tuned) == Selection((7,), in_part, "tune")
     with pytest.raises(ArgumentError, match=r"settings: got decay, wanted some of steps, learning_rate, weight_decay"):
         select(config, settings={"decay": 1.0})
     with pytest.raises(ArgumentError, match=r"settings: got list, wanted a rome_fast.ValueSettings, a mapping of some"):
         select(config, settings=[3])
     # Settings that were tuned belong to their layer.
-    assert select(config, layer=6, tuned=tuned) == Selection(6, default_settings(config), "given")
+    assert select(config, [6], tuned=tuned) == Selection((6,), default_settings(config), "given")
     unknown = AutoConfig.for_model("llama", num_hidden_layers=50, hidden_size=4096)
-    assert select(unknown) == Selection(8, default_settings(unknown), "depth rule")
+    assert select(unknown) == Selection((8,), default_settings(unknown), "depth rule")
+    # Spread, published layers are MEMIT's; otherwise a third of the depth of the one layer is where they begin.
+    assert select(config, spread=True) == Selection((4, 5, 6, 7, 8), default_settings(config), "published")
+    assert select(config, tuned=tuned, spread=True) == Selection((2, 3, 4, 5, 6, 7), tuned.settings, "tune")
+    assert select(unknown, spread=True).layers == (3, 4, 5, 6, 7, 8)

@@ -147,6 +147,7 @@ def test_a_dual_edit_puts_out_both_values(kind: str) -> None:
     moment, _ = second_moment(model, tokenizer, SENTENCES[:8], LAYER, 64)
     first = first_token_moment(model, LAYER)
     arguments = {"layer": LAYER, "contexts": CONTEXTS, "second_moment": moment, "first_tokens": first, "steps": 2}
+    arguments |= {"ridge": 0.0}
     prompt = "{} is a twin city of"
     result = dual(model, tokenizer, prompt, SUBJECT, TARGET, weight=0.5, scale=0.7, **arguments)
     original, edited = double_copy(model), edited_copy(model, result.delta_w)
@@ -160,7 +161,7 @@ def test_a_dual_edit_puts_out_both_values(kind: str) -> None:
         changes.append(change(ids, token_count(tokenizer, context + SUBJECT) - 1))
     torch.testing.assert_close(torch.stack(changes).mean(0), result.prefixed.delta, **SOLVED)
     bare = change(tokenizer(prompt.replace("{}", SUBJECT))["input_ids"], 0)
-    assert result.unprefixed is not None
+    assert result.first_token
     torch.testing.assert_close(bare, 0.7 * result.unprefixed.delta, **SOLVED)
     assert (result.unprefixed.delta - result.prefixed.delta).norm() > 0.1
 
@@ -169,8 +170,11 @@ def test_a_dual_edit_puts_out_both_values(kind: str) -> None:
     moved = [torch.trace(r.delta_w @ first @ r.delta_w.T).item() for r in (result, heavier)]
     assert moved[1] < moved[0]
     inside = dual(model, tokenizer, PROMPT, SUBJECT, TARGET, weight=0.5, **arguments)
-    assert inside.unprefixed is None
-    torch.testing.assert_close(inside.delta_w, inside.prefixed.delta_w, **SOLVED)
+    assert not inside.first_token
+    # Both of its keys get the one delta.
+    for key in (inside.prefixed.k_den, inside.unprefixed.k_den):
+        torch.testing.assert_close(inside.delta_w @ key, inside.prefixed.delta, **SOLVED)
+    assert (inside.prefixed.k_den - inside.unprefixed.k_den).norm() > 0.01
 
 
 def test_the_moment_of_first_tokens_is_the_mean_over_the_vocabulary(gpt2: PreTrainedModel) -> None:

@@ -6,10 +6,15 @@ import pytest
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START
 from rome_fast import apply_edits, checkpoints, plan
+from rome_fast.closing import Closing
 from rome_fast.errors import ArgumentError, EditError
+from rome_fast.weights import Stream
 from toys import LAYERS, save_toy, toy_model
 
 EDITS = [START, MIDDLE, END]
+
+# The keys of toys have much in common, so that a method with a ridge meets them in part.
+pytestmark = pytest.mark.filterwarnings("ignore::rome_fast.judging.SharedKeyWarning")
 
 
 @pytest.fixture
@@ -24,14 +29,23 @@ def no_process(monkeypatch):
 
 
 @pytest.mark.parametrize("schedule", ["joint", "sequential"])
-@pytest.mark.parametrize("memory", [220_000, 400_000])
-def test_an_edit_reads_what_was_planned(memory, schedule, source, tmp_path, no_process):
+@pytest.mark.parametrize(
+    ("memory", "method", "layers"),
+    [
+        (220_000, "dual", (LAYER,)),
+        (400_000, "dual", (LAYER,)),
+        (320_000, "dual", (0, 1, 2)),
+        (320_000, "memit", (0, 2, 3)),
+    ],
+)
+def test_an_edit_reads_what_was_planned(memory, method, layers, schedule, source, tmp_path, no_process):
     """Never more; and not much less, with a stop rule that does not fire."""
     read = []
     settings = replace(SETTINGS, steps=6)
     usual = {
         "statistics": "identity",
-        "layer": LAYER,
+        "method": method,
+        "layers": layers,
         "settings": settings,
         "schedule": schedule,
         "contexts": CONTEXTS,
@@ -54,8 +68,44 @@ def test_an_edit_reads_what_was_planned(memory, schedule, source, tmp_path, no_p
     assert made.resident_layers + made.streamed_layers != ()
     assert sorted(made.resident_layers + made.streamed_layers) == list(range(LAYERS))
     assert made.memory_bytes == memory
+    assert ("spreading" in made.passes, "looking ahead" in made.passes) == (len(layers) > 1, len(layers) > 1)
     # Six evaluations a batch, the last without a backward pass.
     assert made.passes["values"] == 11 * made.batches
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "passed"),
+    [
+        ("dual", (LAYER,), []),
+        ("dual", (0, 2), [0, 1, 2, 1, 2]),
+        # From behind layer 0 to the last one, to layer 2, from behind it to the last one, where it then is.
+        ("memit", (0, 2, 3), [0, 1, 2, 3, 1, 2, 3]),
+    ],
+)
+def test_layers_are_passed_as_planned(method, layers, passed, source, tmp_path, no_process, monkeypatch):
+    """While an edit is spread; twice as much is planned, for edits that are left out meanwhile."""
+    taken, closing = [], []
+    take, close = Stream.take, Closing.close
+    monkeypatch.setattr(Stream, "take", lambda self, i: (taken.append(i) if closing else None, take(self, i))[1])
+
+    def closed(*arguments):
+        closing.append(1)
+        try:
+            return close(*arguments)
+        finally:
+            closing.clear()
+
+    monkeypatch.setattr(Closing, "close", closed)
+    usual = {"statistics": "identity", "method": method, "layers": layers, "contexts": CONTEXTS, "memory": 320_000}
+    made = plan(source, EDITS, **usual)
+    apply_edits(source, EDITS, out=tmp_path / "out", guard="off", unconverged="write", settings=SETTINGS, **usual)
+    # Whatever goes through a layer goes through it while it is there.
+    assert [i for i, before in zip(taken, [None, *taken], strict=False) if i != before] == passed
+    outline = checkpoints.outline(source, layer=layers, memory=320_000, identity=True)
+    sizes = [outline.parts.blocks[i].size * (i not in outline.placement.resident) for i in range(LAYERS)]
+    planned = made.read_bytes.get("spreading", 0) + made.read_bytes.get("looking ahead", 0)
+    last = sizes[layers[-1]] if method == "memit" else 0
+    assert planned == 2 * (sum(sizes[i] for i in passed) + last)
 
 
 def test_more_memory_is_less_to_read(source, no_process):

@@ -15,7 +15,8 @@ from rome_fast.bench.throughput import Setup
 from rome_fast.cli import main
 from rome_fast.contexts import sample_contexts
 from rome_fast.edits import load_edits
-from rome_fast.flow import tokenise
+from rome_fast.geometry import Geometry
+from rome_fast.requests import tokenise
 from rome_fast.runner import Runner
 from rome_fast.values import ValueSettings
 from toys import save_toy, toy_model
@@ -47,9 +48,9 @@ def test_a_profile_of_a_toy(toy, toy_tokenizers, capsys, monkeypatch):
     # Counted by stage, by operator and by another counter: the same work.
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     contexts = sample_contexts(model, tokenizer)
-    setup = Setup(model, tokenizer, contexts, LAYER, "c-rome", settings, None, [])
+    setup = Setup(model, tokenizer, contexts, {LAYER: Geometry()}, "c-rome", settings, [])
     requests = [
-        tokenise(Runner(model), tokenizer, edit, contexts, setup.flow.how) for edit in load_edits("edits.jsonl")
+        tokenise(Runner(model), tokenizer, edit, contexts, setup.flow.method) for edit in load_edits("edits.jsonl")
     ]
     with FlopCounter() as counter:
         setup.flow.solve_each(requests)

@@ -191,7 +191,7 @@ def test_statistics_of_another_family_are_refused(toy_tokenizers, toy_statistics
 
 def test_statistics_of_another_layer_are_refused(toy_tokenizers, toy_statistics):
     model = toy_model("llama")
-    with pytest.raises(StatisticsError, match=r"got layer\(s\) 1, wanted layer 2; collect it with: .*--layers 2"):
+    with pytest.raises(StatisticsError, match=r"got layer\(s\) 1, wanted layer 2 as well; .* with: .* --layers 2 "):
         edited(model, toy_tokenizers[True], END, layer=2, statistics=toy_statistics(model, True))
     # A file renamed to the wanted layer says what it is, too.
     entry = toy_statistics(model, True).layers[1]

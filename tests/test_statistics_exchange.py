@@ -112,7 +112,7 @@ def test_a_ridge_makes_few_tokens_usable(model, tokenizer, tmp_path):
     loaded = Statistics.load(tmp_path)
     assert loaded.layers[LAYER].ridge == ridge
     assert torch.equal(loaded.layers[LAYER].factor(CPU), entry.factor(CPU, ridge=ridge))
-    assert edited(model, tokenizer, END, statistics=loaded).records[0].applied
+    assert edited(model, tokenizer, END, method="c-rome", statistics=loaded).records[0].applied
 
 
 def test_a_matrix_that_is_not_positive_definite_says_all_there_is_to_know():
@@ -402,7 +402,7 @@ def test_the_cache_gives_what_is_of_most_tokens(model, tokenizer, empty_cache):
     wanted.save(cache / "b")
     of_texts(model, tokenizer, SENTENCES[:5]).save(cache / "c")
     of_texts(toy_model("llama", seed=1), tokenizer, SENTENCES * 2).save(cache / "d")
-    found = Statistics.cached(Runner(model), LAYER)
+    found = Statistics.cached(Runner(model), [LAYER])
     assert torch.equal(found.layers[LAYER].moment, wanted.layers[LAYER].moment)
 
 
@@ -410,7 +410,7 @@ def test_few_tokens_do_not_replace_many(toy, capsys):
     run("statistics", "model", "--corpus", "one.txt", "two.txt", "--out", "stats", "--tokens", 300)
     before = (toy / "stats" / f"layer-{LAYER}.safetensors").read_bytes()
     run("statistics", "model", "--corpus", "one.txt", "--out", "stats", "--tokens", 299, status=2)
-    assert re.search(r"out: stats/layer-1\.safetensors has C of 300 tokens, which one of 299 would replace",
+    assert re.search(r"out: stats/layer-0\.safetensors has C of 300 tokens, which one of 299 would replace",
                      capsys.readouterr().err)  # fmt: skip
     run("statistics", "model", "--corpus", "one.txt", "--out", "few", "--tokens", 100)
     run("statistics", "model", "--merge", "few", "--out", "stats", status=2)

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from helpers import LAYER
-from rome_fast import checkpoints, collect_statistics
+from rome_fast import ValueSettings, checkpoints, collect_statistics
 from rome_fast.cli import main
+from rome_fast.defaults import select
 from rome_fast.errors import ArgumentError
-from rome_fast.statistics import Statistics
+from rome_fast.fingerprint import Fingerprint
+from rome_fast.runner import Runner
+from rome_fast.statistics import Choice, Statistics, tuned_choice
 from rome_fast.statistics import collect as collect_module
 from rome_fast.statistics.collect import opened_for
 from rome_fast.verification import check_model
@@ -114,6 +117,21 @@ def test_interrupted_and_streamed(source, small_batches, tmp_path, monkeypatch):
         collect_statistics(source, None, SENTENCES, [LAYER], 400, progress=stop, out=tmp_path / "out", memory=budget)
     got = collect_statistics(source, None, SENTENCES, [LAYER], 400, out=tmp_path / "out", memory=budget)
     assert_same(moments(got), moments(wanted))
+
+
+def test_without_layers_those_of_an_edit_are_collected(source, toy_tokenizers, empty_cache):
+    """By the depth of the model, and below the layer that it was tuned to; in memory and on disk, the same."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    wanted = collect_statistics(model, tokenizer, SENTENCES, [0, 1, 2], 400)
+    for layers in ([0, 1], [1, 2]):
+        assert select(model.config, tuned=tuned_choice(Runner(model), None), spread=True).layers == tuple(layers)
+        found = collect_statistics(model, tokenizer, SENTENCES, tokens=400)
+        streamed = collect_statistics(source, None, SENTENCES, tokens=400, memory=least(source, layers))
+        for got in (found, streamed):
+            assert_same(moments(got), {layer: wanted.layers[layer].moment for layer in layers})
+        Choice(2, ValueSettings(), Fingerprint.of(Runner(model), 2), "2026-01-01").save(
+            empty_cache / "statistics" / "a"
+        )
 
 
 def test_command(source, tmp_path):

@@ -136,23 +136,34 @@ def test_records_equal_editing_one_at_a_time(method, finished, place):
         assert got["collapsed"] == (perplexity > 1.5 * got["perplexity_before"])
 
 
-@pytest.mark.usefixtures("without_report")
+@pytest.mark.usefixtures("without_report", "empty_cache")
 def test_dual_shares_values_with_c_rome(finished, place, tmp_path):
-    """Where nothing needs a second value, its records are c-rome's; a first token's fact then answers bare."""
+    """And adds them without a context as well; a first token's fact has another one there."""
     folder, arguments = place
-    condition = Statistics.load(folder / "statistics").layers[LAYER].condition(torch.device("cpu"))
-    allowed = rounding_of_edit(torch.float32, condition)
+    statistics = Statistics.load(folder / "statistics")
+    allowed = rounding_of_edit(torch.float32, statistics.layers[LAYER].condition(torch.device("cpu")))
     out = tmp_path / "out"
     assert main([*arguments, "--methods", "c-rome", "dual", "--sample", "1", "--out", str(out)]) == 0
     c_rome, dual = ([r for r in lines(out / "records.jsonl") if r["method"] == m] for m in ("c-rome", "dual"))
     alone = {r["subject"]: r for r in lines(finished / "records.jsonl") if r["method"] == "c-rome"}
+    model, tokenizer = toy_model("llama"), toy_tokenizer(False)
+    usual = {"contexts": sample_contexts(model, tokenizer), "settings": default_settings(model.config)}
+    requests = {edit.subject: edit for edit in (*FIRST, *OTHERS)}
+    assert [two["first_token"] for two in dual] == [True, True, False]
     for one, two in zip(c_rome, dual, strict=True):
         assert one["update_norm"] == pytest.approx(alone[one["subject"]]["update_norm"], rel=allowed)
-        if one["first_token"]:
+        assert [one[name] for name in ("loss", "steps", "drafted")] == [
+            two[name] for name in ("loss", "steps", "drafted")
+        ]
+        result = edited(model, tokenizer, requests[two["subject"]], method="dual", statistics=statistics, **usual)
+        result.revert()
+        assert two["update_norm"] == pytest.approx(result.records[0].update_norm, rel=allowed)
+        assert two["update_norm"] != pytest.approx(one["update_norm"], rel=allowed)
+        if two["first_token"]:
             assert two["probability"] > 2 * one["probability"]
-            assert two["update_norm"] > one["update_norm"]
         else:
-            assert two == one | {"method": "dual"}
+            # What is off at the one key is at most what is off at both, ‖(off, off_u)‖ / ‖(δ, δ)‖.
+            assert abs(two["share_bare"] - 1) <= 2**0.5 * two["missed"] < abs(one["share_bare"] - 1)
 
 
 def test_missing_metrics_are_missing(finished):

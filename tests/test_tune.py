@@ -10,10 +10,11 @@ from helpers import CONTEXTS
 from rome_fast import Edit, Statistics, ValueSettings, apply_edits, checkpoints, collect_statistics, plan
 from rome_fast.cli import main
 from rome_fast.costs import about, flops_per_second, layer_flops
-from rome_fast.defaults import default_layer, select
+from rome_fast.defaults import default_layer, select, spread_below
 from rome_fast.errors import ArgumentError, ModelError, StatisticsError
 from rome_fast.evaluation import evaluate, sentence_perplexity
 from rome_fast.fingerprint import Fingerprint
+from rome_fast.geometry import Geometries
 from rome_fast.parts import Parts
 from rome_fast.runner import Runner
 from rome_fast.statistics import Choice, statistics_cache, tuned_choice
@@ -129,7 +130,7 @@ def test_figures_equal_editing_one_at_a_time(tmp_path, toy_statistics):
         EDITS,
         "c-rome",
         base,
-        lambda layer: of_layer[layer].layers[layer].factor(runner.device),
+        lambda layer: Geometries(runner, (layer,), of_layer[layer])[layer],
         CONTEXTS,
         unseen,
         sentences,
@@ -143,6 +144,7 @@ def test_figures_equal_editing_one_at_a_time(tmp_path, toy_statistics):
             result = apply_edits(
                 model,
                 edit,
+                method="c-rome",
                 tokenizer=tokenizer,
                 statistics=of_layer[candidate.layer],
                 layer=candidate.layer,
@@ -259,7 +261,10 @@ def test_the_choice_is_kept_and_used_by_later_edits(place, capsys):
     assert layers[choice["layer"]] == max(layers.values())
     assert choice["score"] >= report["default"]["score"]
     (folder,) = statistics_cache().iterdir()
-    assert {file.name for file in folder.iterdir()} == {"layer-1.safetensors", "layer-2.safetensors", "tuned.json"}
+    # Edits are spread over the layers below, of which 0 is none of those that were tried.
+    assert (choice["layer"] == 1) == ("edits are spread over layers 0, 1: statistics of 0 as well" in said)
+    own = {f"layer-{layer}.safetensors" for layer in (1, 2, *spread_below(choice["layer"]))}
+    assert {file.name for file in folder.iterdir()} == own | {"tuned.json"}
 
     assert main(["statistics", "--list"]) == 0
     assert f"tuned: layer {choice['layer']}, weight decay {choice['weight_decay']:g}" in capsys.readouterr().out
@@ -272,6 +277,7 @@ def test_the_choice_is_kept_and_used_by_later_edits(place, capsys):
     model = toy_model("llama")
     result = edit(model)
     assert (result.records[0].layer, result.layer_source, result.settings.steps) == (other, "tune", 3)
+    assert result.records[0].layers == list(spread_below(other))
     assert result.report()["layer_source"] == "tune"
     result.revert()
     # What is given always wins.
@@ -288,10 +294,11 @@ def test_the_choice_is_kept_and_used_by_later_edits(place, capsys):
     requests = str(place / "edits.jsonl")
     command = ["edit", str(place / "toy"), "--edits", requests, "--guard", "off", "--unconverged", "write"]
     assert main([*command, "--out", str(place / "edited")]) == 0
-    assert f"layer {other}: chosen by rome-fast tune" in capsys.readouterr().out
-    assert plan(place / "toy", EDITS, contexts=CONTEXTS).layer == other
-    streamed = edit(place / "toy", out=place / "streamed", memory=_least(place / "toy", other))
-    assert (streamed.records[0].layer, streamed.layer_source) == (other, "tune")
+    listed = ", ".join(map(str, spread_below(other)))
+    assert f"layers {listed}: chosen by rome-fast tune" in capsys.readouterr().out
+    assert plan(place / "toy", EDITS, contexts=CONTEXTS).layers == spread_below(other)
+    streamed = edit(place / "toy", out=place / "streamed", memory=_least(place / "toy", spread_below(other)))
+    assert (streamed.records[0].layers, streamed.layer_source) == (list(spread_below(other)), "tune")
 
 
 def _fingerprint(layer, seed=0):
@@ -309,15 +316,19 @@ def test_a_choice_of_another_model_of_the_same_sizes_is_not_used(place):
     usual = default_layer(model.config)
     other = {1: 2, 2: 1}[usual]
     folder = statistics_cache() / "stranger"
-    collect_statistics(model, tokenizer, SENTENCES, [1, 2], 600, out=statistics_cache() / "toy")
+    collect_statistics(model, tokenizer, SENTENCES, [0, 1, 2], 600, out=statistics_cache() / "toy")
     choice = Choice(other, ValueSettings(steps=3), _fingerprint(other, seed=1), "2030-01-01T00:00:00+00:00")
     choice.save(folder)
     for result in (
         edit(model),
         edit(place / "toy", out=place / "whole"),
-        edit(place / "toy", out=place / "streamed", memory=max(_least(place / "toy", layer) for layer in (1, 2))),
+        edit(
+            place / "toy",
+            out=place / "streamed",
+            memory=max(_least(place / "toy", spread_below(layer)) for layer in (1, 2)),
+        ),
     ):
-        assert (result.records[0].layer, result.layer_source) == (usual, "depth rule")
+        assert (result.records[0].layers, result.layer_source) == (list(spread_below(usual)), "depth rule")
         assert result.settings.steps == 4
 
 
@@ -335,13 +346,13 @@ def test_the_last_of_several_choices_counts_and_damaged_ones_do_not(empty_cache)
 def test_statistics_carry_their_choice(tmp_path, toy_statistics, empty_cache):
     """From folder to folder, and over a ridge; one that is given to an edit decides, not the cache."""
     model = toy_model("llama")
-    statistics = toy_statistics(model, False, 2)
+    statistics = Statistics(toy_statistics(model, False, layer).layers[layer] for layer in (1, 2))
     statistics.choice = Choice(2, ValueSettings(steps=3, clamp=2.5), _fingerprint(2), "2026-01-01", {"score": 0.5})
     statistics.with_ridge(1e-3).save(tmp_path)
     loaded = Statistics.load(tmp_path)
     assert loaded.choice.figures == {"score": 0.5}
     assert loaded.choice.settings == ValueSettings(steps=3, clamp=2.5)
-    assert sorted(Statistics.load(tmp_path, [1, 2]).layers) == [2]
+    assert sorted(Statistics.load(tmp_path, [0, 2]).layers) == [2]
     result = edit(model, statistics=loaded)
     assert (result.records[0].layer, result.layer_source, result.settings.clamp) == (2, "tune", 2.5)
 
@@ -404,11 +415,12 @@ def test_another_run_does_not_go_into_the_same_folder(place, capsys):
 
 
 def test_an_edit_of_a_model_without_a_published_layer_says_so(place, capsys):
-    collect_statistics(toy_model("llama"), toy_tokenizer(False), SENTENCES, [1], 600, out=statistics_cache() / "toy")
+    collect_statistics(toy_model("llama"), toy_tokenizer(False), SENTENCES, tokens=600, out=statistics_cache() / "toy")
     command = ["edit", str(place / "toy"), "--edits", str(place / "edits.jsonl"), "--unconverged", "write"]
     assert main([*command, "--guard", "off", "--out", str(place / "edited"), "--json", str(place / "edit.json")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "layer 1: by its depth alone, since none is published for this model; find its own with: rome-fast tune" in said
+        "layers 0, 1: by its depth alone, since none is published for this model; find its own with: rome-fast tune"
+        in said
     )
     assert json.loads((place / "edit.json").read_text())["layer_source"] == "depth rule"

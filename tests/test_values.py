@@ -23,10 +23,10 @@ from helpers import (
 )
 from rome_fast import Edit, ValueSettings
 from rome_fast.errors import ArgumentError
-from rome_fast.flow import tokenise
 from rome_fast.keys import ContextRow, run_to_layer
-from rome_fast.methods import variant
+from rome_fast.methods import method_named
 from rome_fast.past import Contexts
+from rome_fast.requests import tokenise
 from rome_fast.rows import edit_rows, essence_row
 from rome_fast.runner import Runner
 from rome_fast.values import exact_head, optimise_values
@@ -52,7 +52,7 @@ def values_of(model, tokenizer, edits, settings=SETTINGS, layer=LAYER, contexts=
     if own_essence:
         groups = [[*group, essence_row(tokenizer, edit)] for group, edit in zip(groups, edits, strict=True)]
     flat = [ContextRow(row, i if i <= len(contexts) else 0) for group in groups for i, row in enumerate(group)]
-    states = run_to_layer(runner, Contexts.of(runner, tokenizer, ["", *contexts], layer), flat, layer)
+    states = run_to_layer(runner, Contexts.of(runner, tokenizer, ["", *contexts], [layer]), flat, [layer])
     base = states.values[:: len(groups[0])]
     return optimise_values(runner, groups, states, base, layer, settings)
 
@@ -157,7 +157,7 @@ def test_delta_stays_within_the_clamp(toy_tokenizers):
 def test_the_essence_is_a_row_of_its_own_only_where_it_has_to_be(bos, drafted, toy_tokenizers):
     """Where the prompt begins with the subject, the row without a context knows as much at its end."""
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[bos]
-    requests = [tokenise(Runner(model), tokenizer, edit, CONTEXTS, variant("rome")) for edit in (START, MIDDLE)]
+    requests = [tokenise(Runner(model), tokenizer, edit, CONTEXTS, method_named("rome")) for edit in (START, MIDDLE)]
     assert [len(request.rows) - request.scored for request in requests] == [0, 1]
     settings = replace(SETTINGS, stop="argmax", margin=1, draft_rows=drafted, steps=8)
     (with_row,) = values_of(model, tokenizer, [START], settings)

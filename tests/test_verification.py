@@ -13,7 +13,7 @@ from rome_fast.errors import ArgumentError, CheckpointError, ModelError
 from rome_fast.evaluation import evaluate
 from rome_fast.models import Decoder
 from rome_fast.runner import Runner
-from rome_fast.verification import check_model, verified
+from rome_fast.verification import check_model, verified, verified_each
 from toys import SENTENCES, save_toy, toy_model
 from zoo import HIDDEN, LAYERS, zoo_model
 
@@ -159,6 +159,22 @@ def test_running_out_of_memory_says_nothing_of_the_model(step, error, monkeypatc
         with pytest.raises(type(error), match=str(error)):
             verify(model)
     assert verify(model).shares_past
+
+
+def test_several_layers_are_looked_at_in_one_pass():
+    model, layers = toy_model("llama"), [0, 1, 3]
+    alone = [verify(fresh(model), layer) for layer in layers]
+    runner = Runner(model)
+    verified(runner, 2)
+    passes = []
+    for layer in (0, 2):
+        model.model.layers[layer].register_forward_hook(lambda *_, layer=layer: passes.append(layer))
+    assert verified_each(runner, layers) == alone
+    # On the way to layer 3; and layer 0 as it is and with something added.
+    assert passes == [0, 2, 0, 0]
+    passes.clear()
+    assert verified_each(runner, [2, *layers])[1:] == alone
+    assert passes == []
 
 
 def test_a_model_is_run_once_until_something_changes(toy_tokenizers):

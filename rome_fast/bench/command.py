@@ -13,12 +13,14 @@ import torch
 from rich.table import Table
 
 from .. import assets, checkpoints, demo
+from ..checkpoints import checked_layers
 from ..contexts import sample_contexts
-from ..defaults import default_settings
-from ..editor import checked_layer
+from ..defaults import default_layers, default_settings
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError
-from ..methods import hold_first_tokens, variant
+from ..geometry import Geometries
+from ..methods import method_named
+from ..opening import given_layers
 from ..processes import own_device
 from ..report.bench import TRACKS, bench_figure, check_figure
 from ..runner import Runner
@@ -108,9 +110,12 @@ def _random_setup(
         raise ArgumentError("shape: wanted without a model, statistics or sentences, which a shape does not have")
     stored = getattr(torch, dtype or "float32")
     setup, tokens = shape_setup(arguments.shape, device, stored, edits, identity=arguments.identity)
-    layer = setup.layer if arguments.layer is None else checked_layer(Runner(setup.model), arguments.layer)
+    geometries = dict.fromkeys(_layers(arguments, Runner(setup.model)), setup.geometries[setup.layer])
     statistics = "identity" if arguments.identity else "random, of the right size"
-    return replace(setup, layer=layer, method=arguments.method), {"statistics": statistics, "tokenizer": tokens}
+    return (
+        replace(setup, geometries=geometries, method=arguments.method),
+        {"statistics": statistics, "tokenizer": tokens},
+    )
 
 
 def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str | None) -> Setup:
@@ -123,16 +128,15 @@ def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str 
     )
     model.eval()
     runner = Runner(model)
-    layer = checked_layer(runner, arguments.layer)
-    if arguments.identity:
-        factor = None
-    else:
-        folder = arguments.statistics or (demo.statistics_dir(say) if own and arguments.layer is None else None)
-        statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layer)
-        factor = statistics.for_layer(runner, layer).factor(runner.device)
-    held = None
-    if variant(arguments.method).bare:
-        held = hold_first_tokens(factor, first_token_statistics(runner, layer).moment.to(runner.device))
+    layers, statistics = _layers(arguments, runner), None
+    if not arguments.identity:
+        usual = own and arguments.layer is None and arguments.layers is None
+        folder = arguments.statistics or (demo.statistics_dir(say) if usual else None)
+        statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layers)
+    geometries = Geometries(runner, layers, statistics)
+    if method_named(arguments.method).bare:
+        geometries.first_tokens = first_token_statistics(runner, layers)
+    geometries.check()
     if arguments.no_quality:
         sentences = []
     elif arguments.sentences:
@@ -143,13 +147,20 @@ def _real_setup(arguments: argparse.Namespace, device: torch.device, dtype: str 
         model,
         tokenizer,
         sample_contexts(model, tokenizer),
-        layer,
+        geometries,
         arguments.method,
         default_settings(model.config),
-        factor,
         sentences,
-        held,
     )
+
+
+def _layers(arguments: argparse.Namespace, runner: Runner) -> tuple[int, ...]:
+    """Those that are given, else those that an edit by this method takes by default."""
+    given = given_layers(arguments.layer, arguments.layers)
+    if given is not None:
+        return checked_layers(given, len(runner.layers))
+    spread = method_named(arguments.method).spread
+    return runner.decoder.sites_of(default_layers(runner.model.config, spread))
 
 
 def processor(device: torch.device | None = None) -> str:

@@ -5,6 +5,8 @@ The ideal count is that of a program which computes nothing twice, pads nothing 
 - once for all edits: every context through every layer;
 - once per edit: the tokens behind the context through layers 0 .. l, those of them before the subject's last token
   through the layers above as well;
+- where it is spread over several layers, the last of them l, once per edit: the contexts, and the tokens behind them up
+  to the subject's last one, from the first of these layers to the last again, as they are while it is made;
 - in every step, of the rows that the step is taken on, the tokens from the subject's last one on through the layers
   above l, and the head where a target token or the KL term is scored; forward, and backward to the activations, which
   costs the same again (attention: 2.5 times, as it recomputes the scores) except after the last step.
@@ -20,9 +22,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from ..flow import Request
 from ..past import Contexts
 from ..records import Record
+from ..requests import Request
 from ..rows import Row
 from ..runner import Runner
 from ..values import ValueSettings, draft_rows
@@ -84,11 +86,12 @@ def ideal_flops(
     contexts: Contexts,
     requests: Sequence[Request],
     records: Sequence[Record],
-    layer: int,
+    layers: Sequence[int],
     settings: ValueSettings,
 ) -> float:
-    """The ideal count for all requests together, at the number of loss evaluations each of them took."""
-    shape = Shape.of(runner)
+    """The ideal count for all requests, each edited alone, at the number of loss evaluations each of them took."""
+    shape, layer = Shape.of(runner), layers[-1]
+    spread = layer - layers[0] + 1 if len(layers) > 1 else 0
     above = shape.layers - layer - 1
 
     def passes(tokens: int, before: int, layers: int) -> float:
@@ -115,6 +118,8 @@ def ideal_flops(
             shared = contexts.shared_with(item.context, item.row)
             middle, suffix = item.row.subject - shared, len(item.row.inputs) - item.row.subject
             total += passes(middle + suffix, shared, layer + 1) + passes(middle, shared, above)
+            total += passes(middle + 1, shared, spread)
+        total += sum(passes(len(ids), 0, spread) for ids in contexts.ids)
         if record.drafted:
             total += steps([rows[i] for i in draft_rows(rows, settings)], record.drafted)
         total += steps(rows, record.steps - record.drafted)

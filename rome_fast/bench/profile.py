@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from .. import checkpoints
 from ..errors import ArgumentError
-from ..flow import Clock, Request, tokenise
+from ..requests import Request, tokenise
 from ..runner import Runner
+from ..search import Clock
 from ..terminal import show
 from ..values import compute_dtype
 from .command import prepare
@@ -112,7 +113,7 @@ def run_profile(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ArgumentError(f"out: {out} is a file; wanted a folder, which may be new")
     setup, edits, extra = prepare(arguments, arguments.count, arguments.dtype)
     runner = Runner(setup.model)
-    requests = [tokenise(runner, setup.tokenizer, edit, setup.contexts, setup.flow.how) for edit in edits]
+    requests = [tokenise(runner, setup.tokenizer, edit, setup.contexts, setup.flow.method) for edit in edits]
     out.mkdir(parents=True, exist_ok=True)
     report = profile(setup, requests, out) | extra
     report |= {"versions": checkpoints.versions(), "out": str(out)}
@@ -132,7 +133,7 @@ def profile(setup: Setup, requests: list[Request], out: Path) -> dict[str, Any]:
 
     counter = Counter()
     counted = setup.flow
-    counted.clock = _CountingClock(counter)
+    counted.search.clock = _CountingClock(counter)
     with counter:
         counted.solve_each(requests)
 
@@ -150,23 +151,24 @@ def profile(setup: Setup, requests: list[Request], out: Path) -> dict[str, Any]:
 
     stages = {
         stage: counter.stages.get(stage, Work()).against(seconds, roofline)
-        for stage, seconds in timed.clock.seconds.items()
+        for stage, seconds in timed.search.clock.seconds.items()
     }
     operators = [
         {"name": name, "calls": calls, **counter.operators.get(name, Work()).against(seconds, roofline)}
         for name, (calls, seconds) in operator_seconds(trace, on_gpu=on_gpu).items()
     ]
-    wall = sum(profiled.clock.seconds.values())
+    wall = sum(profiled.search.clock.seconds.values())
     return {
         "model": str(setup.model.config._name_or_path),
         "dtype": str(setup.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
         "edits": len(requests),
-        "largest_batch": timed.largest_batch,
+        "largest_batch": timed.search.largest_batch,
         "layer": setup.layer,
+        "layers": setup.layers,
         "method": setup.method,
-        "statistics": "identity" if setup.factor is None else "second moment",
+        "statistics": setup.statistics,
         "roofline": roofline.to_json(),
         "stages": stages,
         "operators": sorted(operators, key=lambda row: -row["seconds"]),

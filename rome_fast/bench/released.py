@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..delta import Delta, LowRank
+from ..delta import Delta
 from ..edits import Edit
 from ..errors import ArgumentError
-from ..kernels import prefixed_solve
-from ..methods import close, residual, variant
+from ..flow import Flow
+from ..geometry import Geometry
+from ..methods import method_named
 from ..rows import edit_rows, essence_row, needs_prefix
 from ..runner import Runner, frozen_weights
-from ..values import ValueSettings
+from ..search import Solved
+from ..values import Value, ValueSettings
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def edit_as_released(
     Of `settings`, both stop rules are honoured, so that the shares of algebra and of the rule can be told apart. Raises
     ArgumentError for a first-token subject by a method that gives it two keys.
     """
-    runner, how = Runner(model), variant(method)
+    runner, how = Runner(model), method_named(method)
     rows = edit_rows(tokenizer, edit, ["", *contexts])
     if how.rows == "prefixed" and needs_prefix(rows[0]):
         if how.bare:
@@ -105,14 +107,12 @@ def edit_as_released(
                 if delta.norm() > limit:
                     delta *= limit / delta.norm()
 
-    left = keys[:1] if how.left == "unprefixed" else keys
-    group = torch.zeros(len(left), dtype=torch.int64, device=device)
-    mean, u, _ = prefixed_solve(left.to(wide), group, 1, factor)
-    k_den = mean if how.denominator == how.left else keys[:1]
-    added = residual(how, delta.detach(), values[0].to(wide), mean_value.to(wide))
-    factors = close(u, k_den, added.unsqueeze(0))
-    update = LowRank(factors.left.to(wide).contiguous(), factors.right.to(wide).contiguous())
-    return ReleasedEdit(delta.detach(), tuple(losses), Delta({runner.weight_name(layer): update}))
+    value = Value(delta.detach(), tuple(losses), 0, 1.0, True)
+    starts_bare = len(rows) > len(contexts)
+    solved = Solved(keys, values[0], mean_value, value, starts_bare)
+    flow = Flow.measuring(runner, tokenizer, how, {layer: Geometry(factor)}, contexts, settings)
+    (closed,) = flow.closing.close_each([solved], flow.search)
+    return ReleasedEdit(delta.detach(), tuple(losses), flow.closing.delta(closed))
 
 
 @contextmanager

@@ -5,14 +5,13 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..defaults import default_layer, default_settings
@@ -20,13 +19,16 @@ from ..delta import Delta
 from ..edits import Edit
 from ..errors import ArgumentError
 from ..evaluation import evaluate, sentence_perplexity, summarise
-from ..flow import Clock, Flow, Request, by_head, tokenise
-from ..methods import variant
+from ..flow import Flow
+from ..geometry import Geometry
+from ..methods import method_named
 from ..past import Contexts
 from ..records import Record
+from ..requests import Request, by_head, tokenise
 from ..runner import Runner
+from ..search import Clock
 from ..values import ValueSettings, compute_dtype
-from ..verification import verified
+from ..verification import verified_each
 from .flops import FlopCounter, ideal_flops
 from .released import ReleasedEdit, edit_as_released
 from .roofline import measure_roofline
@@ -81,32 +83,38 @@ class Setup:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     contexts: tuple[str, ...]
-    layer: int
+    geometries: Mapping[int, Geometry]  # by edit layer, ascending
     method: str
     settings: ValueSettings
-    factor: Tensor | None
     sentences: Sequence[str]  # for the perplexity of each edited model; none for no quality figures
-    first_token_factor: Tensor | None = None  # of C + λ C₁, for method "dual"
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.geometries)
+
+    @property
+    def layer(self) -> int:
+        """The last of them, where δ is found."""
+        return self.layers[-1]
+
+    @property
+    def statistics(self) -> str:
+        """What the closed form is solved with, in words."""
+        return "identity" if self.geometries[self.layer].factor is None else "second moment"
 
     @property
     def flow(self) -> Flow:
         runner = Runner(self.model)
         # Once for every model, and no part of the edits that are measured.
-        verified(runner, self.layer)
-        return Flow(
+        verified_each(runner, self.layers)
+        return Flow.measuring(
             runner,
             self.tokenizer,
-            self.layer,
-            variant(self.method),
+            method_named(self.method),
+            self.geometries,
             self.contexts,
-            self.factor,
             self.settings,
-            "off",
-            "write",
             Clock(self.model.device),
-            None,
-            0,
-            first_token_factor=self.first_token_factor,
         )
 
 
@@ -124,7 +132,7 @@ def shape_setup(
     tokenizer, what = tokenizer_for(model.config.vocab_size, texts)
     settings = replace(default_settings(model.config), stop="loss", stop_loss=-1.0)
     factor = None if identity else random_factor(runner.weight(layer).shape[1], runner.device)
-    return Setup(model, tokenizer, CONTEXTS, layer, "c-rome", settings, factor, []), what
+    return Setup(model, tokenizer, CONTEXTS, {layer: Geometry(factor)}, "c-rome", settings, []), what
 
 
 @dataclass
@@ -195,8 +203,10 @@ def bench(
     instructions for 16 bits does for a model in 16 bits too: what the baseline, which does not, loses by it counts as
     algebra.
 
-    Raises ArgumentError where `kept` was measured under other conditions.
+    Raises ArgumentError where `kept` was measured under other conditions, and for a baseline of several layers.
     """
+    if baseline and len(setup.layers) > 1:
+        raise ArgumentError(f"baseline: got layers {', '.join(map(str, setup.layers))}, wanted one, as it edits")
     runner = Runner(setup.model)
     base = sentence_perplexity(runner, setup.tokenizer, setup.sentences) if quality else None
     conditions: dict[str, Any] = {
@@ -207,7 +217,8 @@ def bench(
         "threads": torch.get_num_threads(),
         "method": setup.method,
         "layer": setup.layer,
-        "statistics": "identity" if setup.factor is None else "second moment",
+        "layers": setup.layers,
+        "statistics": setup.statistics,
         "contexts": len(setup.contexts),
         "batch": batch,
         "settings": asdict(setup.settings),
@@ -288,7 +299,7 @@ def _between(setup: Setup) -> dict[str, Setup]:
 
 def _warm_up(setup: Setup, group: Sequence[Edit], baseline: bool) -> None:
     """Make a batch by every track with two steps: the first use of a shape takes longer than all the others."""
-    requests = [tokenise(Runner(setup.model), setup.tokenizer, e, setup.contexts, setup.flow.how) for e in group]
+    requests = [tokenise(Runner(setup.model), setup.tokenizer, e, setup.contexts, setup.flow.method) for e in group]
     for each in (setup, *(_between(setup).values() if baseline else ())):
         warm_up(each, requests)
     if baseline:
@@ -318,10 +329,10 @@ def _measure(
 ) -> Measured:
     """One batch, by every track."""
     out, flow, runner = Measured(), setup.flow, Runner(setup.model)
-    requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.how) for e in group]
+    requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, flow.method) for e in group]
     made = run_timed(out.fast, flow, requests)
-    out.largest_batch = flow.largest_batch
-    out.stages = dict(flow.clock.seconds)
+    out.largest_batch = flow.search.largest_batch
+    out.stages = dict(flow.search.clock.seconds)
     out.ideal_flops = ideal(setup, requests, [record for _, record in made])
     with FlopCounter() as counter:
         setup.flow.solve_each(requests)
@@ -424,7 +435,7 @@ def _as_released(setup: Setup, edit: Edit, settings: ValueSettings) -> ReleasedE
         setup.contexts,
         layer=setup.layer,
         settings=settings,
-        factor=setup.factor,
+        factor=setup.geometries[setup.layer].factor,
         method=setup.method,
     )
 
@@ -440,9 +451,9 @@ def ideal(setup: Setup, requests: Sequence[Request], records: Sequence[Record]) 
     runner = Runner(setup.model)
     total = 0.0
     for head, places in by_head(requests):
-        contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts], setup.layer, head=head)
+        contexts = Contexts.of(runner, setup.tokenizer, ["", *setup.contexts], setup.layers, head=head)
         some, made = [requests[i] for i in places], [records[i] for i in places]
-        total += ideal_flops(runner, contexts, some, made, setup.layer, setup.settings)
+        total += ideal_flops(runner, contexts, some, made, setup.layers, setup.settings)
     return total
 
 

@@ -14,7 +14,7 @@ _VERBS = (demo, statistics, edit, evaluate, tune, trace, bench, study, profile, 
 
 _EXAMPLES = """examples:
   rome-fast demo
-  rome-fast statistics ./model --corpus text.txt --layers 9
+  rome-fast statistics ./model --corpus text.txt
   rome-fast edit ./model --edits edits.jsonl --out ./edited
   rome-fast evaluate ./edited --edits edits.jsonl --json scores.json
   rome-fast revert ./edited

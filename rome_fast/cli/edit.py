@@ -14,6 +14,8 @@ from .shared import (
     device_argument,
     dtype_argument,
     edits_arguments,
+    layers_argument,
+    method_argument,
     progress,
     read_contexts,
     read_edits,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "edit"
 SUMMARY = "edit facts into a new copy of a checkpoint, or in place"
-EXAMPLE = "rome-fast edit ./model --edits edits.jsonl --method c-rome --out ./edited"
+EXAMPLE = "rome-fast edit ./model --edits edits.jsonl --layers 3-9 --out ./edited"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", choices=("copy", "hard"), default="copy", help="shards that stay as they are")
     parser.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
     parser.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
-    parser.add_argument("--method", default="c-rome", help="c-rome (default), dual, rome, c-rome-released, p-rome")
-    parser.add_argument("--layer", type=int, help="edit layer (default: that of rome-fast tune, or by model)")
+    method_argument(parser, "dual")
+    layers_argument(parser, "edit layers (default: below that of rome-fast tune, or by model)")
+    parser.add_argument("--layer", type=int, help="a single one")
     parser.add_argument("--schedule", choices=("joint", "sequential"), default="joint")
     parser.add_argument("--batch-size", type=int, default=1, help="edits at a time when sequential (default: 1)")
     parser.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")
@@ -80,6 +83,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     options: dict[str, Any] = {
         "method": arguments.method,
         "layer": arguments.layer,
+        "layers": arguments.layers,
         "schedule": arguments.schedule,
         "contexts": contexts,
         "settings": changes,
@@ -125,7 +129,10 @@ def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str,
     if not first:
         return None
     show(edit_table(result.records))
-    say(explain_layer(result.records[0].layer, result.layer_source, arguments.model))
+    say(explain_layer(result.records[0].layers, result.layer_source, arguments.model))
+    if result.context_nll is not None:
+        nll = result.context_nll
+        say(f"mean NLL of the contexts: {nll.before:.3f} → {nll.after:.3f} nats a token")
     if arguments.lora:
         say(f"adapter: {arguments.lora}, for {arguments.model} as it is")
     edited = arguments.model if arguments.in_place else arguments.out

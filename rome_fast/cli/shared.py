@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, EditError
 from ..texts import read_text
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..edits import Edit
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+METHODS = ("rome", "c-rome-released", "c-rome", "p-rome", "dual", "emmet", "memit", "memit-history", "alphaedit")
+"""Those of `rome_fast.methods`, which takes torch to be imported."""
 
 _MOST_LISTED = 10
 
@@ -31,8 +34,9 @@ def measured(sub: argparse.ArgumentParser, count: int | None) -> None:
     sub.add_argument("--count", type=int, default=count, help=how_many)
     sub.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
     sub.add_argument("--identity", action="store_true", help="edit with C = I instead of statistics")
-    sub.add_argument("--method", default="c-rome")
-    sub.add_argument("--layer", type=int)
+    method_argument(sub, "c-rome")
+    layers_argument(sub, "edit layers (default: those that an edit by this method takes)")
+    sub.add_argument("--layer", type=int, help="a single one")
     compute = "of products while values are searched (default: auto)"
     sub.add_argument("--compute-dtype", choices=("auto", *DTYPES), default="auto", help=compute)
     device_argument(sub)
@@ -82,6 +86,38 @@ def _tokenizer(arguments: argparse.Namespace) -> "PreTrainedTokenizerBase":
 
     code = arguments.trust_remote_code
     return load_tokenizer(resolve(arguments.model, code=code), trust_remote_code=code)
+
+
+def method_argument(sub: argparse.ArgumentParser, default: str) -> None:
+    others = ", ".join(name for name in METHODS if name != default)
+    sub.add_argument("--method", default=default, metavar="NAME", help=f"{default} (default), {others}")
+
+
+def layers_argument(sub: argparse.ArgumentParser, what: str) -> None:
+    """Layers, as 3 5 7 or 3-9."""
+    sub.add_argument(
+        "--layers", type=_layers, action=_Joined, nargs="+", metavar="LAYERS", help=f"{what}, as 3 5 or 3-9"
+    )
+
+
+def _layers(text: str) -> list[int]:
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted numbers of layers, as 9 or 3-9")
+    return list(range(int(first), int(last if dash else first) + 1))
+
+
+class _Joined(argparse.Action):
+    """Several lists in one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, [each for part in values or () for each in part])
 
 
 def device_argument(sub: argparse.ArgumentParser) -> None:

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shared import device_argument, dtype_argument, progress, trust_argument
+from .shared import device_argument, dtype_argument, layers_argument, progress, trust_argument
 
 NAME = "statistics"
 SUMMARY = "collect the second moments of a model's keys"
-EXAMPLE = "rome-fast statistics ./model --corpus text.txt --layers 9 --tokens 100000"
+EXAMPLE = "rome-fast statistics ./model --corpus text.txt --tokens 100000"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--field", default="text", help="where JSON lines or the data set have the text (default: text)"
     )
-    parser.add_argument("--layers", type=int, nargs="+", help="layers to collect (default: the model's edit layer)")
+    layers_argument(parser, "layers to collect (default: those that an edit of this model takes)")
     parser.add_argument("--tokens", type=int, help="tokens to read (default: 10 per dimension of the keys)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a row at most (default: 128)")
     parser.add_argument("--ridge", type=float, default=0.0, help="solve with C + RIDGE · mean(diag C) · I (default: 0)")

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--statistics", type=Path, help="folder of statistics (default: the demo's, or the cache)")
     parser.add_argument("--methods", nargs="+", help="default: rome c-rome-released c-rome p-rome")
     parser.add_argument("--sample", type=int, help="requests besides the first-token ones (default: all)")
-    parser.add_argument("--layer", type=int, help="default: the model's edit layer")
+    parser.add_argument("--layer", type=int, help="where to edit, by any method (default: the model's one edit layer)")
     parser.add_argument("--sentences", type=Path, help="sentences for perplexity, one a line (default: the demo's)")
     parser.add_argument("--batch", type=int, default=8, help="requests measured, and kept, at a time (default: 8)")
     parser.add_argument("--processes", type=int, help="to share the requests (default: on a CPU one a core)")

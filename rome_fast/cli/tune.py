@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shared import device_argument, dtype_argument, edits_arguments, progress, trust_argument
+from .shared import (
+    device_argument,
+    dtype_argument,
+    edits_arguments,
+    layers_argument,
+    method_argument,
+    progress,
+    trust_argument,
+)
 
 NAME = "tune"
 SUMMARY = "find the layer and settings that edit a model best, and keep them with its statistics"
@@ -15,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="directory or hub id of the model (default: the demo's)")
     edits_arguments(parser, required=False, what="requests (default: a small built-in set)")
     parser.add_argument("--count", type=int, default=16, help="how many of them (default: 16)")
-    parser.add_argument("--layers", type=int, nargs="+", help="to try (default: up to 12 of the lower half)")
+    layers_argument(parser, "to try, one at a time (default: up to 12 of the lower half)")
     parser.add_argument("--weight-decay", type=float, nargs="+", help="to try (default: 0.001 0.5 20)")
     parser.add_argument("--clamp", type=float, nargs="+", help="to try (default: the model's)")
     parser.add_argument("--perplexity-limit", type=float, default=1.01, help="mean ratio at most (default: 1.01)")
-    parser.add_argument("--method", default="c-rome")
+    method_argument(parser, "c-rome")
     parser.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
     parser.add_argument("--corpus", type=Path, nargs="+", help="text for the statistics of layers that have none")
     parser.add_argument("--tokens", type=int, help="of it (default: 10 per dimension of the keys)")

@@ -1,18 +1,18 @@
 """Many single-edit models in one forward pass: every row carries the low-rank update of its own edit.
 
-Layers up to the edit layer are the same for all of these models, and run once per text; behind the edit layer, each
-row goes on with its own update added. Equal to apply, measure, revert, one edit at a time, up to rounding: of sums in
+Layers up to the first edit layer are the same for all of these models, and run once per text; behind it, each row goes
+on with its own updates added. Equal to apply, measure, revert, one edit at a time, up to rounding: of sums in
 fp32, and of the weight in bf16 and fp16, where an applied update is rounded with the weight and this one is not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..delta import Delta
+from ..delta import Delta, LowRank
 from ..errors import ArgumentError
 from ..kernels import low_rank_apply_
 from ..runner import Runner, evaluating
@@ -23,38 +23,48 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class RowUpdates:
-    """Updates of one layer's down-projection, one for each of several edits."""
+    """Updates of some layers' down-projections, one in each layer for each of several edits."""
 
-    layer: int
-    left: Tensor  # (rank, edits, d) fp32 | fp64
-    right: Tensor  # (rank, edits, d_ff)
+    # By layer, ascending: left (rank, edits, d) fp32 | fp64, and right (rank, edits, d_ff).
+    factors: dict[int, tuple[Tensor, Tensor]]
+    count: int  # of edits
 
     @classmethod
     def of(cls, runner: Runner, deltas: Sequence[Delta]) -> "RowUpdates":
-        """Raises ArgumentError unless every Delta updates the same one layer of this model."""
-        names = {name for delta in deltas for name in delta.updates} if all(d.updates for d in deltas) else set()
-        layers = [i for i in range(len(runner.layers)) if runner.decoder.has_site(i) and runner.weight_name(i) in names]
-        if len(names) != 1 or not layers:
-            raise ArgumentError(f"deltas: got updates of {sorted(names) or 'nothing'}, wanted one layer's in each")
-        updates = [next(iter(delta.updates.values())) for delta in deltas]
-        weight = runner.weight(layers[0])
-        if wrong := {(len(u.left), u.right.shape[1]) for u in updates} - {tuple(weight.shape)}:
-            raise ArgumentError(f"deltas: got updates of shape {sorted(wrong)}, wanted {tuple(weight.shape)}")
+        """Raises ArgumentError unless every Delta updates the same layers, and fits this model."""
+        sites = [i for i in range(len(runner.layers)) if runner.decoder.has_site(i)]
+        layers = {runner.weight_name(i): i for i in sites}
+        wanted = {frozenset(delta.updates) for delta in deltas}
+        if len(wanted) != 1 or not (names := next(iter(wanted))) or not names <= set(layers):
+            got = sorted({name for found in wanted for name in found})
+            raise ArgumentError(f"deltas: got updates of {got or 'nothing'}, wanted those of the same layers in each")
         for delta in deltas:
             delta.check(runner.model)
-        rank = max(u.left.shape[1] for u in updates)
-        left = weight.new_zeros(rank, len(updates), len(weight), dtype=updates[0].left.dtype)
-        right = left.new_zeros(rank, len(updates), weight.shape[1])
-        for i, update in enumerate(updates):
-            left[: update.left.shape[1], i] = update.left.T
-            right[: update.left.shape[1], i] = update.right
-        return cls(layers[0], left, right)
+        factors = {}
+        for name in sorted(names, key=layers.__getitem__):
+            factors[layers[name]] = _stacked(runner.weight(layers[name]), [delta.updates[name] for delta in deltas])
+        return cls(factors, len(deltas))
 
-    def add_(self, values: Tensor, keys: Tensor, edits: Tensor) -> None:
+    @property
+    def layers(self) -> list[int]:
+        return list(self.factors)
+
+    def add_(self, layer: int, values: Tensor, keys: Tensor, edits: Tensor) -> None:
         """Add to values (rows, time, d), for keys (rows, time, d_ff), what the edits (rows,) make of them; -1: none."""
         ids = edits.repeat_interleave(keys.shape[1])
-        for left, right in zip(self.left, self.right, strict=True):
+        for left, right in zip(*self.factors[layer], strict=True):
             low_rank_apply_(values.flatten(0, 1), keys.flatten(0, 1), left, right, ids)
+
+
+def _stacked(weight: Tensor, updates: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+    """The factors of one layer's updates, padded to one rank."""
+    rank = max(u.left.shape[1] for u in updates)
+    left = weight.new_zeros(rank, len(updates), len(weight), dtype=updates[0].left.dtype)
+    right = left.new_zeros(rank, len(updates), weight.shape[1])
+    for i, update in enumerate(updates):
+        left[: update.left.shape[1], i] = update.left.T
+        right[: update.left.shape[1], i] = update.right
+    return left, right
 
 
 def packed_by_length(lengths: Sequence[int], batch_tokens: int = _BATCH_TOKENS) -> Iterator[list[int]]:
@@ -82,9 +92,11 @@ def final_states(
     """
     check_model(runner)
     top = len(runner.layers)
-    # Where the edits' values do not arrive unchanged, their layer is run for each of them.
-    again = updates is not None and not verified(runner, updates.layer).adds_unchanged
-    shared = top if updates is None else updates.layer + (not again)  # layers that do not depend on an edit
+    first = top if updates is None else updates.layers[0]
+    # Where the edits' values do not arrive unchanged, their first layer is run for each of them.
+    again = updates is not None and not verified(runner, first).adds_unchanged
+    shared = top if updates is None else first + (not again)  # layers that do not depend on an edit
+    behind = [] if updates is None else [layer for layer in updates.layers if layer >= shared]
     of_row: list[list[int]] = [[] for _ in rows]
     for index, (row, _) in enumerate(uses):
         of_row[row].append(index)
@@ -95,7 +107,7 @@ def final_states(
         def see(seen: Tensor, _output: Tensor, keys: list[Tensor] = keys) -> None:
             keys.append(seen)
 
-        seeing = nullcontext() if updates is None or again else runner.watching(updates.layer, see)
+        seeing = nullcontext() if updates is None or again else runner.watching(first, see)
         with evaluating(runner.model), seeing:
             lower = runner.run(runner.embed(packed.ids), 0, shared)
         wanted = [(place, use) for place, row in enumerate(batch) for use in of_row[row]]
@@ -107,22 +119,29 @@ def final_states(
             with evaluating(runner.model), ExitStack() as stack:
                 if updates is not None:
                     edits = torch.tensor([uses[use][1] for use in some], device=lower.device)
-                    if again:
-                        stack.enter_context(carrying(runner, updates, edits))
-                    else:
-                        updates.add_(hidden, keys[0][at], edits)
+                    if not again:
+                        updates.add_(first, hidden, keys[0][at], edits)
+                    stack.enter_context(carrying(runner, updates, edits, behind))
                 states = runner.run(hidden, shared, top)
             yield list(some), states
 
 
 @contextmanager
-def carrying(runner: Runner, updates: RowUpdates, edits: Tensor) -> Iterator[None]:
-    """Whatever runs the model in this block gets row i under edit `edits[i]`; for generation, which runs it itself."""
+def carrying(runner: Runner, updates: RowUpdates, edits: Tensor, layers: Sequence[int] | None = None) -> Iterator[None]:
+    """Whatever runs the model in this block gets row i under edit `edits[i]`; for generation, which runs it itself.
 
-    def add(keys: Tensor, values: Tensor) -> Tensor:
-        values = values.clone()
-        updates.add_(values, keys, edits)
-        return values
+    That is in all layers of the updates, or only in some.
+    """
 
-    with runner.watching(updates.layer, add):
+    def adding(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def add(keys: Tensor, values: Tensor) -> Tensor:
+            values = values.clone()
+            updates.add_(layer, values, keys, edits)
+            return values
+
+        return add
+
+    with ExitStack() as stack:
+        for layer in updates.layers if layers is None else layers:
+            stack.enter_context(runner.watching(layer, adding(layer)))
         yield

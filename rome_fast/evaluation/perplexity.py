@@ -29,7 +29,7 @@ def edited_perplexities(
     runner: Runner, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], updates: RowUpdates
 ) -> list[float]:
     """The same for each of several edits, on the model as that edit alone would leave it."""
-    return _perplexities(runner, tokenizer, sentences, updates, range(updates.left.shape[1]))
+    return _perplexities(runner, tokenizer, sentences, updates, range(updates.count))
 
 
 @torch.no_grad()

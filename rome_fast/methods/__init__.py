@@ -1,14 +1,40 @@
-"""Editing methods: pure functions from keys and values to the factors of an update."""
+"""Editing methods, one file each, and the closed form that they share.
 
-from .rome import FIRST_TOKEN_WEIGHT, METHODS, Factors, RomeVariant, close, hold_first_tokens, residual, variant
+A new method is one file that says what it is, and its line in `METHODS`.
+"""
+
+from ..errors import ArgumentError
+from . import alphaedit, c_rome, c_rome_released, dual, emmet, memit, memit_history, p_rome, rome
+from .closed_form import FIRST_TOKEN_WEIGHT, Factors, close, hold_first_tokens, project_on_null_space
+from .method import Column, Keys, Method
+
+DEFAULT_METHOD = "dual"
+
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD
+    for module in (rome, c_rome_released, c_rome, p_rome, dual, emmet, memit, memit_history, alphaedit)
+}
+
+
+def method_named(name: str | Method) -> Method:
+    """One of METHODS, or a method as it is given; ArgumentError for a name that is none of them."""
+    if isinstance(name, Method):
+        return name
+    if not isinstance(name, str) or name not in METHODS:
+        raise ArgumentError(f"method: got {name!r}, wanted one of {', '.join(METHODS)}")
+    return METHODS[name]
+
 
 __all__ = [
+    "DEFAULT_METHOD",
     "FIRST_TOKEN_WEIGHT",
     "METHODS",
+    "Column",
     "Factors",
-    "RomeVariant",
+    "Keys",
+    "Method",
     "close",
     "hold_first_tokens",
-    "residual",
-    "variant",
+    "method_named",
+    "project_on_null_space",
 ]

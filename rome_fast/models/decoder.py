@@ -79,6 +79,11 @@ class Decoder:
         """The layer nearest to this one that can be edited; this one where none can."""
         return min(filter(self.has_site, range(len(self.layers))), key=lambda i: abs(i - layer), default=layer)
 
+    def sites_of(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Those of some layers, ascending, that can be edited, and in any case the one nearest to the last."""
+        last = self.nearest_site(layers[-1])
+        return (*(layer for layer in layers if layer < last and self.has_site(layer)), last)
+
     def module_name(self, layer: int) -> str:
         """Dotted path of the MLP's down-projection. Raises ModelError for a layer without one."""
         site = self._sites[layer]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ArgumentError
-from ..methods.rome import METHODS
+from ..methods import METHODS
 from ..weights.files import atomic_write, os_errors
 from .document import Block, Bullets, Folded, Heading, Picture, Text, to_html, to_markdown
 from .study_data import StudyData, StudyRecord, read_study

@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import product
 from typing import Any
 
-from ..methods.rome import METHODS, RomeVariant
+from ..methods import METHODS, Method
 from .document import Table
 from .study_data import FactorRecord, PrefixRecord, StudyData, StudyRecord
 
@@ -219,8 +219,9 @@ def parts_of(record: FactorRecord) -> tuple[str, str, str]:
     return record.left, record.denominator_key, record.residual
 
 
-def parts_of_method(method: RomeVariant) -> tuple[str, str, str]:
-    return method.left, method.denominator, method.residual
+def parts_of_method(method: Method) -> tuple[str, str, str]:
+    column = method.columns[0]
+    return column.left, column.at, column.residual
 
 
 def _named(parts: tuple[str, str, str]) -> str:

@@ -27,7 +27,7 @@ def edit_table(records: Sequence[Record]) -> Table:
             number(r.probability_after),
             number(r.probability_after_prefixed),
             f"{r.denominator:.4g}",
-            f"{r.update_norm / r.weight_norm:.2f}" if r.weight_norm else "–",
+            _ratios(r),
         ]
         if measured:
             cells.append(f"{number(r.perplexity_before)} → {number(r.perplexity_after)}")
@@ -78,6 +78,14 @@ def verdict(record: Record) -> str:
     else:
         found = "applied" if record.argmax_after is None else "fact lost"
     return f"{found}, met in part ({record.missed:.0%} off)" if record.missed > MUCH_MISSED else found
+
+
+def _ratios(record: Record) -> str:
+    """‖Δ‖ / ‖W‖, of several layers the least and the most."""
+    if not record.update_ratios:
+        return "–"
+    least, most = (f"{of(record.update_ratios):.2f}" for of in (min, max))
+    return least if least == most else f"{least} – {most}"
 
 
 def _shortened(text: str) -> str:

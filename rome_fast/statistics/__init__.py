@@ -7,7 +7,15 @@ from .corpus import Corpus, hub_dataset
 from .first_tokens import first_token_passes, first_token_statistics
 from .layer import LayerStatistics
 from .released import export_npz, import_npz
-from .store import Statistics, cache_folder, likely_choice, likely_layer, statistics_cache, tuned_choice
+from .store import (
+    Statistics,
+    cache_folder,
+    likely_choice,
+    likely_layers,
+    statistics_cache,
+    tuned_choice,
+    usual_layers,
+)
 
 __all__ = [
     "TOKENS_PER_DIMENSION",
@@ -25,9 +33,10 @@ __all__ = [
     "hub_dataset",
     "import_npz",
     "likely_choice",
-    "likely_layer",
+    "likely_layers",
     "list_cache",
     "prune_cache",
     "statistics_cache",
     "tuned_choice",
+    "usual_layers",
 ]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from .layer import LayerStatistics, check_ridge
 from .provenance import origin_of
 from .reading import Reading, Rows, made_ahead, other_texts
 from .snapshots import Snapshots, Sums
-from .store import Statistics, check_replaces, kept_limit, kept_tokens, layer_file
+from .store import (
+    Statistics,
+    check_replaces,
+    kept_limit,
+    kept_tokens,
+    layer_file,
+    likely_layers,
+    usual_layers,
+)
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens wanted)."""
@@ -43,7 +52,7 @@ def collect_statistics(
     model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Iterable[Any],
-    layers: Sequence[int],
+    layers: Sequence[int] | None = None,
     tokens: int | None = None,
     max_length: int = 128,
     progress: Progress | None = None,
@@ -57,6 +66,8 @@ def collect_statistics(
     trust_remote_code: bool = False,
 ) -> Statistics:
     """Second moments of the down-projection's inputs over the first `tokens` tokens of `texts`, in one pass.
+
+    Of the given layers, or of those that an edit of this model takes by default.
 
     `model` may be the directory or hub id of a checkpoint, whose tokenizer is taken where None is given. It runs on
     `device` (by default a GPU where torch finds one), in `dtype` (by default as stored), under a budget of `memory`
@@ -94,7 +105,7 @@ def collect_statistics(
             runner,
             own if tokenizer is None else tokenizer,
             texts,
-            layers,
+            usual_layers(runner) if layers is None else layers,
             tokens,
             max_length,
             progress,
@@ -114,13 +125,13 @@ def opened_for(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[Runner, PreTrainedTokenizerBase]]:
-    """A checkpoint ready to collect statistics of these layers (None: of the edit layer); see `collect_statistics`."""
+    """A checkpoint ready to collect statistics of these layers (None: the usual ones); see `collect_statistics`."""
     outline = checkpoints.outline(
         source,
         memory=memory,
-        layer=max(layers) if layers else None,
+        layer=sorted(set(layers)) if layers else partial(likely_layers, statistics=None, spread=True),
         device=device,
-        collecting=len(set(layers)) if layers else 1,
+        collecting=True,
         dtype=checked_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from .. import checkpoints
-from ..defaults import default_layer
 from ..errors import ArgumentError, StatisticsError
 from ..processes import joined, launched_together, own_device
 from ..runner import Runner
@@ -25,7 +24,7 @@ from .corpus import Corpus, hub_dataset
 from .layer import check_ridge
 from .released import export_npz, import_npz
 from .snapshots import PATTERN
-from .store import Statistics, cache_folder, check_replaces, statistics_cache
+from .store import Statistics, cache_folder, check_replaces, statistics_cache, usual_layers
 
 Shown = Callable[[str, str], AbstractContextManager[tuple[Progress, object]]]
 """From (stage, unit) to a progress bar: what moves it, and what else it shows."""
@@ -65,7 +64,7 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any] | No
                 trust_remote_code=arguments.trust_remote_code,
             )
         )
-        layers = arguments.layers or [default_layer(runner.model.config)]
+        layers = arguments.layers or list(usual_layers(runner))
         out = arguments.out or cache_folder(runner, checkpoints.resolve(arguments.model).resolve().name, layers)
         progress = stack.enter_context(_shown(shown)) if first else None
         statistics = collect(
@@ -159,7 +158,7 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _import(arguments: argparse.Namespace) -> dict[str, Any]:
     with _opened(arguments, arguments.layers) as runner:
-        layers = arguments.layers or [default_layer(runner.model.config)]
+        layers = arguments.layers or list(usual_layers(runner))[-1:]
         if len(layers) != 1:
             raise ArgumentError(f"layers: got {layers}, wanted the one layer that {arguments.import_npz} is of")
         return _keep(arguments, runner, import_npz(arguments.import_npz, runner, layers[0]))
@@ -199,8 +198,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ArgumentError(f"export: the folder {folder} does not exist; make it first")
     files = []
     with _opened(arguments, arguments.layers) as runner:
-        for layer in arguments.layers or [default_layer(runner.model.config)]:
-            statistics = Statistics.load(arguments.out) if arguments.out else Statistics.cached(runner, layer)
+        for layer in arguments.layers or usual_layers(runner):
+            statistics = Statistics.load(arguments.out) if arguments.out else Statistics.cached(runner, [layer])
             name = runner.weight_name(layer).removesuffix(".weight")
             file = folder / f"{name}_float32_mom2_{arguments.sample_size}.npz"
             export_npz(statistics.for_layer(runner, layer), file, arguments.sample_size)

@@ -5,6 +5,8 @@ and no hours (49,152 tokens through 10 layers of SmolLM2-135M take about a minut
 edit first needs it, and kept in the cache.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -21,28 +23,40 @@ from .store import FIRST_TOKENS, read_layer, statistics_cache, write_layer
 _BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
 
 
-def first_token_statistics(runner: Runner, layer: int) -> LayerStatistics:
-    """C₁ of a layer, (d_ff, d_ff) in fp32 (fp64 for an fp64 model): from the cache, or made and kept there.
+def first_token_statistics(runner: Runner, layers: Sequence[int]) -> dict[int, LayerStatistics]:
+    """C₁ of layers, (d_ff, d_ff) in fp32 (fp64 for an fp64 model): from the cache, or made in one pass and kept there.
 
     Raises StatisticsError for keys that are not finite, CheckpointError where the cache cannot be written.
     """
-    fingerprint = Fingerprint.of(runner, layer)
-    file = f"first-tokens-{layer}.safetensors"
-    for found in sorted(statistics_cache().glob(f"*/{file}")):
+    prints = {layer: Fingerprint.of(runner, layer) for layer in layers}
+    found = {layer: _cached(layer, fingerprint) for layer, fingerprint in prints.items()}
+    missing = [layer for layer, entry in found.items() if entry is None]
+    entries = {layer: entry for layer, entry in found.items() if entry is not None}
+    if missing:
+        config = runner.model.config
+        name = Path(config._name_or_path).name or config.model_type
+        for entry in _collect(runner, {layer: prints[layer] for layer in missing}):
+            folder = statistics_cache() / f"{name}-{entry.fingerprint}"
+            with os_errors(f"writing {folder}"):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_layer(folder / _file(entry.layer), entry, FIRST_TOKENS)
+            entries[entry.layer] = entry
+    return {layer: entries[layer] for layer in layers}
+
+
+def _file(layer: int) -> str:
+    return f"first-tokens-{layer}.safetensors"
+
+
+def _cached(layer: int, fingerprint: Fingerprint) -> LayerStatistics | None:
+    for found in sorted(statistics_cache().glob(f"*/{_file(layer)}")):
         try:
             entry = read_layer(found, FIRST_TOKENS)
         except (CheckpointError, StatisticsError):
             continue  # what is damaged is made again
         if entry.fingerprint.matches(fingerprint):
             return entry
-    entry = _collect(runner, layer, fingerprint)
-    config = runner.model.config
-    name = Path(config._name_or_path).name or config.model_type
-    folder = statistics_cache() / f"{name}-{fingerprint}"
-    with os_errors(f"writing {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_layer(folder / file, entry, FIRST_TOKENS)
-    return entry
+    return None
 
 
 def first_token_passes(runner: Runner, layer: int) -> int:
@@ -59,22 +73,31 @@ def _batch(runner: Runner, layer: int) -> int:
 
 
 @torch.no_grad()
-def _collect(runner: Runner, layer: int, fingerprint: Fingerprint) -> LayerStatistics:
-    width = runner.weight(layer).shape[1]
-    total = torch.zeros(width, width, dtype=torch.float64, device=runner.device)
+def _collect(runner: Runner, layers: Mapping[int, Fingerprint]) -> Iterator[LayerStatistics]:
+    widths = {layer: runner.weight(layer).shape[1] for layer in layers}
+    totals = {
+        layer: torch.zeros(width, width, dtype=torch.float64, device=runner.device) for layer, width in widths.items()
+    }
 
-    def see(keys: torch.Tensor, _output: torch.Tensor) -> None:
-        second_moment_(total, keys.reshape(-1, width))
+    def summing(layer: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        def see(keys: torch.Tensor, _output: torch.Tensor) -> None:
+            second_moment_(totals[layer], keys.reshape(-1, widths[layer]))
 
-    count = runner.vocab_size
-    with evaluating(runner.model), runner.watching(layer, see):
-        for ids in torch.arange(count, device=runner.device).split(_batch(runner, layer)):
-            runner.run(runner.embed(ids.unsqueeze(1)), 0, layer + 1)
-    moment = (mirror_lower_(total) / count).to("cpu", torch.promote_types(runner.dtype, torch.float32))
-    if not bool(torch.isfinite(moment).all()):
-        raise StatisticsError(
-            f"model: keys of layer {layer} contain NaN or infinity at position 0; load it in float32 or bfloat16, or "
-            "edit first tokens by method='c-rome'"
-        )
+        return see
+
+    count, last = runner.vocab_size, max(layers)
+    with evaluating(runner.model), ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(runner.watching(layer, summing(layer)))
+        for ids in torch.arange(count, device=runner.device).split(_batch(runner, last)):
+            runner.run(runner.embed(ids.unsqueeze(1)), 0, last + 1)
     about = {"dtype": str(runner.dtype).removeprefix("torch."), "torch": torch.__version__}
-    return LayerStatistics(layer, moment, count, fingerprint, about)
+    for layer, fingerprint in layers.items():
+        total = mirror_lower_(totals.pop(layer))
+        moment = (total / count).to("cpu", torch.promote_types(runner.dtype, torch.float32))
+        if not bool(torch.isfinite(moment).all()):
+            raise StatisticsError(
+                f"model: keys of layer {layer} contain NaN or infinity at position 0; load it in float32 or bfloat16, "
+                "or edit first tokens by method='c-rome'"
+            )
+        yield LayerStatistics(layer, moment, count, fingerprint, about)

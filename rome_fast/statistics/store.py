@@ -1,6 +1,7 @@
 """Statistics of several layers: in files, in the cache, and merged out of parts."""
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +40,7 @@ class Statistics:
 
         Raises StatisticsError naming both fingerprints for another model, layer or width.
         """
-        if layer not in self.layers:
-            have = ", ".join(map(str, sorted(self.layers))) or "none"
-            raise StatisticsError(
-                f"statistics: got layer(s) {have}, wanted layer {layer}; "
-                f"collect it with: rome-fast statistics MODEL --corpus FILE --layers {layer} --out DIR"
-            )
+        self.check_layers([layer])
         entry = self.layers[layer]
         width = runner.weight(layer).shape[1]
         actual = Fingerprint.of(runner, layer)
@@ -59,6 +55,17 @@ class Statistics:
                 f"{layer} differ; collect statistics of this very model"
             )
         return entry
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise StatisticsError, with the command for them, where any of these layers is not here."""
+        missing = [str(layer) for layer in layers if layer not in self.layers]
+        if missing:
+            have = ", ".join(map(str, sorted(self.layers))) or "none"
+            raise StatisticsError(
+                f"statistics: got layer(s) {have}, wanted layer{'' if len(missing) == 1 else 's'} {', '.join(missing)} "
+                "as well; collect in one pass, into the same folder, with: "
+                f"rome-fast statistics MODEL --corpus FILE --layers {' '.join(missing)} --out FOLDER"
+            )
 
     def with_ridge(self, ridge: float) -> "Statistics":
         """The same, solved with as C + ridge · mean(diag C) · I; ArgumentError for a ridge that is not from 0 on."""
@@ -88,25 +95,20 @@ class Statistics:
             self.choice.save(directory)
 
     @classmethod
-    def cached(cls, runner: Runner, layer: int) -> "Statistics":
-        """Those of most tokens of this model and layer in the cache; StatisticsError with the command for them."""
-        unreadable = ""
-        of_most_tokens: LayerStatistics | None = None
-        fingerprint = Fingerprint.of(runner, layer)
-        for file in sorted(statistics_cache().glob(f"*/layer-{layer}.safetensors")):
-            try:
-                if of_most_tokens is None or kept_tokens(file, fingerprint) > of_most_tokens.tokens:
-                    entry = read_layer(file)
-                    of_most_tokens = entry if entry.fingerprint.matches(fingerprint) else of_most_tokens
-            except (CheckpointError, StatisticsError) as error:
-                unreadable += f"\nunreadable there: {error}"
-        if of_most_tokens is not None:
-            return cls([of_most_tokens])
-        name = runner.model.config._name_or_path or "MODEL"
+    def cached(cls, runner: Runner, layers: Sequence[int]) -> "Statistics":
+        """Those of most tokens of this model's layers in the cache; StatisticsError with the command for them."""
+        unreadable: list[str] = []
+        found = {layer: _of_most_tokens(runner, layer, unreadable) for layer in layers}
+        missing = [str(layer) for layer, entry in found.items() if entry is None]
+        if not missing:
+            return cls(entry for entry in found.values() if entry is not None)
+        name = shlex.quote(str(runner.model.config._name_or_path or "MODEL"))
+        faults = "".join(f"\nunreadable there: {fault}" for fault in unreadable)
         raise StatisticsError(
-            f"statistics: none for layer {layer} of {name} in {statistics_cache()}; make them (once) with: "
-            f"rome-fast statistics {name} --corpus FILE --layers {layer}\n"
-            f"or edit without them, at some loss of specificity, by statistics='identity'{unreadable}"
+            f"statistics: none for layer{'' if len(missing) == 1 else 's'} {', '.join(missing)} of {name} in "
+            f"{statistics_cache()}; make them (once, in one pass) with: "
+            f"rome-fast statistics {name} --corpus FILE --layers {' '.join(missing)}\n"
+            f"or edit without them, at some loss of specificity, by statistics='identity'{faults}"
         )
 
     @classmethod
@@ -122,9 +124,23 @@ class Statistics:
         if not files:
             raise StatisticsError(
                 f"statistics: found no layer-*.safetensors in {directory}; make them with: "
-                f"rome-fast statistics MODEL --corpus FILE --out {directory}"
+                f"rome-fast statistics MODEL --corpus FILE --out {shlex.quote(str(directory))}"
             )
         return cls((read_layer(file) for file in files), Choice.load(directory))
+
+
+def _of_most_tokens(runner: Runner, layer: int, unreadable: list[str]) -> LayerStatistics | None:
+    """The cache's entry of this model and layer that saw most tokens; what cannot be read is noted."""
+    best: LayerStatistics | None = None
+    fingerprint = Fingerprint.of(runner, layer)
+    for file in sorted(statistics_cache().glob(f"*/layer-{layer}.safetensors")):
+        try:
+            if best is None or kept_tokens(file, fingerprint) > best.tokens:
+                entry = read_layer(file)
+                best = entry if entry.fingerprint.matches(fingerprint) else best
+        except (CheckpointError, StatisticsError) as error:
+            unreadable.append(str(error))
+    return best
 
 
 def tuned_choice(runner: Runner, statistics: Statistics | str | None) -> Choice | None:
@@ -132,9 +148,17 @@ def tuned_choice(runner: Runner, statistics: Statistics | str | None) -> Choice 
     return next((choice for choice in _choices(statistics) if choice.is_of(runner)), None)
 
 
-def likely_layer(config: PretrainedConfig, statistics: Statistics | str | None) -> int:
-    """The edit layer where no weight has been read yet: it may be that of another model of these sizes."""
-    return select(config, tuned=likely_choice(config, statistics)).layer
+def usual_layers(runner: Runner) -> tuple[int, ...]:
+    """The layers that an edit of this model takes by default: several, where a method spreads it."""
+    chosen = select(runner.model.config, tuned=tuned_choice(runner, None), spread=True).layers
+    return runner.decoder.sites_of(chosen)
+
+
+def likely_layers(
+    config: PretrainedConfig, statistics: Statistics | str | None, spread: bool = False
+) -> tuple[int, ...]:
+    """The edit layers where no weight has been read yet: they may be those of another model of these sizes."""
+    return select(config, tuned=likely_choice(config, statistics), spread=spread).layers
 
 
 def likely_choice(config: PretrainedConfig, statistics: Statistics | str | None) -> Choice | None:

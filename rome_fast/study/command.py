@@ -6,7 +6,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from ..edits import EditsFileWarning, load_edits
 from ..errors import ArgumentError
 from ..evaluation import sentence_perplexity
 from ..fingerprint import Fingerprint
-from ..methods import hold_first_tokens, variant
+from ..geometry import Geometries
+from ..methods import method_named
 from ..processes import own_device
 from ..report.study import write_report
 from ..runner import Runner
@@ -120,7 +121,7 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     """Everything up to the first part, the same in every process of a study."""
     methods = list(dict.fromkeys(arguments.methods or _PAPER_METHODS))
     for name in methods:
-        variant(name)
+        method_named(name)
     edits = load_edits(arguments.edits, arguments.on_error, arguments.duplicates)
     own = arguments.model is None
     model, tokenizer, directory = checkpoints.load(
@@ -135,7 +136,7 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     layer = checked_layer(runner, arguments.layer)
     fingerprint = Fingerprint.of(runner, layer)
     folder = arguments.statistics or (demo.statistics_dir(say) if own and arguments.layer is None else None)
-    statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layer)
+    statistics = Statistics.load(folder) if folder else Statistics.cached(runner, [layer])
     entry = statistics.for_layer(runner, layer)
     cases = cases_of(runner, tokenizer, edits, arguments.sample)
     if not cases:
@@ -167,15 +168,15 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
         "first_token_means": _meaning(leading),
     }
     place = Folder(arguments.out, conditions)
-    factor, held = entry.factor(runner.device), None
-    if any(variant(name).bare for name in methods):
-        held = hold_first_tokens(factor, first_token_statistics(runner, layer).moment.to(runner.device))
+    geometries = Geometries(runner, (layer,), statistics)
+    if any(method_named(name).bare for name in methods):
+        geometries.first_tokens = first_token_statistics(runner, [layer])
     study = Study(
         model,
         tokenizer,
         layer,
-        factor,
-        held,
+        # What is predicted does not depend on a limit that an earlier study has found.
+        replace(geometries[layer], limit=None),
         default_settings(model.config),
         methods,
         contexts,

@@ -13,11 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..delta import Delta
 from ..edits import Edit
 from ..evaluation import RowUpdates, edited_perplexities, evaluate
-from ..flow import Clock, Flow, Request, Solved, tokenise
-from ..methods import METHODS, RomeVariant, variant
+from ..flow import Flow
+from ..geometry import Geometry
+from ..methods import METHODS, Column, Method, method_named
 from ..records import Record
+from ..requests import Request, tokenise
 from ..rows import encode
 from ..runner import Runner, evaluating
+from ..search import Clock, Solved
 from ..values import ValueSettings
 from .cases import Case, leading_tokens
 
@@ -54,8 +57,7 @@ class Study:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     layer: int
-    factor: Tensor | None
-    first_token_factor: Tensor | None  # for "dual"; see `Flow`
+    geometry: Geometry
     settings: ValueSettings
     methods: Sequence[str]
     contexts: Sequence[str]
@@ -78,22 +80,9 @@ class Study:
         part.seconds = {stage: round(seconds, 2) for stage, seconds in clock.seconds.items()}
         return part
 
-    def _flow(self, how: RomeVariant, clock: Clock) -> Flow:
-        return Flow(
-            Runner(self.model),
-            self.tokenizer,
-            self.layer,
-            how,
-            self.contexts,
-            self.factor,
-            self.settings,
-            "off",
-            "write",
-            clock,
-            None,
-            0,
-            first_token_factor=self.first_token_factor,
-        )
+    def _flow(self, how: Method, clock: Clock) -> Flow:
+        layers = {self.layer: self.geometry}
+        return Flow.measuring(Runner(self.model), self.tokenizer, how, layers, self.contexts, self.settings, clock)
 
     def _edit(
         self, cases: Sequence[Case], clock: Clock
@@ -102,20 +91,20 @@ class Study:
         made: dict[str, list[_Made]] = {}
         solved: dict[str, tuple[list[Request], list[Solved]]] = {}
         # A method with a second value first: others on the same rows take what it has found but for that.
-        for name in sorted(self.methods, key=lambda name: not variant(name).bare):
-            flow = self._flow(variant(name), clock)
-            if flow.how.rows not in solved:
+        for name in sorted(self.methods, key=lambda name: not method_named(name).bare):
+            flow = self._flow(method_named(name), clock)
+            if flow.method.rows not in solved:
                 requests = self._tokenise([case.edit for case in cases], flow)
-                solved[flow.how.rows] = (requests, flow.find(requests))
-            requests, values = solved[flow.how.rows]
-            if not flow.how.bare:
+                solved[flow.method.rows] = (requests, flow.find(requests))
+            requests, values = solved[flow.method.rows]
+            if not flow.method.bare:
                 values = [replace(value, bare=None) for value in values]
             closed = flow.close_each(requests, values)
             made[name] = [(case, delta, record) for case, (delta, record) in zip(cases, closed, strict=True)]
         return {name: made[name] for name in self.methods}, solved
 
     def _tokenise(self, edits: Sequence[Edit], flow: Flow) -> list[Request]:
-        return [tokenise(flow.runner, self.tokenizer, edit, self.contexts, flow.how) for edit in edits]
+        return [tokenise(flow.runner, self.tokenizer, edit, self.contexts, flow.method) for edit in edits]
 
     def _records(self, made: Sequence[tuple[str, Case, Delta, Record]]) -> list[dict[str, Any]]:
         edits, deltas = [case.edit for _, case, _, _ in made], [delta for _, _, delta, _ in made]
@@ -153,7 +142,7 @@ class Study:
         deltas: list[Delta] = []
         missing: list[dict[str, Any]] = []  # those among the rows whose perplexity no method's edit has told
         for left, denominator, residual in product(_LEFT_KEYS, _DENOMINATOR_KEYS, _RESIDUALS):
-            how = RomeVariant("combination", "all", left, denominator, residual)
+            how = Method("combination", "all", (Column(left, denominator, residual),))
             same = [m for m in self.methods if replace(how, name=m) == METHODS[m]]
             flow = self._flow(how, Clock())
             closed = flow.close_each([requests[i] for i in chosen], [solved[i] for i in chosen])
@@ -188,7 +177,7 @@ class Study:
         names = [{"prompt": c.edit.prompt, "subject": c.edit.subject, "target": c.edit.target} for c in cases]
         rows = [name | {"words": 0} | {key: known[_name(name)][key] for key in keys} for name in names]
         for words in _PREFIXES:
-            flow = self._flow(variant("rome"), Clock())
+            flow = self._flow(method_named("rome"), Clock())
             prefix = " ".join(_WORDS[:words])
             edits = [case.edit.behind(f"{prefix} ") for case in cases]
             made = flow.solve_each(self._tokenise(edits, flow))
@@ -201,7 +190,8 @@ class Study:
     def _keys(self, solved: Sequence[Solved]) -> dict[str, Tensor]:
         wide = torch.promote_types(self.model.dtype, torch.float32)
         mean = torch.stack([s.keys.to(wide).mean(0) for s in solved])
-        found = mean if self.factor is None else torch.cholesky_solve(mean.double().T, self.factor).T
+        factor = self.geometry.factor
+        found = mean if factor is None else torch.cholesky_solve(mean.double().T, factor).T
         unprefixed = torch.stack([s.keys[0] for s in solved])
         return {name: t.float().cpu() for name, t in (("solved", found), ("unprefixed", unprefixed), ("mean", mean))}
 

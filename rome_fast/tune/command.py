@@ -17,12 +17,13 @@ from .. import assets, checkpoints, demo
 from ..bench.command import REQUESTS
 from ..contexts import sample_contexts
 from ..costs import about, flops_per_second, layer_flops
-from ..defaults import select
+from ..defaults import select, spread_below
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError, ModelError, StatisticsError
 from ..evaluation import sentence_perplexity
 from ..fingerprint import Fingerprint
-from ..methods import variant
+from ..geometry import Geometries
+from ..methods import method_named
 from ..parts import Parts
 from ..processes import own_device
 from ..report.tune import summary, tune_table
@@ -84,9 +85,14 @@ class _Job:
         tried = (Candidate(layer, float(decay), float(clamp)) for decay, clamp in product(self.decays, self.clamps))
         return [usual, *(candidate for candidate in tried if candidate != usual)]
 
+    @property
+    def place(self) -> Path:
+        """Where what is collected and chosen is kept."""
+        return self.folder or cache_folder(self.runner, self.name, self.layers)
+
     def statistics(self, layer: int) -> LayerStatistics:
         """Those of a layer; StatisticsError where there are none."""
-        found = Statistics.load(self.folder, [layer]) if self.folder else Statistics.cached(self.runner, layer)
+        found = Statistics.load(self.folder, [layer]) if self.folder else Statistics.cached(self.runner, [layer])
         return found.for_layer(self.runner, layer)
 
 
@@ -102,7 +108,7 @@ def run_tune(arguments: argparse.Namespace, advance: Advance, say: Say) -> dict[
     """Try layers, then settings at the best of them, and keep the choice with the statistics."""
     start, process_start = time.perf_counter(), time.process_time()
     job = _prepare(arguments, say)
-    tokens, missing = _collected(job)
+    tokens, missing = _collected(job, job.layers)
     texts = _texts(arguments, job, missing)
     planned = edits_in(len(job.layers), len(job.edits)) + edits_in(
         len(job.settings_at(job.default.layer)), len(job.edits)
@@ -129,13 +135,13 @@ def run_tune(arguments: argparse.Namespace, advance: Advance, say: Say) -> dict[
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         figures=report["choice"],
     )
-    folder = job.folder or cache_folder(job.runner, job.name, job.layers)
-    choice.save(folder)
+    choice.save(job.place)
     show(tune_table(report["layers"], f"layers, {by_layer.requests} requests"))
     show(tune_table(report["settings"], f"settings at layer {best.layer}"))
     for line in summary(report):
         say(line)
-    say(f"kept in {folder}; edits of this model use it from now on, unless told a layer")
+    say(f"kept in {job.place}; edits of this model use it from now on, unless told a layer")
+    _complete(arguments, job, best.layer, say)
     say(f"wrote {sweep.parts.write('tune.json', report)}")
     return report
 
@@ -146,10 +152,10 @@ def _prepare(arguments: argparse.Namespace, say: Say) -> _Job:
             raise ArgumentError(f"{name}: got {getattr(arguments, name)}, wanted at least 1")
     if not arguments.perplexity_limit > 0:
         raise ArgumentError(f"perplexity_limit: got {arguments.perplexity_limit}, wanted a ratio above 0, as 1.01")
-    if variant(arguments.method).bare:
+    if method_named(arguments.method).bare:
         raise ArgumentError(
-            f"method: got {arguments.method!r}, wanted one without keys of first tokens; tune with c-rome, whose "
-            "edits of all other subjects are the same"
+            f"method: got {arguments.method!r}, wanted one without keys of first tokens; tune with c-rome, which finds "
+            "the same values"
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -200,10 +206,10 @@ def _is_editable(runner: Runner, layer: int) -> bool:
         return False
 
 
-def _collected(job: _Job) -> tuple[dict[int, int], list[int]]:
+def _collected(job: _Job, layers: Sequence[int]) -> tuple[dict[int, int], list[int]]:
     """Tokens that the statistics of each layer are of, and the layers that have none."""
     tokens, missing = {}, []
-    for layer in job.layers:
+    for layer in layers:
         try:
             tokens[layer] = job.statistics(layer).tokens
         except StatisticsError:
@@ -259,9 +265,23 @@ def _collect(job: _Job, missing: Sequence[int], texts: Iterable[Any], tokens: in
             told = done * 4 // total
             say(f"statistics: {done:,} of {total:,} tokens")
 
-    out = job.folder or cache_folder(job.runner, job.name, list(missing))
-    found = collect_statistics(job.model, job.tokenizer, texts, missing, tokens, progress=tell, out=out)
+    found = collect_statistics(job.model, job.tokenizer, texts, missing, tokens, progress=tell, out=job.place)
     return {layer: found.layers[layer].tokens for layer in missing}
+
+
+def _complete(arguments: argparse.Namespace, job: _Job, layer: int, say: Say) -> None:
+    """Collect what edits that are spread over the layers below this one need as well, or say how to."""
+    layers = job.runner.decoder.sites_of(spread_below(layer))
+    missing = _collected(job, layers)[1]
+    if missing:
+        listed = ", ".join(map(str, layers))
+        try:
+            texts = _texts(arguments, job, missing)
+        except StatisticsError as error:
+            say(f"edits are spread over layers {listed}; {error}")
+        else:
+            say(f"edits are spread over layers {listed}: statistics of {', '.join(map(str, missing))} as well")
+            _collect(job, missing, texts, arguments.tokens, say)
 
 
 def _sweep(job: _Job, out: Path, tokens: dict[int, int], advance: Callable[[int], None]) -> Sweep:
@@ -287,7 +307,7 @@ def _sweep(job: _Job, out: Path, tokens: dict[int, int], advance: Callable[[int]
         job.edits,
         job.method,
         job.base,
-        lambda layer: job.statistics(layer).factor(job.runner.device),
+        lambda layer: Geometries(job.runner, (layer,), Statistics([job.statistics(layer)]))[layer],
         contexts,
         unseen,
         job.sentences,

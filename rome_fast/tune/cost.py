@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..costs import layer_flops
 from ..edits import Edit
-from ..flow import tokenise
-from ..methods import variant
+from ..methods import method_named
+from ..requests import tokenise
 from ..rows import encode
 from ..runner import Runner
 from ..values import ValueSettings
@@ -36,7 +36,7 @@ def edit_flops(
     contexts = tuple(f"Text {'of some words ' * 2}{number}. " for number in range(20))
     total = 0.0
     for edit in edits:
-        request = tokenise(runner, tokenizer, edit, contexts, variant(method))
+        request = tokenise(runner, tokenizer, edit, contexts, method_named(method))
         rows, suffix = len(request.rows), request.suffix
         searched = settings.steps * _SHARE_OF_STEPS * _SHARE_OF_ROWS * rows * _BACKWARD
         total += searched * (suffix * above * one + head)

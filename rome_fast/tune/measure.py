@@ -3,14 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import Edit
 from ..evaluation import RowUpdates, edited_perplexities, evaluate
-from ..flow import Clock, Flow, tokenise
-from ..methods import variant
+from ..flow import Flow
+from ..geometry import Geometry
+from ..methods import method_named
 from ..parts import Parts
+from ..requests import tokenise
 from ..runner import Runner
 from ..values import ValueSettings
 from .objective import Figures
@@ -51,7 +52,7 @@ class Sweep:
     edits: Sequence[Edit]
     method: str
     base: ValueSettings  # of which a candidate changes two
-    factor_of: Callable[[int], Tensor]  # Cholesky factor of C of a layer
+    geometry_of: Callable[[int], Geometry]  # of a layer
     contexts: Sequence[str]
     unseen: Sequence[str]
     sentences: Sequence[str]
@@ -59,7 +60,7 @@ class Sweep:
     parts: Parts
     advance: Callable[[int], None]  # told how many edits are made, or found, by now
     done: int = 0
-    _factor: tuple[int, Tensor] | None = None  # of the layer measured last: those of all would not fit
+    _geometry: tuple[int, Geometry] | None = None  # of the layer measured last: those of all would not fit
 
     def measure(self, candidate: Candidate, start: int, stop: int) -> list[Figures]:
         """Figures of requests start .. stop - 1, out of the folder where they are there."""
@@ -73,21 +74,15 @@ class Sweep:
 
     def _edit(self, candidate: Candidate, edits: Sequence[Edit]) -> list[Figures]:
         runner = Runner(self.model)
-        flow = Flow(
+        flow = Flow.measuring(
             runner,
             self.tokenizer,
-            candidate.layer,
-            variant(self.method),
+            method_named(self.method),
+            {candidate.layer: self._geometry_at(candidate.layer)},
             self.contexts,
-            self._factor_at(candidate.layer),
             candidate.settings(self.base),
-            "off",
-            "write",
-            Clock(),
-            None,
-            0,
         )
-        made = flow.solve_each([tokenise(runner, self.tokenizer, edit, self.contexts, flow.how) for edit in edits])
+        made = flow.solve_each([tokenise(runner, self.tokenizer, edit, self.contexts, flow.method) for edit in edits])
         deltas = [delta for delta, _ in made]
         unseen = self.unseen[:CONTEXTS]
         after = evaluate(self.model, self.tokenizer, edits, unseen_contexts=unseen, deltas=deltas, answer_tokens=0)
@@ -107,7 +102,7 @@ class Sweep:
             for metrics, perplexity, (_, record) in zip(after, perplexities, made, strict=True)
         ]
 
-    def _factor_at(self, layer: int) -> Tensor:
-        if self._factor is None or self._factor[0] != layer:
-            self._factor = (layer, self.factor_of(layer))
-        return self._factor[1]
+    def _geometry_at(self, layer: int) -> Geometry:
+        if self._geometry is None or self._geometry[0] != layer:
+            self._geometry = (layer, self.geometry_of(layer))
+        return self._geometry[1]

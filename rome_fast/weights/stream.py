@@ -6,7 +6,7 @@ read as they are asked for; the head and every layer are read as a whole, in one
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -225,7 +225,7 @@ class Stream:
 class Parts:
     """The weights of a skeleton, sorted by how they are kept.
 
-    `blocks` are the layers and, last, the head; `always` are names of weights that stay in memory: the edited one and
+    `blocks` are the layers and, last, the head; `always` are names of weights that stay in memory: the edited ones and
     what is small; `embedding` is the name of the one that is read by rows.
     """
 
@@ -235,7 +235,7 @@ class Parts:
         layers: nn.ModuleList,
         checkpoint: Checkpoint,
         stored: Mapping[str, Sequence[Run]],
-        edited: str,
+        edited: Collection[str],
     ) -> None:
         self.places: dict[str, Piece] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -267,10 +267,10 @@ class Parts:
         for index, layer in enumerate(layers):
             own = [name_of[id(parameter)] for parameter in layer.parameters()]
             in_layers.update(own)
-            self.blocks.append(Block.of(f"layer {index}", [self.places[n] for n in own if n != edited]))
+            self.blocks.append(Block.of(f"layer {index}", [self.places[n] for n in own if n not in edited]))
         self.blocks.append(Block.of("the head", [self.places[head]]))
         unique = set(name_of.values())
-        self.always = sorted({edited} | (unique - in_layers - {head, embedding}))
+        self.always = sorted({*edited} | (unique - in_layers - {head, embedding}))
 
     def whole(self, name: str) -> tuple[Header, TensorEntry]:
         """Where a parameter lies that is one tensor of the files."""

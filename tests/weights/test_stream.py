@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, bits
-from rome_fast import apply_edits, checkpoints
+from rome_fast import apply_edits, checkpoints, collect_statistics
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
 from rome_fast.evaluation import score
 from rome_fast.fingerprint import Fingerprint
@@ -18,7 +18,11 @@ from rome_fast.runner import Runner
 from rome_fast.weights import Checkpoint, align_, memory
 from rome_fast.weights import stream as streaming
 from rome_fast.weights.reader import Files, Loader, ReadAhead, buffer_on
-from toys import KINDS, LAYERS, save_toy, toy_model
+from toys import KINDS, LAYERS, SENTENCES, save_toy, toy_model
+from zoo import zoo_model
+
+# The keys of toys have much in common, so that a method with a ridge meets them in part.
+pytestmark = pytest.mark.filterwarnings("ignore::rome_fast.judging.SharedKeyWarning")
 
 USUAL = {
     "statistics": "identity",
@@ -36,16 +40,17 @@ def save(directory, kind, tokenizer, *, dtype=torch.float32, tie=False, shards=T
     )
 
 
-def least(source):
+def least(source, layers=LAYER):
     """The smallest budget that is accepted."""
     with pytest.raises(ArgumentError, match="memory: got 1 bytes, wanted at least") as caught:
-        checkpoints.outline(source, memory=1, layer=LAYER, identity=True)
+        checkpoints.outline(source, memory=1, layer=layers, identity=True)
     return int(str(caught.value).split("at least ")[1].split(":")[0].replace(",", ""))
 
 
 def edited_bits(directory, result):
-    (name,) = result.delta.updates
-    return bits(Checkpoint.open(directory).read(name))
+    """Of all edited weights, in the order of their names."""
+    stored = Checkpoint.open(directory)
+    return torch.cat([bits(stored.read(name)) for name in sorted(result.delta.updates)])
 
 
 def stream_of(source, memory=None):
@@ -79,6 +84,40 @@ def test_a_streamed_edit_has_the_bytes_of_a_resident_one(kind, dtype, tie, shard
     streamed = apply_edits(source, [START, MIDDLE, END], out=tmp_path / "streamed", memory=least(source), **usual)
     assert torch.equal(edited_bits(tmp_path / "streamed", streamed), edited_bits(tmp_path / "resident", resident))
     assert [r.to_json() for r in streamed.records] == [r.to_json() for r in resident.records]
+
+
+SEVERAL = (0, 1, 2)
+
+
+@pytest.mark.parametrize("with_statistics", [False, True])
+@pytest.mark.parametrize("method", ["dual", "memit"])
+@pytest.mark.parametrize(
+    ("kind", "bos", "dtype"), [("llama", False, torch.float32), ("gpt2", True, torch.bfloat16), ("bloom", False, None)]
+)
+def test_a_streamed_edit_of_several_layers_has_the_bytes_of_a_resident_one(
+    kind, bos, dtype, method, with_statistics, tmp_path, toy_tokenizers, monkeypatch
+):
+    """Without BOS, one of the subjects is the first token: each of the two collects C₁ for itself."""
+    model = zoo_model(kind) if dtype is None else toy_model(kind, dtype=dtype)
+    source = save_toy(tmp_path / "source", model, toy_tokenizers[bos], max_shard_size="100KB")
+    usual = USUAL | {"layer": None, "layers": SEVERAL, "method": method}
+    if with_statistics:
+        usual["statistics"] = collect_statistics(model, toy_tokenizers[bos], SENTENCES, SEVERAL, 600).with_ridge(1e-3)
+    results = {}
+    for name, budget in (("resident", None), ("streamed", least(source, SEVERAL))):
+        monkeypatch.setenv("ROME_FAST_CACHE", str(tmp_path / f"cache, {name}"))
+        results[name] = apply_edits(source, [START, MIDDLE, END], out=tmp_path / name, memory=budget, **usual)
+    resident, streamed = results["resident"], results["streamed"]
+    assert ("first tokens" in streamed.seconds) == (method == "dual" and not bos)
+    assert sorted(streamed.delta.updates) == sorted(Runner(model).weight_name(layer) for layer in SEVERAL)
+    assert torch.equal(edited_bits(tmp_path / "streamed", streamed), edited_bits(tmp_path / "resident", resident))
+    assert [r.to_json() for r in streamed.records] == [r.to_json() for r in resident.records]
+    # Of the layers, the edited weights are there at the end and nothing else; after a revert, as the source has them.
+    names = sorted(streamed.delta.updates)
+    layers = Runner(streamed.model).layers
+    assert sum(not p.is_meta and p.untyped_storage().nbytes() > 512 for p in layers.parameters()) == len(names)
+    streamed.revert()
+    assert torch.equal(edited_bits(source, streamed), torch.cat([bits(model.get_parameter(name)) for name in names]))
 
 
 @pytest.mark.parametrize("same", [False, True])

@@ -1,0 +1,279 @@
+"""What methods do with the same edits: each alone, and more and more of them jointly. CSV and a figure.
+
+    python benchmarks/methods.py --edits edits.jsonl                      # 110 edits, each alone
+    python benchmarks/methods.py --edits edits.jsonl --joint 1 10 30 100 300 1000
+
+A variant is a method, perhaps with layers, ridge or penalty of its own: `dual`, `dual@9`, `dual@5-9`, `dual:ridge=0.1`,
+`memit:penalty=1500`. Values are found once, on the rows of `dual`, for all of them (of those requests that are no
+first-token cases, other methods have the same rows), and kept in --work, as is every result: a run that was interrupted
+goes on.
+"""
+
+import argparse
+import csv
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rome_fast import Edit, Statistics, checkpoints, collect_statistics, load_edits
+from rome_fast.assets import demo_texts, model_dir
+from rome_fast.contexts import sample_contexts
+from rome_fast.defaults import default_layers, default_settings
+from rome_fast.demo import held_out_sentences
+from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, sentence_perplexity
+from rome_fast.flow import Flow
+from rome_fast.geometry import Geometries
+from rome_fast.methods import Method, method_named
+from rome_fast.requests import Request, tokenise
+from rome_fast.runner import Runner
+from rome_fast.search import Solved
+from rome_fast.statistics import first_token_statistics
+from rome_fast.study.cases import cases_of
+from rome_fast.values import compute_dtype
+
+RESULTS = Path(__file__).parent / "results"
+SINGLE, JOINT = RESULTS / "methods_single.csv", RESULTS / "methods_joint.csv"
+UNSEEN = (
+    "My neighbour told me a story about it. ",
+    "According to the newspaper of last Tuesday, ",
+    "She looked out of the window for a while. ",
+)
+TOKENS = 60_000  # of the statistics
+FOUND_AT_ONCE = 50
+FEW = 10  # sentences for the perplexity of every single edit
+EVALUATED = 100  # of a joint point's edits, evenly spaced
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with layers."""
+
+    text: str
+    method: Method
+    layers: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str, config: Any) -> "Variant":
+        name, _, options = text.partition(":")
+        name, _, where = name.partition("@")
+        method = method_named(name)
+        layers = default_layers(config, method.spread)
+        if where:
+            first, _, last = where.partition("-")
+            layers = tuple(range(int(first), int(last or first) + 1))
+        pairs = (option.partition("=") for option in options.split(",") if option)
+        changes = {key: value if key == "arrival" else float(value) for key, _, value in pairs}
+        return cls(text, replace(method, **changes), layers)  # type: ignore[arg-type]
+
+
+class Bench:
+    """The demo's model, some requests with their values, and what is measured on them."""
+
+    def __init__(self, work: Path, file: Path, normal: int) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.work = work
+        self.model, self.tokenizer, _ = checkpoints.load(model_dir(print))
+        self.runner = Runner(self.model)
+        self.settings = default_settings(self.model.config)
+        self.layers = default_layers(self.model.config, True)
+        folder = work.parent / "statistics"
+        if not folder.exists():
+            texts = demo_texts()[: -len(held_out_sentences(100))]
+            collect_statistics(self.model, self.tokenizer, texts, list(self.layers), TOKENS, out=folder)
+        self.statistics = Statistics.load(folder)
+        self.contexts = sample_contexts(self.model, self.tokenizer)
+        self.sentences = held_out_sentences(50)
+        self.base = sentence_perplexity(self.runner, self.tokenizer, self.sentences)
+        self.nll = self.context_nll()
+        edits = one_each(load_edits(file))
+        cases = cases_of(self.runner, self.tokenizer, edits, normal)
+        self.first = sum(case.first_token for case in cases)
+        self.edits = [case.edit for case in cases]
+        self.requests: list[Request] = []
+        self.solved: list[Solved] = []
+
+    def flow(self, variant: Variant) -> Flow:
+        geometries = Geometries(self.runner, variant.layers, self.statistics)
+        if variant.method.bare:
+            geometries.first_tokens = first_token_statistics(self.runner, variant.layers)
+        flow = Flow.measuring(self.runner, self.tokenizer, variant.method, geometries, self.contexts, self.settings)
+        # Rows are kept as they enter the first of these layers, whichever of them are edited.
+        flow.search.layers = self.layers
+        return flow
+
+    def find(self, count: int) -> None:
+        """Values of the first edits, out of the folder where they are there."""
+        flow = self.flow(Variant("dual", method_named("dual"), self.layers))
+        while len(self.solved) < count:
+            start = len(self.solved)
+            some = self.edits[start : start + FOUND_AT_ONCE]
+            requests = [tokenise(self.runner, self.tokenizer, edit, self.contexts, flow.method) for edit in some]
+            file = self.work / f"values-{start:05d}.pt"
+            if not file.exists():
+                torch.save(flow.find(requests), file)
+                print(f"  values {start + len(some)}", flush=True)
+            self.requests += requests
+            self.solved += torch.load(file, weights_only=False)
+
+    def context_nll(self) -> float:
+        """Mean over the contexts of the mean NLL of their tokens, in nats."""
+        texts = self.contexts
+        return sum(math.log(sentence_perplexity(self.runner, self.tokenizer, [t])) for t in texts) / len(texts)
+
+    def solved_for(self, variant: Variant, places: Sequence[int]) -> list[Solved]:
+        """Values as the variant takes them."""
+        solved = [self.solved[i] for i in places]
+        return solved if variant.method.bare else [replace(each, bare=None) for each in solved]
+
+    def conditions(self, variant: Variant) -> dict[str, Any]:
+        method = variant.method
+        return {
+            "variant": variant.text,
+            "layers": " ".join(map(str, variant.layers)),
+            "ridge": method.ridge,
+            "penalty": method.penalty,
+            "model": "SmolLM2-135M-Instruct",
+            "dtype": "float32",
+            "compute_dtype": str(compute_dtype(self.runner, self.settings)).removeprefix("torch."),
+            "device": "cpu",
+            "threads": torch.get_num_threads(),
+            "statistics": f"{TOKENS} tokens",
+            "torch": torch.__version__,
+        }
+
+
+def single(bench: Bench, variants: Sequence[Variant]) -> None:
+    """Every edit alone: figures of all, first-token requests apart."""
+    bench.find(len(bench.edits))
+    places = range(len(bench.edits))
+    for variant in variants:
+        start = time.process_time()
+        flow = bench.flow(variant)
+        made = flow.close_each(bench.requests, bench.solved_for(variant, places))
+        seconds = time.process_time() - start
+        deltas = [delta for delta, _ in made]
+        figures = evaluate(
+            bench.model, bench.tokenizer, bench.edits, unseen_contexts=UNSEEN, deltas=deltas, answer_tokens=0
+        )
+        updates = RowUpdates.of(bench.runner, deltas)
+        few = bench.sentences[:FEW]
+        base = sentence_perplexity(bench.runner, bench.tokenizer, few)
+        ratios = [p / base for p in edited_perplexities(bench.runner, bench.tokenizer, few, updates)]
+        for name, some in (("first token", range(bench.first)), ("other", range(bench.first, len(bench.edits)))):
+            chosen = [figures[i] for i in some]
+
+            def mean(field: str, chosen: Sequence[Any] = chosen) -> float:
+                values = [float(v) for v in (getattr(each, field) for each in chosen) if v is not None]
+                return round(sum(values) / len(values), 4) if values else float("nan")
+
+            own = [ratios[i] for i in some]
+            row = {
+                "requests": name,
+                "count": len(chosen),
+                "probability": mean("probability"),
+                "argmax": mean("argmax"),
+                "probability_unseen": mean("probability_unseen"),
+                "argmax_unseen": mean("argmax_unseen"),
+                "paraphrase": mean("paraphrase"),
+                "neighborhood": mean("neighborhood"),
+                "perplexity_mean": round(sum(own) / len(own), 4),
+                "perplexity_largest": round(max(own), 4),
+                "needs_prefix": sum(made[i][1].needs_prefix for i in some),
+                "update_ratio_largest": round(max(max(made[i][1].update_ratios) for i in some), 4),
+                "closing_seconds": round(seconds, 1),
+            }
+            write(SINGLE, row | bench.conditions(variant))
+
+
+def joint(bench: Bench, variants: Sequence[Variant], counts: Sequence[int]) -> None:
+    """More and more edits at once; of first-token requests none, which are another matter."""
+    for count in counts:
+        bench.find(bench.first + count)
+        places = range(bench.first, bench.first + count)
+        edits = [bench.edits[i] for i in places]
+        for variant in variants:
+            done = [(row["variant"], int(row["edits"])) for row in rows(JOINT)]
+            if (variant.text, count) in done:
+                continue
+            start = time.process_time()
+            flow = bench.flow(variant)
+            closed = flow.closing.close(bench.solved_for(variant, places), flow.search)
+            delta = flow.closing.delta(closed)
+            seconds = time.process_time() - start
+            delta.apply(bench.model)
+            sample = edits[:: max(1, len(edits) // EVALUATED)][:EVALUATED]
+            figures = evaluate(bench.model, bench.tokenizer, sample, unseen_contexts=UNSEEN, answer_tokens=0)
+            names = ("efficacy", "argmax", "probability", "argmax_unseen", "paraphrase", "neighborhood")
+            means = {}
+            for name in names:
+                values = [float(v) for v in (getattr(each, name) for each in figures) if v is not None]
+                means[name] = round(sum(values) / len(values), 4)
+            perplexity = sentence_perplexity(bench.runner, bench.tokenizer, bench.sentences)
+            drift = bench.context_nll() - bench.nll
+            delta.revert(bench.model)
+            norms = [f.joint_norm / closed.weight_norms[layer] for layer, f in closed.factors.items()]
+            row = {
+                "edits": count,
+                **means,
+                "perplexity_ratio": round(perplexity / bench.base, 4),
+                "context_nll_rise": round(drift, 4),
+                "update_ratios": " ".join(f"{norm:.2f}" for norm in norms),
+                "missed": round(sum(closed.missed) / len(closed.missed), 3),
+                "closing_seconds": round(seconds, 1),
+            }
+            write(JOINT, row | bench.conditions(variant))
+
+
+def write(file: Path, row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+    new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def one_each(edits: Sequence[Edit]) -> list[Edit]:
+    """Requests that say one thing each: of those for one prompt and subject, the first."""
+    found: dict[tuple[str, str], Edit] = {}
+    for edit in edits:
+        found.setdefault((edit.prompt, edit.subject), edit)
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", default=["c-rome", "dual@9", "dual"])
+    parser.add_argument("--joint", type=int, nargs="+", help="numbers of edits made jointly (default: each alone)")
+    parser.add_argument("--normal", type=int, help="requests, evenly spaced, that are no first-token cases")
+    parser.add_argument("--work", type=Path, required=True, help="folder for values and statistics")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    normal = arguments.normal or max(arguments.joint or [100])
+    folder = arguments.work / f"{arguments.edits.stem}-{normal}"
+    bench = Bench(folder, arguments.edits, normal)
+    variants = [Variant.parse(text, bench.model.config) for text in arguments.variants]
+    if arguments.joint:
+        joint(bench, variants, arguments.joint)
+    else:
+        single(bench, variants)
+
+
+if __name__ == "__main__":
+    main()

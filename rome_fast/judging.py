@@ -1,0 +1,74 @@
+"""What becomes of edits whose value was not found, and what is said of those that are met in part."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+from .errors import ConvergenceError
+from .records import MUCH_MISSED, Record
+
+Unconverged = Literal["skip", "write", "raise"]
+
+_TOLD = 10  # edits that a warning names
+
+
+class SharedKeyWarning(UserWarning):
+    """Edits that have one key, as those of one subject behind the same words, or nearly, were met in part."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An edit was left out because its value was not found."""
+
+
+def judge_convergence(records: Sequence[Record], unconverged: Unconverged, total: int) -> None:
+    """Leave out edits whose value was not found, in their records; `total` counts those of all groups.
+
+    Raises ConvergenceError where `unconverged` says so, and where not one of all edits has a finite loss.
+    """
+    broken = [r for r in records if not r.applied]
+    missed = [r for r in records if r.applied and not r.converged]
+    if unconverged == "write":
+        missed = []
+    if not broken and not missed:
+        return
+    what = _listing(broken, missed)
+    if unconverged == "raise" or len(broken) == total:
+        raise unconverged_error(broken, missed)
+    for record in missed:
+        record.applied, record.left_out = False, "did not converge"
+    rest = "; write those that are finite with unconverged='write'" if missed else ""
+    warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=4)
+
+
+def tell_missed(records: Sequence[Record], most: float = MUCH_MISSED) -> None:
+    """Warn of edits that a joint update stays off by more than a share `most` of them; one alone shares no key."""
+    if len(records) < 2:
+        return
+    missed = sorted((r for r in records if r.missed > most), key=lambda r: -r.missed)
+    if missed:
+        named = [f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} off" for r in missed[:_TOLD]]
+        if len(missed) > _TOLD:
+            named.append(f"  and {len(missed) - _TOLD} more, see missed in their records")
+        listed = "\n".join(named)
+        warnings.warn(
+            f"{len(missed)} edit(s) are met in part, as they have the key of another one (those of one subject behind "
+            f"the same words do) or nearly:\n{listed}\nno weight gives one key two values, and one that tells near "
+            "keys apart is large: make fewer edits, make some at another layer, in a call of its own, or have all of "
+            "them met as far as they can be, whatever that does to the model, with guard='off'",
+            SharedKeyWarning,
+            stacklevel=4,
+        )
+
+
+def unconverged_error(broken: Sequence[Record], missed: Sequence[Record] = ()) -> ConvergenceError:
+    """The error of edits whose loss is not finite, and of those whose target leads in too few rows."""
+    return ConvergenceError(
+        f"{_listing(broken, missed)}\nnothing was written; allow more steps, lower the learning rate, load the model "
+        "in float32, or choose what to do with unconverged='skip' | 'write'"
+    )
+
+
+def _listing(broken: Sequence[Record], missed: Sequence[Record]) -> str:
+    lines = [f"  {r.subject!r} → {r.target!r}: the loss became {r.loss} at step {r.steps}" for r in broken]
+    lines += [f"  {r.subject!r} → {r.target!r}: the target leads in too few rows, loss {r.loss:.3g}" for r in missed]
+    return f"{len(lines)} edit(s) did not converge:\n" + "\n".join(lines)

@@ -1,0 +1,27 @@
+"""Two keys for every edit, the mean of those behind contexts and that of the prompt alone, spread over layers.
+
+Both columns add δ, found on all rows together. With one column, k̄ of all rows, what arrives without a context is the
+share uᵀ k_u / uᵀ k̄ of δ; with two it is all of it.
+
+A first-token subject has a key without context that is many times as long as any other and nearly the same for every
+token (the attention sink), so that it gets a value of its own, found on that row alone, and u = (C + λ C₁)⁻¹ k with the
+second moment C₁ of the keys of all tokens at position 0, which keeps the value from the other ones.
+
+A ridge keeps near keys of many edits from being told apart at the price of a large update, and more edits need more of
+it: with 0.03 alone, 1,000 of them raised perplexity seven times, with 0.6 by 40 %.
+
+Damage grows with the square of what one layer has to carry, hence several of them (as MEMIT does, Meng et al. 2023).
+"""
+
+from .method import Column, Method
+
+METHOD = Method(
+    "dual",
+    rows="prefixed",
+    columns=(Column(left="contexts", at="contexts"), Column(left="unprefixed", at="unprefixed")),
+    bare=True,
+    ridge=0.03,
+    ridge_per_edit=6e-4,
+    spread=True,
+    arrival="ahead",
+)

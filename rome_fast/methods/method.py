@@ -1,0 +1,68 @@
+"""What a method is: which rows, which keys, which residuals, which layers, and how the closed form is regularised."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ArgumentError
+
+Keys = Literal["mean", "contexts", "unprefixed", "halves"]
+"""Which keys of an edit are averaged: those of all its rows, of those behind contexts, or of the unprefixed row alone.
+
+"halves" is the mean of the last two: MEMIT averages over the contexts of each length, the empty one being a length."""
+
+Residual = Literal["delta", "to_unprefixed_value"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One constraint of the closed form, of which every edit has one: a key, and what must be added to its value."""
+
+    left: Keys = "mean"  # the key that the column u = C⁻¹ k is made of
+    at: Keys = "mean"  # the key whose value the residual is added to
+    # "delta": δ itself; "to_unprefixed_value": what leads from W k̄ to W k_u + δ, as in the code released with ROME.
+    residual: Residual = "delta"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of editing.
+
+    Its update is Δ = R (Uᵀ K + S)⁻¹ Uᵀ, with the columns' residuals R, their keys K and U = C⁻¹ K_left, or P K_left for
+    the projection P on the null space of C.
+
+    Raises ArgumentError for one that no edit, or none of a first-token subject, could be made by.
+    """
+
+    name: str
+    # Rows δ is optimised on. "prefixed": those with anything before the subject's last token, be it a context, the
+    # prompt, the rest of the subject or BOS; "all": the row without a context in any case.
+    rows: Literal["prefixed", "all"]
+    columns: tuple[Column, ...] = (Column(),)
+    # Whether the unprefixed key of a first-token subject has a value of its own, which columns there then add.
+    bare: bool = False
+    # S = ridge · diag(Uᵀ K), with `ridge` or, where that is more, so much per edit of those made together.
+    ridge: float = 0.0
+    ridge_per_edit: float = 0.0
+    penalty: float = 0.0  # S = penalty · I: λ of MEMIT, the L2 of AlphaEdit
+    null_space: float | None = None  # the eigenvalue of C below which a direction belongs to its null space
+    remembers: bool = False  # keys of earlier batches are columns with a residual of zero
+    spread: bool = False  # over several layers, unless the call says which
+    # Where it is measured how much of δ has arrived so far. "prompt": at the last layer, behind the prompt alone, as in
+    # MEMIT; "here": at the layer whose turn it is, at each column's own key; "ahead": at the last layer behind the
+    # prompt alone, for all columns, but at the last layer itself at each column's own key.
+    arrival: Literal["prompt", "here", "ahead"] = "here"
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise ArgumentError(f"columns: got none for method {self.name!r}, wanted at least one")
+        unprefixed = any("unprefixed" in (column.left, column.at) for column in self.columns)
+        if unprefixed and self.rows == "prefixed" and not self.bare:
+            raise ArgumentError(
+                f"columns: got an unprefixed key for method {self.name!r} of prefixed rows, wanted rows='all' or "
+                "bare=True, as first tokens have no unprefixed row otherwise"
+            )
+
+    @property
+    def base(self) -> Keys:
+        """Whose value v₀ is: its length bounds δ."""
+        return "mean" if self.rows == "prefixed" else "unprefixed"

@@ -1,0 +1,220 @@
+"""The search: keys at the edit layers, and the values that edits want there, many requests at once."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .batches import BatchSizer, in_batches, in_order
+from .keys import Trail, run_to_layer
+from .methods import Method
+from .past import Contexts
+from .processes import ALONE, Processes
+from .requests import Request, bare_requests, by_head
+from .runner import Runner
+from .values import Value, ValueSettings, optimise_values, search_runner
+from .verification import verified
+
+Progress = Callable[[int, int], None]
+"""Called with (edits done, edits in all)."""
+
+_BARE_MARGIN = 2  # times as many steps after the target first leads
+
+BARE_SCALE = 0.8
+"""How much of a bare δ is used: that of more steps, shortened, answers as well as that of fewer, and leaks less."""
+
+KEPT_CONTEXTS = 2
+"""Of how many heads what was made of the contexts is kept, for the groups that follow."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Keys, values and δ of one request."""
+
+    keys: Tensor  # (rows, d_ff): at the last edit layer; the unprefixed one first where the request has it
+    unprefixed_value: Tensor  # (d,): W k of the first row
+    mean_value: Tensor  # (d,): W k̄
+    value: Value
+    starts_bare: bool = True  # whether the first row is the unprefixed one
+    head: str | None = None  # what its contexts stand behind
+    trail: Trail | None = None  # of the same rows, where there are several edit layers
+    bare: "Solved | None" = None  # of the request's bare one
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is a δ at all."""
+        return self.value.finite and (self.bare is None or self.bare.finite)
+
+    @property
+    def found(self) -> bool:
+        """Whether the target leads in at least half of the rows at δ."""
+        return self.value.finite and self.value.led >= 0.5 and (self.bare is None or self.bare.found)
+
+    def to(self, device: torch.device) -> "Solved":
+        """The same on a device."""
+        return Solved(
+            self.keys.to(device),
+            self.unprefixed_value.to(device),
+            self.mean_value.to(device),
+            replace(self.value, delta=self.value.delta.to(device)),
+            self.starts_bare,
+            self.head,
+            None if self.trail is None else self.trail.to(device),
+            None if self.bare is None else self.bare.to(device),
+        )
+
+
+@dataclass
+class Search:
+    """Finds keys and values of requests; what stays the same from one group of them to the next."""
+
+    runner: Runner
+    tokenizer: PreTrainedTokenizerBase
+    layers: tuple[int, ...]  # edit layers, ascending; δ is found at the last of them
+    method: Method
+    contexts: Sequence[str]
+    settings: ValueSettings
+    clock: "Clock"
+    progress: Progress | None = None
+    total: int = 0
+    processes: Processes = ALONE  # that share the requests of a group; all of them call everything else as well
+    done: int = 0
+    largest_batch: int = 0  # of the edits optimised together so far
+    _above: Runner | None = field(default=None, init=False, repr=False)  # for the layers above the edit layers
+    # What the model made of the contexts behind a head, and in which round.
+    _contexts: dict[str | None, tuple[int, Contexts]] = field(default_factory=dict, init=False, repr=False)
+    _round: int = field(default=0, init=False, repr=False)
+
+    @property
+    def layer(self) -> int:
+        """Where δ is found."""
+        return self.layers[-1]
+
+    def find(self, group: Sequence[Request]) -> list[Solved]:
+        """Keys and values of every request, in the order given, found in batches that fit the memory.
+
+        Several processes deal the requests out, by length, and all get what each of them has found.
+        """
+        with self.clock("keys"):
+            # From group to group the edit layers' weights may change; those above do not, nor what is below.
+            self._above = self._above or search_runner(self.runner, self.settings)
+        self._round += 1
+        if self.processes.count == 1:
+            return self._find_own(group)
+        order = in_order(group)
+        own = [group[i] for number, i in enumerate(order) if self.processes.takes(number)]
+        found = self._find_own(own) if own else []
+        parts = self.processes.gather([solved.to(torch.device("cpu")) for solved in found])
+        self.done += len(group) - len(own)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        count = self.processes.count
+        dealt = {i: parts[number % count][number // count] for number, i in enumerate(order)}
+        return [dealt[i].to(self.runner.device) for i in range(len(group))]
+
+    def contexts_behind(self, head: str | None) -> Contexts | None:
+        """What the model makes of the contexts; None for a model whose rows cannot go on from that."""
+        if not verified(self.runner, self.layer).shares_past:
+            return None
+        made, contexts = self._contexts.pop(head, (0, None))
+        if contexts is None:
+            texts = ["", *self.contexts]
+            contexts = Contexts.of(self.runner, self.tokenizer, texts, self.layers, self._above, head)
+        elif made < self._round:
+            contexts = contexts.after_edit(self.runner, self._above)
+        self._contexts[head] = self._round, contexts
+        if len(self._contexts) > KEPT_CONTEXTS:
+            del self._contexts[next(iter(self._contexts))]
+        return contexts
+
+    def _find_own(self, group: Sequence[Request]) -> list[Solved]:
+        solved: dict[int, Solved] = {}
+        for head, places in by_head(group):
+            with self.clock("keys"):
+                contexts = self.contexts_behind(head)
+            some = [group[i] for i in places]
+            if head is None:
+                some = [replace(r, middle=r.middle + r.head, head=0) if r.head else r for r in some]
+            found = [replace(each, head=head) for each in self._find_behind(contexts, some)]
+            solved.update(zip(places, found, strict=True))
+        return [solved[i] for i in range(len(group))]
+
+    def _find_behind(self, contexts: Contexts | None, group: Sequence[Request]) -> list[Solved]:
+        """Keys and values of requests that share their contexts, the bare ones' with them."""
+        solved = self._find(contexts, group, None)
+        twofold = [i for i, request in enumerate(group) if request.bare is not None]
+        if twofold:
+            # A first token's own value is many times as long (the attention sink), and no measure of what to add to it.
+            bases = [solved[i].mean_value for i in twofold]
+            for i, bare in zip(twofold, self._find(contexts, bare_requests(group), bases), strict=True):
+                value = replace(bare.value, delta=BARE_SCALE * bare.value.delta)
+                solved[i] = replace(solved[i], bare=replace(bare, value=value))
+        return solved
+
+    def _find(
+        self, contexts: Contexts | None, group: Sequence[Request], bases: Sequence[Tensor] | None
+    ) -> list[Solved]:
+        """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only."""
+        sizer = BatchSizer(self.runner, self.layer, whole=contexts is None)
+        solved: dict[int, Solved] = {}
+        for places in in_batches(sizer, group):
+            with sizer.halving(len(places)):
+                base = None if bases is None else torch.stack([bases[i] for i in places])
+                found = self._solve_batch(contexts, [group[i] for i in places], base)
+                solved.update(zip(places, found, strict=True))
+                self.done += 0 if bases is not None else len(places)
+                self.largest_batch = max(self.largest_batch, len(places))
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+        return [solved[i] for i in range(len(group))]
+
+    def _solve_batch(self, contexts: Contexts | None, batch: Sequence[Request], base: Tensor | None) -> list[Solved]:
+        above = self._above or self.runner
+        with self.clock("keys"):
+            rows_of_batch = [row for r in batch for row in r.rows]
+            states = run_to_layer(self.runner, contexts, rows_of_batch, self.layers, above)
+            # An essence row, last of each request that has one, belongs to no mean.
+            starts = accumulate((len(r.rows) for r in batch[:-1]), initial=0)
+            ranges = [list(range(start, start + batch[0].scored)) for start in starts]
+            places = torch.tensor(ranges, device=self.runner.device)
+            keys, row_values = states.keys[places], states.values[places]
+            mean_values = row_values.mean(1)
+            trails = [None if states.trail is None else states.trail.rows(rows) for rows in places]
+        with self.clock("values"):
+            settings = self.settings
+            if base is None:
+                base = mean_values if self.method.base == "mean" else row_values[:, 0]
+            else:
+                # When the target leads in the hardest of many rows it is clear in most; a single row has to go on.
+                settings = replace(settings, margin=_BARE_MARGIN * settings.margin)
+            rows = [[r.row for r in request.rows] for request in batch]
+            values = optimise_values(above, rows, states, base, self.layer, settings)
+        return [
+            Solved(keys[i], row_values[i, 0], mean_values[i], value, batch[i].starts_bare, trail=trail)
+            for i, (value, trail) in enumerate(zip(values, trails, strict=True))
+        ]
+
+
+class Clock:
+    """Wall seconds by stage, on a GPU until its work is done; profilers see a stage as `rome_fast.STAGE`."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._gpu = device if device is not None and device.type == "cuda" else None
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        name = f"rome_fast.{stage}"
+        start = time.perf_counter()
+        try:
+            with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if self._gpu else nullcontext():
+                yield
+                if self._gpu:
+                    torch.cuda.synchronize(self._gpu)
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
