@@ -47,7 +47,7 @@ UNSEEN = (
 TOKENS = 60_000  # of the statistics
 FOUND_AT_ONCE = 50
 FEW = 10  # sentences for the perplexity of every single edit
-EVALUATED = 100  # of a joint point's edits, evenly spaced
+EVALUATED = 40  # of a joint point's edits, evenly spaced
 
 
 @dataclass(frozen=True)
