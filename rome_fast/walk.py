@@ -56,18 +56,23 @@ class _Part:
         seen = torch.arange(longest, device=runner.device) < shared.unsqueeze(1)
         return cls(edits, counts, hidden, positions, context, attention_mask(seen, time, runner.dtype), at)
 
-    def first_rows(self) -> "_Part":
-        """The first row of each edit."""
-        first = torch.tensor([0, *self.counts[:-1]], device=self.at.device).cumsum(0)
-        return _Part(
-            self.edits,
-            [1] * len(self.counts),
-            self.hidden[first],
-            None if self.positions is None else self.positions[first],
-            self.context[first],
-            None if self.mask is None else self.mask[first],
-            self.at[first],
-        )
+    @property
+    def _first(self) -> Tensor:
+        """(edits,) place of the first row of each edit."""
+        return torch.tensor([0, *self.counts[:-1]], device=self.at.device).cumsum(0)
+
+    @property
+    def first_rows_are_whole(self) -> bool:
+        """Whether the first row of every edit holds all its tokens, and none of a context's stand for some."""
+        return self.positions is None or not bool(self.positions[self._first, 0].any())
+
+    def first_rows(self, *, alone: bool) -> "_Part":
+        """The first row of each edit; `alone` says that they need no context, see `first_rows_are_whole`."""
+        first, ones = self._first, [1] * len(self.counts)
+        context, at = self.context[first], self.at[first]
+        if alone or self.positions is None or self.mask is None:
+            return _Part(self.edits, ones, self.hidden[first, : int(at.max()) + 1], None, context, None, at)
+        return _Part(self.edits, ones, self.hidden[first], self.positions[first], context, self.mask[first], at)
 
     @property
     def subjects(self) -> tuple[Tensor, Tensor]:
@@ -124,7 +129,10 @@ class Walk:
     def ahead(self, start: int, stop: int) -> list[Tensor]:
         """(1, d) of every edit: its first row behind layers start .. stop - 1 as these are now."""
         walk = copy(self)
-        walk._parts = [part.first_rows() for part in self._parts]
+        alone = all(part.first_rows_are_whole for part in self._parts)
+        walk._parts = [part.first_rows(alone=alone) for part in self._parts]
+        if alone:
+            walk.contexts = walk._entering = None
         walk.through(start, stop)
         return walk.put_out()
 
