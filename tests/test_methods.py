@@ -44,6 +44,8 @@ EDITS = (START, MIDDLE, Edit("{} is the capital of", "Berlin", "France"), END)
 
 # So that they matter as much on a toy as the published ones do on a model: kᵀC⁻¹k of a key is about D_FF, and half of
 # the eigenvalues of C are below the threshold.
+# With a ridge that shows in few edits.
+DUAL = replace(METHODS["dual"], ridge=0.03)
 MEMIT = replace(METHODS["memit"], penalty=D_FF / 4)
 HISTORY = replace(METHODS["memit-history"], penalty=D_FF / 4)
 ALPHAEDIT = {
@@ -211,12 +213,12 @@ def test_emmet_is_that_of_the_textbook(kind, layers, edit_toy, found, toy_tokeni
 @pytest.mark.parametrize("kind", KINDS)
 def test_dual_is_that_of_the_textbook(kind, layers, edit_toy, found, toy_tokenizers, moments):
     """Two of the subjects are the first token, with a value of their own for the bare prompt."""
-    model, result = edit_toy(kind, EDITS, "dual", layers)
+    model, result = edit_toy(kind, EDITS, DUAL, layers)
     group = all_placed(toy_tokenizers[False], EDITS, found[0])
     assert [edit.bare_delta is None for edit in group] == [False, True, False, True]
     first = first_tokens(toy_model(kind, dtype=FP64), layers)
     usual = (toy_model(kind), group, layers, moments(kind), first, FIRST_TOKEN_WEIGHT)
-    wanted, _ = oracle.spread_dual(*usual, METHODS["dual"].ridge)
+    wanted, _ = oracle.spread_dual(*usual, DUAL.ridge)
     matrices = [moments(kind)[layer] + FIRST_TOKEN_WEIGHT * first[layer] for layer in layers]
     assert worst_error(updates_of(model, result), wanted) < allowed([*moments(kind).values(), *matrices])
     assert worst_error(oracle.spread_dual(*usual, 0.0)[0], wanted) > 0.01
@@ -229,8 +231,8 @@ def test_dual_is_that_of_the_textbook(kind, layers, edit_toy, found, toy_tokeniz
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_arrives_is_what_the_record_says(name, kind, edit_toy, found, toy_tokenizers):
     """By forwards of both models: in the last edit layer's output at the subject, behind each context and without."""
-    exact = replace(METHODS["dual"], ridge=0.0, ridge_per_edit=0.0)
-    method = {"dual": METHODS["dual"], "dual without ridge": exact, "memit": MEMIT}[name]
+    exact = replace(DUAL, ridge=0.0, ridge_per_edit=0.0)
+    method = {"dual": DUAL, "dual without ridge": exact, "memit": MEMIT}[name]
     model, result = edit_toy(kind, EDITS, method, GAP)
     before = toy_model(kind, dtype=FP64)
     assert result.records[0].layers == list(GAP)
@@ -247,7 +249,7 @@ def test_what_arrives_is_what_the_record_says(name, kind, edit_toy, found, toy_t
         assert record.share_bare == pytest.approx(float(bare @ own / (own @ own)), abs=EDITED)
         # Each subject's own: the ridge is 0.03, and MEMIT's λ as large as the Gram matrix of the keys.
         assert (record.missed < EDITED) == (method is exact)
-        assert record.missed < (0.1 if method is METHODS["dual"] else 1.0)
+        assert record.missed < (0.1 if method is DUAL else 1.0)
 
 
 def test_a_delta_changes_one_weight_of_each_layer_and_is_undone_to_the_bit(edit_toy):
@@ -272,11 +274,11 @@ def test_an_edit_without_a_value_of_its_own_misses_nothing(edit_toy):
 
 def test_no_keys_are_said_to_be_shared_that_are_not(edit_toy, recwarn):
     """By an edit alone, which the ridge leaves off, and by edits that are measured behind the prompt alone."""
-    for edits, method, least in ((START, replace(METHODS["dual"], ridge=0.3), 0.1), (EDITS, "emmet", 0.05)):
+    for edits, method, least in ((START, replace(DUAL, ridge=0.3), 0.1), (EDITS, "emmet", 0.05)):
         result = edit_toy("gpt2", edits, method)[1]
         assert max(record.missed for record in result.records) > least
     assert not [warning for warning in recwarn if issubclass(warning.category, SharedKeyWarning)]
-    edit_toy("gpt2", EDITS, replace(METHODS["dual"], ridge=3.0))
+    edit_toy("gpt2", EDITS, replace(DUAL, ridge=3.0))
     assert recwarn.pop(SharedKeyWarning)
 
 
@@ -295,7 +297,7 @@ def test_sequential_is_one_after_another(edit_toy, toy_tokenizers):
 def test_rows_that_cannot_share_a_past_are_run_whole(name, found, toy_tokenizers):
     model, before = (oracle.exact_norms(zoo_model("lfm2", dtype=FP64)) for _ in range(2))
     tokenizer = toy_tokenizers[False]
-    method = METHODS["dual"] if name == "dual" else MEMIT
+    method = DUAL if name == "dual" else MEMIT
     assert not verify(model, GAP[0]).shares_past
     result = edited(model, tokenizer, EDITS, layer=None, layers=GAP, method=method)
     check_without_statistics(before, model, result, all_placed(tokenizer, EDITS, found[0]))
@@ -317,7 +319,7 @@ def test_chats_and_plain_prompts_go_the_same_way_behind_what_they_stand_behind(n
         edits.append(Edit.chat([{"role": "system", "content": system}, question], subject, "Rome", tokenizer))
     assert len({edit.head for edit in edits}) == 4
     model = toy_model("llama", dtype=FP64)
-    method = METHODS["dual"] if name == "dual" else MEMIT
+    method = DUAL if name == "dual" else MEMIT
     result = edited(model, tokenizer, edits, layer=None, layers=GAP, method=method)
     check_without_statistics(toy_model("llama", dtype=FP64), model, result, all_placed(tokenizer, edits, found[0]))
 
@@ -330,7 +332,7 @@ def check_without_statistics(before, after, result, group):
         assert worst_error(updates_of(after, result), wanted) < EDITED
         return
     first = first_tokens(before, GAP)
-    wanted, _ = oracle.spread_dual(before, group, GAP, None, first, FIRST_TOKEN_WEIGHT, METHODS["dual"].ridge)
+    wanted, _ = oracle.spread_dual(before, group, GAP, None, first, FIRST_TOKEN_WEIGHT, DUAL.ridge)
     held = [torch.eye(len(c), dtype=FP64) + FIRST_TOKEN_WEIGHT * c for c in first.values()]
     assert worst_error(updates_of(after, result), wanted) < allowed(held)
 
