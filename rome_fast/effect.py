@@ -20,8 +20,8 @@ from .records import Record
 from .rows import Asked, asked, encode
 from .runner import Runner
 
-DRIFT_LIMIT = 0.4
-"""Rise of the contexts' mean NLL, in nats a token, above which a model is taken to be collapsing."""
+DRIFT_LIMIT = 0.7
+"""Rise of the contexts' mean NLL, in nats a token, above which a model is taken to be collapsing: e^0.7 is two."""
 
 
 @dataclass(frozen=True)
