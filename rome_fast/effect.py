@@ -1,7 +1,7 @@
 """What an edit did to the model, measured: its targets' probabilities, and how well the model still reads.
 
 The second is the mean NLL of the contexts' own tokens, ordinary text that the model is at home in. It rises with the
-perplexity of anything else (docs/collapse.md), and is scored in the same passes as the targets.
+perplexity of anything else (docs/methods.md), and is scored in the same passes as the targets.
 """
 
 import warnings
@@ -63,12 +63,13 @@ class Effect:
         self._probabilities = [s.probability for s in scores[: len(pairs)]]
         self._nll = _mean_nll([s.log_probability for s in scores[len(pairs) :]])
         model = self._runner.model
-        if not applied_to(model) or model not in _ORIGINS:
-            _ORIGINS[model] = self._contexts, self._nll
-        self._origin = _ORIGINS[model]
+        if self._readings:
+            if not applied_to(model) or model not in _ORIGINS:
+                _ORIGINS[model] = self._contexts, self._nll
+            self._origin = _ORIGINS[model]
 
-    def after(self, records: Sequence[Record]) -> ContextNLL:
-        """Fill the records of the edits, which are in the model now."""
+    def after(self, records: Sequence[Record]) -> ContextNLL | None:
+        """Fill the records of the edits, which are in the model now; None where no context has two tokens to read."""
         pairs = [asked(self._tokenizer, edit, context) for edit in self._edits for context in ("", *self._contexts)]
         old = [] if self._origin[0] == self._contexts else _readings(self._tokenizer, self._origin[0])
         scores = score(self._runner, self._tokenizer, [*pairs, *self._readings, *old])
@@ -80,14 +81,16 @@ class Effect:
             record.argmax_after = bare.is_argmax
             record.probability_after_prefixed = sum(s.probability for s in prefixed) / len(prefixed)
             record.argmax_after_prefixed = sum(s.is_argmax for s in prefixed) / len(prefixed)
+        if not self._readings:
+            return None
         read = [s.log_probability for s in scores[len(pairs) :]]
         now = _mean_nll(read[: len(self._readings)])
         return ContextNLL(self._nll, now, self._origin[1], _mean_nll(read[len(self._readings) :]) if old else now)
 
 
-def judge_drift(nll: ContextNLL, guard: Guard) -> None:
+def judge_drift(nll: ContextNLL | None, guard: Guard) -> None:
     """Raise CollapseError or warn where a model has come to read ordinary text much worse, as the guard says."""
-    if guard == "off" or nll.drift <= DRIFT_LIMIT:
+    if nll is None or guard == "off" or nll.drift <= DRIFT_LIMIT:
         return
     what = (
         f"the model's mean NLL of the contexts rose by {nll.drift:.2f} nats a token, to {nll.after:.2f}: it reads "
@@ -113,5 +116,5 @@ def _readings(tokenizer: PreTrainedTokenizerBase, contexts: Sequence[str]) -> li
 
 
 def _mean_nll(log_probabilities: Sequence[float]) -> float:
-    """NaN where no context has two tokens, or the model's logits are no numbers."""
+    """NaN where there are none, or the model's logits are no numbers."""
     return -sum(log_probabilities) / len(log_probabilities) if log_probabilities else float("nan")

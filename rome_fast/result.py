@@ -31,7 +31,7 @@ class EditResult:
     layer_source: LayerSource = "given"  # who says which layer
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
-    context_nll: ContextNLL | None = None  # None where nothing was measured
+    context_nll: ContextNLL | None = None  # None where it was not measured, or no context has two tokens
 
     def __post_init__(self) -> None:
         # Kept with the Delta, for as long as the edit is in the model; it must not hold the model itself.

@@ -40,6 +40,17 @@ def test_the_figures_are_those_of_the_models_own_forward(bos, toy_tokenizers):
     assert result.report()["context_nll"]["after"] == nll.after
 
 
+def test_contexts_of_one_token_say_nothing_and_refuse_nothing(toy_tokenizers):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    options = {"measure": True, "guard": "raise"}
+    result = edited(model, tokenizer, MIDDLE, contexts=("a ",), **options)
+    assert result.context_nll is result.report()["context_nll"] is None
+    assert result.records[0].applied
+    # Nor is what they do not say taken for where the model began.
+    later = edited(model, tokenizer, END, contexts=("It rained. ",), **options).context_nll
+    assert later.origin == later.before
+
+
 def test_what_adds_up_over_calls_is_measured_from_the_first_of_them(toy_tokenizers):
     model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
     original = nll_of(model, tokenizer, CONTEXTS)
