@@ -203,7 +203,9 @@ def apply_edits(
                 for request, record in zip(requests, records, strict=True):
                     if request.bare is not None:
                         record.needs_prefix = not record.argmax_after
-                judge_drift(nll, guard)
+            # What the first process has measured, all of them act on, and none reads any more when it writes.
+            nll = processes.gather(nll)[0]
+            judge_drift(nll, guard)
             delta = applied.delta
             delta.metadata.update(
                 method=how.name,
@@ -224,8 +226,6 @@ def apply_edits(
                 tokenizer,
                 nll,
             )
-            # Nothing is written while another process still reads.
-            processes.wait()
             if processes.rank == 0:
                 _write(result, opened, destination, link)
         return result

@@ -1,6 +1,7 @@
 """Edits whose values several processes share, one of which may die."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -65,10 +66,11 @@ def together(toy_tokenizers, tmp_path):
             os.waitpid(child, 0)
         return [json.loads(said.read_text()) if said.exists() else None for _, said in children]
 
-    def alone(**given):
+    def alone(weight=WEIGHT, **given):
         model = toy_model("gpt2", dtype=torch.float64)
         result = apply_edits(model, EDITS, tokenizer=tokenizer, **options | given)
-        return result.delta.updates[WEIGHT].dense()
+        dense = {name: update.dense() for name, update in result.delta.updates.items()}
+        return dense if weight is None else dense[weight]
 
     run.alone = alone
     return run
@@ -89,6 +91,29 @@ def test_as_many_processes_as_you_like_make_the_same_edit(count, own, together, 
     # Measured once.
     assert all(value > 0 for value in said[0]["probabilities"])
     assert {value for one in said[1:] for value in one["probabilities"]} == {None}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_an_edit_of_several_layers_is_that_of_one_process(together, tmp_path, empty_cache):
+    """The values are dealt out, and what comes after is the same in all; one of the subjects is the first token."""
+    spread = {"method": "dual", "layer": None, "layers": [0, 1, 2]}
+    said = together(2, **spread)
+    assert all(one["found"] >= len(EDITS) // 2 for one in said)
+    wanted = together.alone(weight=None, **spread)
+    for rank in range(2):
+        delta = Delta.load(tmp_path / f"delta-{rank}.safetensors")
+        assert len(delta.updates) == 3
+        for name, update in delta.updates.items():
+            assert relative_error(update.dense(), wanted[name]) < rounding_of_edit(torch.float64, 1e4)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_all_take_back_what_the_first_one_finds_to_harm_the_model(together, monkeypatch):
+    monkeypatch.setattr("rome_fast.guard.UPDATE_RATIO_LIMIT", math.inf)
+    monkeypatch.setattr("rome_fast.effect.DRIFT_LIMIT", -math.inf)
+    said = together(2, guard="raise")
+    assert all("reads ordinary text much worse" in one["error"] for one in said)
+    assert [one["changed"] for one in said] == [[], []]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
