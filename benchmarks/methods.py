@@ -68,8 +68,8 @@ class Variant:
             first, _, last = where.partition("-")
             layers = tuple(range(int(first), int(last or first) + 1))
         pairs = (option.partition("=") for option in options.split(",") if option)
-        changes = {key: value if key == "arrival" else float(value) for key, _, value in pairs}
-        return cls(text, replace(method, **changes), layers)  # type: ignore[arg-type]
+        changes: dict[str, Any] = {key: value if key == "arrival" else float(value) for key, _, value in pairs}
+        return cls(text, replace(method, **changes), layers)
 
 
 class Bench:

@@ -12,7 +12,7 @@ from .geometry import Geometry
 from .guard import Guard, judge, predicts_collapse
 from .judging import Unconverged, judge_convergence, tell_missed
 from .methods import Method
-from .records import MUCH_MISSED, MUCH_MISSED_BY_RIDGE, Record
+from .records import Record
 from .requests import Request
 from .runner import Runner
 from .search import Clock, Search, Solved
@@ -92,7 +92,7 @@ class Flow:
             # Least squares meet no edit exactly, nor does a mean key what is still missing behind the prompt alone.
             ahead = self.method.arrival == "prompt" and len(self.closing.layers) > 1
             if not (self.method.penalty or ahead):
-                tell_missed(applied, MUCH_MISSED_BY_RIDGE if self.method.ridge else MUCH_MISSED)
+                tell_missed(applied, ridge=self.method.ridge > 0)
             self.closing.remember(closed)
             return self.closing.delta(closed), records
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from .errors import ConvergenceError
-from .records import MUCH_MISSED, Record
+from .records import MUCH_MISSED, MUCH_MISSED_BY_RIDGE, Record
 
 Unconverged = Literal["skip", "write", "raise"]
 
@@ -40,24 +40,36 @@ def judge_convergence(records: Sequence[Record], unconverged: Unconverged, total
     warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=4)
 
 
-def tell_missed(records: Sequence[Record], most: float = MUCH_MISSED) -> None:
-    """Warn of edits that a joint update stays off by more than a share `most` of them; one alone shares no key."""
-    if len(records) < 2:
-        return
+def tell_missed(records: Sequence[Record], *, ridge: bool) -> None:
+    """Warn of edits that a joint update meets in part, by a closed form with or without a ridge; one alone shares none.
+
+    With a ridge all are met in part, and the more of them the less.
+    """
+    most = MUCH_MISSED_BY_RIDGE if ridge else MUCH_MISSED
     missed = sorted((r for r in records if r.missed > most), key=lambda r: -r.missed)
-    if missed:
-        named = [f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} off" for r in missed[:_TOLD]]
-        if len(missed) > _TOLD:
-            named.append(f"  and {len(missed) - _TOLD} more, see missed in their records")
-        listed = "\n".join(named)
-        warnings.warn(
-            f"{len(missed)} edit(s) are met in part, as they have the key of another one (those of one subject behind "
-            f"the same words do) or nearly:\n{listed}\nno weight gives one key two values, and one that tells near "
-            "keys apart is large: make fewer edits, make some at another layer, in a call of its own, or have all of "
-            "them met as far as they can be, whatever that does to the model, with guard='off'",
-            SharedKeyWarning,
-            stacklevel=4,
+    if len(records) < 2 or not missed:
+        return
+    named = [f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} off" for r in missed[:_TOLD]]
+    if len(missed) > _TOLD:
+        named.append(f"  and {len(missed) - _TOLD} more, see missed in their records")
+    reason, remedy = (
+        (
+            "as they have nearly the key of another one (those of one subject behind the same words have one key), or "
+            f"as {len(records)} edits at once want a ridge",
+            "no weight gives one key two values, and one that tells near keys apart is large: make fewer edits",
         )
+        if ridge
+        else (
+            "as they have the key of another one (those of one subject behind the same words do) or nearly",
+            "no weight gives one key two values, and one that tells near keys apart is large: make fewer edits, make "
+            "some at another layer, in a call of its own, or have all of them met as far as they can be, whatever that "
+            "does to the model, with guard='off'",
+        )
+    )
+    listed = "\n".join(named)
+    warnings.warn(
+        f"{len(missed)} edit(s) are met in part, {reason}:\n{listed}\n{remedy}", SharedKeyWarning, stacklevel=4
+    )
 
 
 def unconverged_error(broken: Sequence[Record], missed: Sequence[Record] = ()) -> ConvergenceError:

@@ -284,7 +284,10 @@ def test_no_keys_are_said_to_be_shared_that_are_not(edit_toy, recwarn):
         assert max(record.missed for record in result.records) > least
     assert not [warning for warning in recwarn if issubclass(warning.category, SharedKeyWarning)]
     edit_toy("gpt2", EDITS, replace(DUAL, ridge=3.0))
-    assert recwarn.pop(SharedKeyWarning)
+    said = str(recwarn.pop(SharedKeyWarning).message)
+    assert f"or as {len(EDITS)} edits at once want a ridge:" in said
+    # Without the guard the ridge is the same.
+    assert "guard" not in said
 
 
 def test_sequential_is_one_after_another(edit_toy, toy_tokenizers):
