@@ -20,24 +20,25 @@ from rome_fast.kernels import mirror_lower_, second_moment_
 from torch import Tensor
 
 from measure import Table, origin, read_rows, results
-from rome_fast import Statistics, checkpoints, collect_statistics, load_edits
+from rome_fast import Statistics, collect_statistics, load_edits
 from rome_fast.assets import demo_texts, model_dir
-from rome_fast.contexts import sample_contexts
-from rome_fast.defaults import default_layer, default_settings
-from rome_fast.delta import Delta
+from rome_fast.closing.flow import Flow
+from rome_fast.closing.geometry import Geometry
 from rome_fast.demo import held_out_sentences
 from rome_fast.errors import StatisticsError
 from rome_fast.evaluation import EditMetrics, RowUpdates, edited_perplexities, evaluate, sentence_perplexity
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.flow import Flow
-from rome_fast.geometry import Geometry
 from rome_fast.methods import method_named
-from rome_fast.requests import Request, tokenise
-from rome_fast.rows import encode
-from rome_fast.runner import Runner, evaluating
-from rome_fast.search import Solved
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.rows import encode
+from rome_fast.models.runner import Runner, evaluating
+from rome_fast.opening import checkpoints
+from rome_fast.opening.defaults import default_layer, default_settings
+from rome_fast.search.contexts import sample_contexts
+from rome_fast.search.requests import Request, tokenise
+from rome_fast.search.search import Solved
 from rome_fast.statistics import LayerStatistics
 from rome_fast.study.cases import cases_of
+from rome_fast.updates.delta import Delta
 
 PER_DIMENSION = (0.5, 1, 2, 5, 10, 20, 50)
 ROWS = (16, 32, 64, 128, 256, 512, 2048)

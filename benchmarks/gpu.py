@@ -200,8 +200,8 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
     from rome_fast.bench.shapes import repeated
     from rome_fast.bench.throughput import Track, ideal, run_timed, shape_setup, warm_up
     from rome_fast.edits import load_edits
-    from rome_fast.requests import tokenise
-    from rome_fast.runner import Runner
+    from rome_fast.models.runner import Runner
+    from rome_fast.search.requests import tokenise
 
     table = Table(results() / "gpu_values.csv", origin(device))
     edits = load_edits(REQUESTS)
@@ -269,8 +269,8 @@ def statistics(device: torch.device, shape: str, counts: Sequence[int]) -> int:
     from rome_fast import collect_statistics
     from rome_fast.bench.flops import Shape
     from rome_fast.bench.shapes import random_model, shape_config, tokenizer_for
-    from rome_fast.defaults import default_layer
-    from rome_fast.runner import Runner
+    from rome_fast.models.runner import Runner
+    from rome_fast.opening.defaults import default_layer
 
     table = Table(results() / "gpu_statistics.csv", origin(device))
     roofline = measure_roofline(device, torch.bfloat16)

@@ -21,21 +21,22 @@ from typing import Any
 
 import torch
 
-from rome_fast import Edit, Statistics, checkpoints, collect_statistics, load_edits
+from rome_fast import Edit, Statistics, collect_statistics, load_edits
 from rome_fast.assets import demo_texts, model_dir
-from rome_fast.contexts import sample_contexts
-from rome_fast.defaults import default_layers, default_settings
+from rome_fast.closing.flow import Flow
+from rome_fast.closing.geometry import Geometries
 from rome_fast.demo import held_out_sentences
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, sentence_perplexity
-from rome_fast.flow import Flow
-from rome_fast.geometry import Geometries
 from rome_fast.methods import Method, method_named
-from rome_fast.requests import Request, tokenise
-from rome_fast.runner import Runner
-from rome_fast.search import Solved
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
+from rome_fast.opening.defaults import default_layers, default_settings
+from rome_fast.search.contexts import sample_contexts
+from rome_fast.search.requests import Request, tokenise
+from rome_fast.search.search import Solved
+from rome_fast.search.values import compute_dtype
 from rome_fast.statistics import first_token_statistics
 from rome_fast.study.cases import cases_of
-from rome_fast.values import compute_dtype
 
 RESULTS = Path(__file__).parent / "results"
 SINGLE, JOINT = RESULTS / "methods_single.csv", RESULTS / "methods_joint.csv"

@@ -17,21 +17,22 @@ from typing import Any
 
 import torch
 
-from rome_fast import Edit, Statistics, apply_edits, checkpoints, load_edits
+from rome_fast import Edit, Statistics, apply_edits, load_edits
 from rome_fast.assets import cache_dir, model_dir
-from rome_fast.contexts import sample_contexts
-from rome_fast.defaults import default_layer, default_settings
-from rome_fast.delta import Delta
+from rome_fast.closing.flow import Flow
+from rome_fast.closing.geometry import Geometry
 from rome_fast.demo import held_out_sentences, statistics_dir
 from rome_fast.evaluation import evaluate, sentence_perplexity, summarise
-from rome_fast.flow import Flow
-from rome_fast.geometry import Geometry
 from rome_fast.methods import method_named
-from rome_fast.requests import Request, tokenise
-from rome_fast.rows import edit_rows, needs_prefix
-from rome_fast.runner import Runner
-from rome_fast.search import Solved
-from rome_fast.values import compute_dtype
+from rome_fast.models.rows import edit_rows, needs_prefix
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
+from rome_fast.opening.defaults import default_layer, default_settings
+from rome_fast.search.contexts import sample_contexts
+from rome_fast.search.requests import Request, tokenise
+from rome_fast.search.search import Solved
+from rome_fast.search.values import compute_dtype
+from rome_fast.updates.delta import Delta
 
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"
 FIGURE = RESULTS.with_suffix(".png")

@@ -25,10 +25,11 @@ from rome_fast.kernels import second_moment_
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rome_fast import checkpoints, collect_statistics
+from rome_fast import collect_statistics
 from rome_fast.assets import demo_texts, model_dir
-from rome_fast.defaults import default_layer
-from rome_fast.runner import Runner
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
+from rome_fast.opening.defaults import default_layer
 from rome_fast.statistics import collect
 
 RESULTS = Path(__file__).parent / "results" / "statistics_rate.csv"

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import rome_fast as rf
-from rome_fast import checkpoints
 from rome_fast.assets import model_dir
-from rome_fast.contexts import sample_contexts
 from rome_fast.demo import statistics_dir
+from rome_fast.opening import checkpoints
+from rome_fast.search.contexts import sample_contexts
 from rome_fast.weights.memory import anonymous_bytes
 
 RESULTS = Path(__file__).parent / "results" / "streamed_edits.csv"

@@ -32,7 +32,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rome_fast as rf
-from rome_fast import chains, checkpoints
+from rome_fast.opening import checkpoints
+from rome_fast.updates import chains
 from rome_fast.weights import Checkpoint, parse_bytes
 
 _SHARD_BYTES = 1 << 30

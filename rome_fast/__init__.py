@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import kernels
-    from .delta import Delta
     from .editor import apply_edits, verify
     from .edits import Edit, Probe, load_edits
     from .errors import RomeFastError
@@ -17,8 +16,9 @@ if TYPE_CHECKING:
     from .planning import Plan, plan
     from .records import Record
     from .result import EditResult
+    from .search.values import ValueSettings
     from .statistics import Statistics, collect_statistics
-    from .values import ValueSettings
+    from .updates.delta import Delta
 
 __all__ = [
     "Delta",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Delta": "delta",
+    "Delta": "updates.delta",
     "Edit": "edits",
     "EditResult": "result",
     "Plan": "planning",
@@ -48,7 +48,7 @@ _HOMES = {
     "Record": "records",
     "RomeFastError": "errors",
     "Statistics": "statistics",
-    "ValueSettings": "values",
+    "ValueSettings": "search.values",
     "apply_edits": "editor",
     "collect_statistics": "statistics",
     "evaluate": "evaluation",

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoints
 from .assets import demo_texts, made_once, model_dir
-from .contexts import sample_contexts
-from .defaults import default_layers
 from .editor import apply_edits
 from .edits import Edit
 from .errors import ArgumentError
 from .evaluation import greedy_completion, sentence_perplexity
 from .methods import DEFAULT_METHOD
-from .processes import own_device
+from .models.runner import Runner
+from .opening import checkpoints
+from .opening.defaults import default_layers
 from .report import edit_table
 from .result import EditResult
-from .runner import Runner
+from .runs.processes import own_device
+from .runs.terminal import say as say_line
+from .runs.terminal import show
+from .search.contexts import sample_contexts
 from .statistics import Statistics, collect_statistics
-from .terminal import say as say_line
-from .terminal import show
 
 __all__ = ["model_dir", "run_demo", "statistics_dir"]
 

@@ -15,32 +15,32 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import saving
-from .admission import admit_tokenizer, checked_dtype, plain_modes
-from .checkpoints import checked_layers
-from .closing import Closing
-from .contexts import sample_contexts
-from .defaults import Selection, default_layer, select
-from .delta import Delta
+from .closing.closing import Closing
+from .closing.effect import Effect, judge_drift
+from .closing.flow import Flow
+from .closing.geometry import Geometries
+from .closing.guard import Guard, check_guard
+from .closing.judging import Unconverged, unconverged_error
 from .edits import Edit, checked_edits, find_conflicts
-from .effect import Effect, judge_drift
 from .errors import ArgumentError, ModelError, StatisticsError
-from .fingerprint import Fingerprint
-from .flow import Flow
-from .geometry import Geometries
-from .guard import Guard, check_guard
-from .judging import Unconverged, unconverged_error
 from .methods import DEFAULT_METHOD, Method, method_named
-from .opening import Destination, Opened, check_weights, given_layers, open_checkpoint, open_model
-from .processes import ALONE, Processes
+from .models.fingerprint import Fingerprint
+from .models.runner import Runner, evaluating
+from .models.verification import Verified, verified, verified_each
+from .opening.admission import admit_tokenizer, checked_dtype, plain_modes
+from .opening.checkpoints import checked_layers
+from .opening.defaults import Selection, default_layer, select
+from .opening.opening import Destination, Opened, check_weights, given_layers, open_checkpoint, open_model
 from .records import Record
-from .requests import Request, tokenise
 from .result import EditResult
-from .runner import Runner, evaluating
-from .search import Clock, Progress, Search
+from .runs.processes import ALONE, Processes
+from .search.contexts import sample_contexts
+from .search.requests import Request, tokenise
+from .search.search import Clock, Progress, Search
+from .search.values import ValueSettings
 from .statistics import Statistics, first_token_statistics, tuned_choice
-from .values import ValueSettings
-from .verification import Verified, verified, verified_each
+from .updates import saving
+from .updates.delta import Delta
 from .weights import Link, OnRead, check_link
 
 RESUME = "nothing was written: run the same command again"
@@ -95,8 +95,8 @@ def apply_edits(
         layer: one edit layer, instead of those that are usual for method and model.
         layers: several, over which the edit is spread; δ is found at the last of them. By default those below the
             layer that `rome-fast tune` chose for this very model, as `statistics` say or, where none are given, the
-            cache does; else by model, see `rome_fast.defaults`; or the one layer alone, for methods that are of one.
-            `result.layer_source` says whose they were.
+            cache does; else by model, see `rome_fast.opening.defaults`; or the one layer alone, for methods that are of
+            one. `result.layer_source` says whose they were.
         contexts: prefix contexts, each ending in a space; default 20 sampled with `seed`. They stand before a prompt,
             in a chat before what the user says last.
         settings: how δ is optimised; default as for the layer, those of `rome-fast tune` at the layer it chose. A
@@ -232,7 +232,9 @@ def apply_edits(
 
 
 def verify(model: PreTrainedModel, layer: int | None = None) -> Verified:
-    """What was found out about a model by running it, and how it is therefore edited; see `rome_fast.verification`.
+    """What was found out about a model by running it, and how it is therefore edited.
+
+    See `rome_fast.models.verification`.
 
     `layer` is the one to edit, by default as in `apply_edits`. Raises ModelError, which says what was found, for a
     model that cannot be edited, and ArgumentError for a layer that it does not have.

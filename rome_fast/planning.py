@@ -10,21 +10,21 @@ from typing import Any, Literal
 
 import torch
 
-from . import checkpoints
-from .admission import admit_tokenizer, checked_dtype
-from .batches import BatchSizer, in_batches
-from .contexts import SAMPLED_TOKENS
-from .defaults import select
 from .edits import Edit
 from .errors import ModelError
 from .methods import DEFAULT_METHOD, method_named
-from .opening import given_layers
-from .processes import own_device
-from .requests import bare_requests, by_head, tokenise
-from .runner import Runner
-from .search import KEPT_CONTEXTS
+from .models.batches import BatchSizer, in_batches
+from .models.runner import Runner
+from .opening import checkpoints
+from .opening.admission import admit_tokenizer, checked_dtype
+from .opening.defaults import select
+from .opening.opening import given_layers
+from .runs.processes import own_device
+from .search.contexts import SAMPLED_TOKENS
+from .search.requests import bare_requests, by_head, tokenise
+from .search.search import KEPT_CONTEXTS
+from .search.values import ValueSettings
 from .statistics import Statistics, first_token_passes, likely_choice, likely_layers
-from .values import ValueSettings
 from .weights import Checkpoint, parse_bytes
 
 _SAMPLED = 20  # contexts, where none are given

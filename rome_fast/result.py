@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import saving
-from .defaults import LayerSource
-from .delta import Delta
-from .effect import ContextNLL
+from .closing.effect import ContextNLL
 from .errors import ArgumentError
+from .models.runner import Runner
+from .opening.defaults import LayerSource
 from .records import Record, report_json
-from .runner import Runner
-from .values import ValueSettings, compute_dtype
+from .search.values import ValueSettings, compute_dtype
+from .updates import saving
+from .updates.delta import Delta
 from .weights import Link
 
 

@@ -8,8 +8,8 @@ from rome_fast.kernels import native
 
 import oracle
 from helpers import LAYER
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
 from rome_fast.statistics import LayerStatistics, Statistics
 from toys import SENTENCES, toy_model, toy_tokenizer
 
@@ -38,10 +38,12 @@ def seed():
 def products_in_fp32(pytestconfig):
     """Values of fp32 models are optimised in fp32 by default, also on machines that multiply bfloat16 faster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rome_fast.values.multiplies_fast", lambda device, dtype: False)
+        patch.setattr("rome_fast.search.values.multiplies_fast", lambda device, dtype: False)
         if wanted := pytestconfig.getoption("--bfloat16"):
             fast = wanted == "on"
-            patch.setattr("rome_fast.products.multiplies_fast", lambda device, dtype: fast and dtype == torch.bfloat16)
+            patch.setattr(
+                "rome_fast.models.products.multiplies_fast", lambda device, dtype: fast and dtype == torch.bfloat16
+            )
         yield
 
 

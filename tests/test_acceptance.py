@@ -19,15 +19,15 @@ from rome_fast.assets import model_dir
 from rome_fast.bench import edit_as_released
 from rome_fast.bench.flops import FlopCounter
 from rome_fast.bench.throughput import Setup
-from rome_fast.contexts import sample_contexts
-from rome_fast.defaults import default_layer, default_settings
-from rome_fast.delta import Delta, LowRank
+from rome_fast.closing.geometry import Geometry
 from rome_fast.demo import statistics_dir
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
-from rome_fast.geometry import Geometry
-from rome_fast.requests import tokenise
-from rome_fast.rows import asked, edit_rows, needs_prefix
-from rome_fast.runner import Runner
+from rome_fast.models.rows import asked, edit_rows, needs_prefix
+from rome_fast.models.runner import Runner
+from rome_fast.opening.defaults import default_layer, default_settings
+from rome_fast.search.contexts import sample_contexts
+from rome_fast.search.requests import tokenise
+from rome_fast.updates.delta import Delta, LowRank
 
 OTHERS = (
     "Boston France London China India Google Apple Microsoft Canada Texas Germany Russia Iran Africa Science Music "

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from helpers import all_bits, changed, relative_error
-from rome_fast import Edit, ValueSettings, apply_edits, checkpoints, collect_statistics, verify
-from rome_fast.delta import Delta, LowRank
+from rome_fast import Edit, ValueSettings, apply_edits, collect_statistics, verify
 from rome_fast.errors import ArgumentError, ModelError
 from rome_fast.evaluation import RowUpdates, edited_perplexities, greedy_completion, sentence_perplexity
-from rome_fast.past import ContextPast, Contexts, attention_mask
-from rome_fast.runner import Runner
+from rome_fast.models.past import ContextPast, Contexts, attention_mask
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
+from rome_fast.updates.delta import Delta, LowRank
 from toys import SENTENCES, save_toy
 from zoo import KINDS, zoo_model
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from helpers import END, LAYER, MIDDLE, START, all_bits, changed, delta_w, edited, relative_error, rounding_of_edit
-from rome_fast import batches, search
-from rome_fast.batches import BatchSizer, free_memory, in_batches
 from rome_fast.errors import ModelError
-from rome_fast.runner import Runner
+from rome_fast.models import batches
+from rome_fast.models.batches import BatchSizer, free_memory, in_batches
+from rome_fast.models.runner import Runner
+from rome_fast.search import search
 from toys import toy_model
 
 
@@ -32,7 +33,7 @@ def sizer():
 def test_a_batch_is_as_large_as_the_memory_at_hand(sizer, monkeypatch):
     sizes = []
     for free in (1 << 40, 1 << 25, 1 << 24, 0):
-        monkeypatch.setattr("rome_fast.batches.free_memory", lambda _device, free=free: free)
+        monkeypatch.setattr("rome_fast.models.batches.free_memory", lambda _device, free=free: free)
         sizes.append(sizer.choose([Shape(suffix=8)] * 40))
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) > 2
@@ -41,7 +42,7 @@ def test_a_batch_is_as_large_as_the_memory_at_hand(sizer, monkeypatch):
 
 
 def test_the_longest_edit_of_a_batch_counts(sizer, monkeypatch):
-    monkeypatch.setattr("rome_fast.batches.free_memory", lambda _device: 1 << 24)
+    monkeypatch.setattr("rome_fast.models.batches.free_memory", lambda _device: 1 << 24)
     short = sizer.choose([Shape(suffix=4)] * 40)
     long = sizer.choose([Shape(suffix=40)] * 40)
     assert 1 <= long < short <= 40
@@ -141,7 +142,7 @@ def test_other_numbers_of_rows_with_a_target_are_another_batch(sizer):
 
 def test_the_batches_are_those_that_cost_least(sizer, monkeypatch):
     """Against all ways of parting the requests, for a step that costs nothing, little and much by itself."""
-    monkeypatch.setattr("rome_fast.batches.free_memory", lambda _device: 1 << 40)
+    monkeypatch.setattr("rome_fast.models.batches.free_memory", lambda _device: 1 << 40)
     random_lengths = random.Random(0)
     for fixed in (0.0, 5.0, 20.0, 1e6):
         monkeypatch.setitem(batches._FIXED_POSITIONS, "cpu", fixed)

@@ -18,14 +18,14 @@ from rome_fast.bench.flops import FlopCounter, ideal_flops
 from rome_fast.bench.roofline import Roofline
 from rome_fast.bench.throughput import Setup, bench
 from rome_fast.cli import main
+from rome_fast.closing.flow import Flow
+from rome_fast.closing.geometry import Geometry
 from rome_fast.errors import ArgumentError
-from rome_fast.flow import Flow
-from rome_fast.geometry import Geometry
 from rome_fast.methods import METHODS
-from rome_fast.past import Contexts
+from rome_fast.models.past import Contexts
+from rome_fast.models.runner import Runner
 from rome_fast.report.bench import bench_figure, check_figure
-from rome_fast.requests import tokenise
-from rome_fast.runner import Runner
+from rome_fast.search.requests import tokenise
 from toys import SENTENCES, save_toy, toy_model, toy_tokenizer
 
 SUBJECTS = ("Chicago", "Rome", "the old town", "Danielle Darrieux", "Mount Fuji")

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers import END, LAYER, MIDDLE, START
 from on_disk import digests, forks, killed_at_line, lines_executed
-from rome_fast import chains
 from rome_fast.errors import ArgumentError, CheckpointError
+from rome_fast.updates import chains
 from test_checkpoints import contents, edit_checkpoint, edit_in_place, save
 from toys import LAYERS
 

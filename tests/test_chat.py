@@ -19,10 +19,10 @@ from rome_fast.demo import statistics_dir
 from rome_fast.errors import EditError
 from rome_fast.evaluation import evaluate
 from rome_fast.methods import method_named
-from rome_fast.past import Contexts
-from rome_fast.requests import by_head, tokenise
-from rome_fast.rows import edit_rows, encode, essence_row, needs_prefix
-from rome_fast.runner import Runner
+from rome_fast.models.past import Contexts
+from rome_fast.models.rows import edit_rows, encode, essence_row, needs_prefix
+from rome_fast.models.runner import Runner
+from rome_fast.search.requests import by_head, tokenise
 from toys import BOS, EOS, toy_model, toy_tokenizer
 
 TEMPLATES = {

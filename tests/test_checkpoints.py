@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, all_bits, bits, changed, edited
-from rome_fast import Delta, apply_edits, chains, checkpoints
+from rome_fast import Delta, apply_edits
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
+from rome_fast.opening import checkpoints
+from rome_fast.updates import chains
 from toys import save_toy, toy_model
 
 EDITS = [START, MIDDLE, END]

@@ -19,10 +19,10 @@ from helpers import CONTEXTS, FORWARD, LAYER, all_bits, changed, relative_error,
 from rome_fast import Statistics, apply_edits, load_edits, methods
 from rome_fast.cli import main
 from rome_fast.cli.shared import METHODS, read_contexts
-from rome_fast.defaults import default_settings
 from rome_fast.errors import CheckpointError
 from rome_fast.evaluation import evaluate, sentence_perplexity, summarise
-from rome_fast.runner import Runner
+from rome_fast.models.runner import Runner
+from rome_fast.opening.defaults import default_settings
 from toys import D_FF, SENTENCES, save_toy, toy_model
 
 USUAL = (0, LAYER)
@@ -459,7 +459,7 @@ def test_an_adapter_goes_where_its_checkpoint_could_not_be_written(contexts, cap
     def fail(*_arguments, **_keywords):
         raise CheckpointError("writing edited: No space left on device")
 
-    monkeypatch.setattr("rome_fast.saving.save_edited", fail)
+    monkeypatch.setattr("rome_fast.updates.saving.save_edited", fail)
     usual = ("edit", "model", "--edits", "edits.jsonl", *QUICK, *FEW)
     assert "No space left" in fails(capsys, *usual, "--out", "edited", "--lora", "lora")
     assert not (contexts / "lora").exists()
@@ -560,7 +560,7 @@ MARKUP = {
 }
 
 
-@pytest.mark.filterwarnings("always::rome_fast.guard.CollapseWarning")
+@pytest.mark.filterwarnings("always::rome_fast.closing.guard.CollapseWarning")
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
 def test_text_with_markup_and_controls_is_edited_and_shown(encoding, contexts, monkeypatch):
     (contexts / "edits.jsonl").write_text(json.dumps(MARKUP))
@@ -569,7 +569,7 @@ def test_text_with_markup_and_controls_is_edited_and_shown(encoding, contexts, m
         monkeypatch.setattr(sys, name, stream)
     # As guard="warn" does, a warning tells the request.
     wanted = (*QUICK[:1], "--guard", "warn", *QUICK[3:])
-    monkeypatch.setattr("rome_fast.flow.predicts_collapse", lambda *_: True)
+    monkeypatch.setattr("rome_fast.closing.flow.predicts_collapse", lambda *_: True)
     assert main(["edit", "model", "--edits", "edits.jsonl", "--out", "edited", *wanted, *FEW, "--json", "e.json"]) == 0
     shown = {}
     for name, stream in streams.items():
@@ -616,7 +616,7 @@ def test_a_report_that_fails_after_the_edit_says_that_the_edit_is_there(contexts
 
 def test_a_warning_that_is_to_be_an_error_is_one_message(contexts, capsys, monkeypatch):
     """As with PYTHONWARNINGS=error, which is how these tests run."""
-    monkeypatch.setattr("rome_fast.flow.predicts_collapse", lambda *_: True)
+    monkeypatch.setattr("rome_fast.closing.flow.predicts_collapse", lambda *_: True)
     usual = ("edit", "model", "--edits", "edits.jsonl", "--out", "edited", *QUICK[:1], "--guard", "warn", *QUICK[3:])
     assert "would collapse the model" in fails(capsys, *usual, *FEW)
     assert not (contexts / "edited").exists()
@@ -626,7 +626,7 @@ def test_an_interrupt_ends_with_its_status(toy, capsys, monkeypatch):
     def stop(*_arguments, **_keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rome_fast.flow.Flow.solve", stop)
+    monkeypatch.setattr("rome_fast.closing.flow.Flow.solve", stop)
     assert main(["edit", "model", "--edits", "edits.jsonl", "--identity", "--out", "edited"]) == 130
     assert capsys.readouterr().err.endswith("rome-fast: interrupted; nothing half-written is left behind\n")
     assert not (toy / "edited").exists()
@@ -722,6 +722,6 @@ def test_what_was_a_traceback_or_a_late_error_is_one_message_at_once(arguments, 
     def late(*_arguments, **_keywords):
         raise AssertionError("an edit was begun")
 
-    monkeypatch.setattr("rome_fast.flow.Flow.solve", late)
+    monkeypatch.setattr("rome_fast.closing.flow.Flow.solve", late)
     assert message in fails(capsys, *arguments)
     assert sorted(path.name for path in toy.iterdir()) == before

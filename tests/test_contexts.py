@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import END, LAYER, SETTINGS, all_bits, bits, changed, edited
-from rome_fast.contexts import sample_contexts
 from rome_fast.errors import ModelError
 from rome_fast.evaluation.scoring import greedy_completion
-from rome_fast.rows import edit_rows
-from rome_fast.runner import Runner
+from rome_fast.models.rows import edit_rows
+from rome_fast.models.runner import Runner
+from rome_fast.search.contexts import sample_contexts
 from toys import VOCABULARY, save_toy, toy_model
 
 WEIGHT = f"model.layers.{LAYER}.mlp.down_proj.weight"
@@ -197,7 +197,7 @@ def test_a_product_dtype_that_is_faster_is_used_for_them(toy_tokenizers, monkeyp
     """As for everything else of an edit: a CPU without bfloat16 instructions multiplies it several times slower."""
     model, seen = toy_model("llama", dtype=torch.bfloat16), []
     real = torch.mm
-    monkeypatch.setattr("rome_fast.contexts.usual_dtype", lambda device, dtype: torch.float32)
+    monkeypatch.setattr("rome_fast.search.contexts.usual_dtype", lambda device, dtype: torch.float32)
     monkeypatch.setattr(torch, "mm", lambda a, b, **rest: (seen.append(a.dtype), real(a, b, **rest))[1])
     assert len(sample_contexts(model, toy_tokenizers[True], count=2)) == 2
     # Ten passes through four layers of seven products and the head.

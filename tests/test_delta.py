@@ -25,9 +25,9 @@ from helpers import (
     rounding,
 )
 from rome_fast import Delta
-from rome_fast.delta import LowRank
 from rome_fast.errors import ArgumentError, CheckpointError
 from rome_fast.evaluation import evaluate
+from rome_fast.updates.delta import LowRank
 from toys import D_FF, HIDDEN, SENTENCES, toy_model
 
 NAMES = {

@@ -14,15 +14,15 @@ from helpers import CONTEXTS, END, LAYER, MIDDLE, START, all_bits, changed, delt
 from rome_fast import Edit, ValueSettings, apply_edits, collect_statistics, plan
 from rome_fast.bench import edit_as_released
 from rome_fast.bench.shapes import random_factor
-from rome_fast.contexts import sample_contexts
+from rome_fast.closing.flow import Flow
+from rome_fast.closing.geometry import Geometry
 from rome_fast.errors import ArgumentError
 from rome_fast.evaluation import evaluate, sentence_perplexity
-from rome_fast.flow import Flow
-from rome_fast.geometry import Geometry
 from rome_fast.methods import METHODS
-from rome_fast.processes import own_device
-from rome_fast.requests import tokenise
-from rome_fast.runner import Runner
+from rome_fast.models.runner import Runner
+from rome_fast.runs.processes import own_device
+from rome_fast.search.contexts import sample_contexts
+from rome_fast.search.requests import tokenise
 from rome_fast.study.cases import cases_of
 from rome_fast.study.measure import Study
 from rome_fast.study.parts import Folder
@@ -41,7 +41,7 @@ def make(model, tokenizer, method, geometry, layers=(LAYER,)):
 
 
 # The keys of toys have much in common, so that a method with a ridge meets them in part.
-@pytest.mark.filterwarnings("ignore::rome_fast.judging.SharedKeyWarning")
+@pytest.mark.filterwarnings("ignore::rome_fast.closing.judging.SharedKeyWarning")
 @pytest.mark.parametrize(
     ("method", "layers"),
     [(name, (LAYER,)) for name in METHODS] + [(name, (0, 1, 3)) for name, how in METHODS.items() if how.spread],

@@ -25,14 +25,16 @@ from helpers import (
     rounding,
     rounding_of_edit,
 )
-from rome_fast import Delta, Edit, apply_edits, checkpoints, plan, search
+from rome_fast import Delta, Edit, apply_edits, plan
 from rome_fast.bench import edit_as_released
 from rome_fast.cli import main
+from rome_fast.closing.judging import ConvergenceWarning
 from rome_fast.errors import ArgumentError, CollapseError, StatisticsError
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.judging import ConvergenceWarning
 from rome_fast.methods import FIRST_TOKEN_WEIGHT, METHODS, hold_first_tokens
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
+from rome_fast.search import search
 from rome_fast.statistics import Statistics, first_token_statistics, first_tokens, list_cache
 from rome_fast.statistics.store import FIRST_TOKENS, read_layer
 from toys import D_FF, HIDDEN, VOCABULARY, save_toy, toy_model
@@ -249,7 +251,7 @@ def test_the_guard_sees_both_keys(toy_tokenizers, monkeypatch):
     one = result.records[0].update_norm / result.records[0].weight_norm
     result.revert()
     assert one < both
-    monkeypatch.setattr("rome_fast.guard.UPDATE_RATIO_LIMIT", (one + both) / 2)
+    monkeypatch.setattr("rome_fast.closing.guard.UPDATE_RATIO_LIMIT", (one + both) / 2)
     with pytest.raises(CollapseError, match="by method 'dual' would collapse the model"):
         edited(model, tokenizer, START, method="dual", guard="raise")
     assert changed(model, before) == []

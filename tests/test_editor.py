@@ -27,11 +27,12 @@ from helpers import (
     rounding_of_edit,
     rounding_of_log_p,
 )
-from rome_fast import Edit, ValueSettings, search
+from rome_fast import Edit, ValueSettings
+from rome_fast.closing.judging import ConvergenceWarning, SharedKeyWarning
 from rome_fast.errors import ArgumentError, ConvergenceError
-from rome_fast.judging import ConvergenceWarning, SharedKeyWarning
+from rome_fast.models.rows import edit_rows
 from rome_fast.records import Record
-from rome_fast.rows import edit_rows
+from rome_fast.search import search
 from toys import LAYERS, toy_model
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -118,7 +119,7 @@ def test_needs_prefix_where_little_of_the_edit_arrives_without_one(
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
     truths = [textbook("llama", True, edit, method) for edit in SEVERAL]
     for limit in (0.5, 0.9, 2.0):
-        monkeypatch.setattr("rome_fast.flow.ENOUGH_BARE", limit)
+        monkeypatch.setattr("rome_fast.closing.flow.ENOUGH_BARE", limit)
         result = edited(model, tokenizer, SEVERAL, method=method, statistics=toy_statistics(model, True))
         result.revert()
         added = [delta_w(result) @ truth.k_unprefixed for truth in truths]

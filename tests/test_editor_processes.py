@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, all_bits, changed, relative_error, rounding_of_edit
-from rome_fast import Delta, Edit, apply_edits, search
+from rome_fast import Delta, Edit, apply_edits
 from rome_fast.errors import ArgumentError, RomeFastError
+from rome_fast.search import search
 from toys import save_toy, toy_model
 
 EDITS = (START, MIDDLE, END, Edit("The museum of {}", "Vienna", "Paris"))
@@ -109,8 +110,8 @@ def test_an_edit_of_several_layers_is_that_of_one_process(together, tmp_path, em
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_all_take_back_what_the_first_one_finds_to_harm_the_model(together, monkeypatch):
-    monkeypatch.setattr("rome_fast.guard.UPDATE_RATIO_LIMIT", math.inf)
-    monkeypatch.setattr("rome_fast.effect.DRIFT_LIMIT", -math.inf)
+    monkeypatch.setattr("rome_fast.closing.guard.UPDATE_RATIO_LIMIT", math.inf)
+    monkeypatch.setattr("rome_fast.closing.effect.DRIFT_LIMIT", -math.inf)
     said = together(2, guard="raise")
     assert all("reads ordinary text much worse" in one["error"] for one in said)
     assert [one["changed"] for one in said] == [[], []]

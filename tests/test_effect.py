@@ -7,8 +7,8 @@ import torch
 
 import oracle
 from helpers import CONTEXTS, END, MIDDLE, all_bits, changed, edited
+from rome_fast.closing.guard import CollapseWarning
 from rome_fast.errors import CollapseError
-from rome_fast.guard import CollapseWarning
 from toys import toy_model
 
 # A toy's perplexity of some 1,000 is a mean of some 60 log-probabilities, each of sums over at most 600 logits.
@@ -69,13 +69,13 @@ def test_the_guard_takes_an_edit_back_that_makes_the_model_read_much_worse(toy_t
     rise = edited(model, tokenizer, MIDDLE, measure=True)
     drift = rise.context_nll.drift
     rise.revert()
-    monkeypatch.setattr("rome_fast.guard.UPDATE_RATIO_LIMIT", math.inf)
-    monkeypatch.setattr("rome_fast.effect.DRIFT_LIMIT", drift - 1e-9)
+    monkeypatch.setattr("rome_fast.closing.guard.UPDATE_RATIO_LIMIT", math.inf)
+    monkeypatch.setattr("rome_fast.closing.effect.DRIFT_LIMIT", drift - 1e-9)
     for guard in ("raise", "skip"):
         with pytest.raises(CollapseError, match=f"NLL of the contexts rose by {drift:.2f} nats a token"):
             edited(model, tokenizer, MIDDLE, measure=True, guard=guard)
         assert changed(model, before) == []
     with pytest.warns(CollapseWarning, match="reads ordinary text much worse"):
         edited(model, tokenizer, MIDDLE, measure=True, guard="warn").revert()
-    monkeypatch.setattr("rome_fast.effect.DRIFT_LIMIT", drift + 1e-9)
+    monkeypatch.setattr("rome_fast.closing.effect.DRIFT_LIMIT", drift + 1e-9)
     assert edited(model, tokenizer, MIDDLE, measure=True, guard="raise").records[0].applied

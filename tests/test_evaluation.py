@@ -12,7 +12,7 @@ from helpers import CONTEXTS, END, MIDDLE, START, edited, merging_tokenizer, rou
 from rome_fast import Edit, Probe
 from rome_fast.errors import ArgumentError, EditError, RomeFastError
 from rome_fast.evaluation import evaluate, greedy_completion, score, sentence_perplexity, summarise
-from rome_fast.runner import Runner
+from rome_fast.models.runner import Runner
 from toys import KINDS, SENTENCES, toy_model
 
 PAIRS = [

@@ -10,8 +10,8 @@ from rome_fast.assets import demo_texts
 from rome_fast.demo import held_out_sentences
 from rome_fast.errors import CheckpointError
 from rome_fast.evaluation import sentence_perplexity
-from rome_fast.rows import edit_rows
-from rome_fast.runner import Runner
+from rome_fast.models.rows import edit_rows
+from rome_fast.models.runner import Runner
 from test_any_decoder import check_edit
 
 pytestmark = pytest.mark.slow

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from helpers import relative_error, rounding
-from rome_fast import Statistics, checkpoints
+from rome_fast import Statistics
+from rome_fast.closing.geometry import Geometries
 from rome_fast.errors import StatisticsError
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.geometry import Geometries
 from rome_fast.methods import FIRST_TOKEN_WEIGHT
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
 from rome_fast.statistics import LayerStatistics
 from toys import D_FF, save_toy, toy_model
 

@@ -19,8 +19,8 @@ from rome_fast import ValueSettings
 from rome_fast.bench import throughput
 from rome_fast.bench.roofline import Roofline
 from rome_fast.bench.shapes import tokenizer_for
-from rome_fast.flow import Flow
-from rome_fast.rows import encode
+from rome_fast.closing.flow import Flow
+from rome_fast.models.rows import encode
 from rome_fast.statistics import collect
 
 ROOT = Path(__file__).parents[1]
@@ -165,7 +165,7 @@ sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import uninstalled
 import rome_fast, rome_fast.kernels, rome_fast.kernels.reference
 from rome_fast import kernels
-from rome_fast.delta import rank_update_
+from rome_fast.updates.delta import rank_update_
 assert kernels.rank_update_ is rank_update_, "the kernels were imported twice"
 print(rome_fast.kernels.__file__)
 """

@@ -24,11 +24,11 @@ from helpers import (
     rounding_of_edit,
 )
 from rome_fast import Edit, Statistics
+from rome_fast.closing.guard import UPDATE_RATIO_LIMIT, CollapseWarning, judge, largest_harmless, predicts_collapse
+from rome_fast.closing.judging import SharedKeyWarning
 from rome_fast.errors import ArgumentError, CollapseError
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.guard import UPDATE_RATIO_LIMIT, CollapseWarning, judge, largest_harmless, predicts_collapse
-from rome_fast.judging import SharedKeyWarning
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
 from rome_fast.statistics import LayerStatistics
 from toys import toy_model
 

@@ -21,13 +21,13 @@ from helpers import (
 )
 from rome_fast import Edit
 from rome_fast.bench.flops import FlopCounter
-from rome_fast.delta import Delta, LowRank
 from rome_fast.edits import Probe
 from rome_fast.errors import ArgumentError
 from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
 from rome_fast.evaluation import isolated as module
-from rome_fast.runner import Runner
-from rome_fast.verification import verified
+from rome_fast.models.runner import Runner
+from rome_fast.models.verification import verified
+from rome_fast.updates.delta import Delta, LowRank
 from toys import D_FF, KINDS, SENTENCES, toy_model
 
 # The updates of this file move what they are added to by half of the weight.

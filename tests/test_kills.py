@@ -10,7 +10,8 @@ import pytest
 
 from helpers import CONTEXTS, END, LAYER, SETTINGS
 from on_disk import digests, forks, in_child, killed_after
-from rome_fast import apply_edits, chains
+from rome_fast import apply_edits
+from rome_fast.updates import chains
 from rome_fast.weights.checkpoint import JOURNAL
 from toys import save_toy, toy_model, toy_tokenizer
 

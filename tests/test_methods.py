@@ -26,12 +26,13 @@ from helpers import (
     rounding,
     rounding_of_edit,
 )
-from rome_fast import Edit, apply_edits, verify, walk
+from rome_fast import Edit, apply_edits, verify
+from rome_fast.closing import walk
+from rome_fast.closing.judging import SharedKeyWarning
 from rome_fast.errors import ArgumentError, ModelError, StatisticsError
-from rome_fast.judging import SharedKeyWarning
 from rome_fast.methods import FIRST_TOKEN_WEIGHT, METHODS, Column, Method
-from rome_fast.runner import Runner
-from rome_fast.search import Search
+from rome_fast.models.runner import Runner
+from rome_fast.search.search import Search
 from rome_fast.statistics import Statistics, first_token_statistics
 from toys import D_FF, LAYERS, toy_model, toy_tokenizer
 from zoo import zoo_model
@@ -60,7 +61,7 @@ EDITED = rounding(FP64, 2 * FORWARD, 100)
 pytestmark = [
     pytest.mark.usefixtures("empty_cache"),
     # The ridge of "dual" leaves each of a few edits of a toy off by up to a tenth.
-    pytest.mark.filterwarnings("ignore::rome_fast.judging.SharedKeyWarning"),
+    pytest.mark.filterwarnings("ignore::rome_fast.closing.judging.SharedKeyWarning"),
 ]
 
 

@@ -8,10 +8,10 @@ from transformers import AutoConfig
 
 from helpers import CONTEXTS, FORWARD, relative_error, rounding
 from rome_fast import ValueSettings
-from rome_fast.defaults import Default, Selection, default_layer, default_settings, known, select
 from rome_fast.errors import ArgumentError
-from rome_fast.past import ContextPast, Contexts, attention_mask
-from rome_fast.runner import Runner, causal_mask
+from rome_fast.models.past import ContextPast, Contexts, attention_mask
+from rome_fast.models.runner import Runner, causal_mask
+from rome_fast.opening.defaults import Default, Selection, default_layer, default_settings, known, select
 from toys import KINDS, LAYERS, SENTENCES, toy_model
 
 

@@ -5,16 +5,17 @@ from dataclasses import replace
 import pytest
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START
-from rome_fast import apply_edits, checkpoints, plan
-from rome_fast.closing import Closing
+from rome_fast import apply_edits, plan
+from rome_fast.closing.closing import Closing
 from rome_fast.errors import ArgumentError, EditError
+from rome_fast.opening import checkpoints
 from rome_fast.weights import Stream
 from toys import LAYERS, save_toy, toy_model
 
 EDITS = [START, MIDDLE, END]
 
 # The keys of toys have much in common, so that a method with a ridge meets them in part.
-pytestmark = pytest.mark.filterwarnings("ignore::rome_fast.judging.SharedKeyWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::rome_fast.closing.judging.SharedKeyWarning")
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers import MIDDLE, SETTINGS, START, delta_w, edited, relative_error, rounding
-from rome_fast import ValueSettings, products
+from rome_fast import ValueSettings
 from rome_fast.errors import ArgumentError
-from rome_fast.runner import Runner
-from rome_fast.values import compute_dtype
+from rome_fast.models import products
+from rome_fast.models.runner import Runner
+from rome_fast.search.values import compute_dtype
 from toys import toy_model
 
 HALF = (torch.bfloat16, torch.float16)
@@ -134,7 +135,7 @@ def test_what_is_not_a_frozen_weight_of_that_dtype_is_left_alone():
     ],
 )
 def test_the_dtype_chosen(stored, setting, fast, wanted, monkeypatch):
-    for module in ("products", "values"):
+    for module in ("models.products", "search.values"):
         monkeypatch.setattr(f"rome_fast.{module}.multiplies_fast", lambda device, dtype: fast)
     model = toy_model("llama", dtype=getattr(torch, stored))
     settings = ValueSettings(compute_dtype=setting)

@@ -13,12 +13,12 @@ from rome_fast.bench.profile import Counter, Work, kernel_seconds, operator_seco
 from rome_fast.bench.roofline import Roofline
 from rome_fast.bench.throughput import Setup
 from rome_fast.cli import main
-from rome_fast.contexts import sample_contexts
+from rome_fast.closing.geometry import Geometry
 from rome_fast.edits import load_edits
-from rome_fast.geometry import Geometry
-from rome_fast.requests import tokenise
-from rome_fast.runner import Runner
-from rome_fast.values import ValueSettings
+from rome_fast.models.runner import Runner
+from rome_fast.search.contexts import sample_contexts
+from rome_fast.search.requests import tokenise
+from rome_fast.search.values import ValueSettings
 from toys import save_toy, toy_model
 
 EDITS = [

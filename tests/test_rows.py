@@ -11,7 +11,7 @@ import oracle
 from helpers import merging_tokenizer
 from rome_fast import Edit
 from rome_fast.errors import EditError, ModelError
-from rome_fast.rows import check_tokenizer, edit_rows, encode, essence_row, needs_prefix
+from rome_fast.models.rows import check_tokenizer, edit_rows, encode, essence_row, needs_prefix
 from toys import BOS, EOS, SENTENCES, toy_tokenizer
 
 CONTEXT = "The weather is nice. "

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import END, LAYER, MIDDLE, SETTINGS, START, all_bits, bits, changed, edited
 from on_disk import forks, killed_at_line, lines_executed
-from rome_fast import Delta, apply_edits, chains, checkpoints, saving
-from rome_fast.delta import _APPLIED, applied_to
+from rome_fast import Delta, apply_edits
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
+from rome_fast.opening import checkpoints
+from rome_fast.updates import chains, saving
+from rome_fast.updates.delta import _APPLIED, applied_to
 from rome_fast.weights import Checkpoint
 from toys import SENTENCES, VOCABULARY, save_toy, toy_model
 

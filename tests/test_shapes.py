@@ -9,8 +9,8 @@ from helpers import relative_error
 from rome_fast.bench.shapes import CONTEXTS, SHAPES, random_factor, random_model, repeated, tokenizer_for
 from rome_fast.cli import main
 from rome_fast.errors import ArgumentError
-from rome_fast.rows import encode
-from rome_fast.runner import Runner
+from rome_fast.models.rows import encode
+from rome_fast.models.runner import Runner
 
 CPU = torch.device("cpu")
 

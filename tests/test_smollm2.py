@@ -13,7 +13,7 @@ from rome_fast.assets import demo_texts, model_dir
 from rome_fast.bench import edit_as_released
 from rome_fast.demo import held_out_sentences
 from rome_fast.evaluation import sentence_perplexity
-from rome_fast.runner import Runner
+from rome_fast.models.runner import Runner
 from rome_fast.statistics import LayerStatistics, Statistics
 
 CPU = torch.device("cpu")

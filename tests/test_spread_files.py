@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CONTEXTS, END, FORWARD, MIDDLE, SETTINGS, START, all_bits, changed, relative_error, rounding
-from rome_fast import Delta, apply_edits, chains
+from rome_fast import Delta, apply_edits
+from rome_fast.updates import chains
 from test_checkpoints import contents
 from toys import SENTENCES, save_toy, toy_model
 

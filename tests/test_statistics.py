@@ -12,8 +12,8 @@ import oracle
 from helpers import END, FORWARD, LAYER, all_bits, changed, delta_w, edited, relative_error, rounding
 from rome_fast import RomeFastError, Statistics, collect_statistics
 from rome_fast.errors import ArgumentError, CheckpointError, StatisticsError
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
 from rome_fast.statistics import LayerStatistics, collect, statistics_cache
 from toys import D_FF, HIDDEN, KINDS, LAYERS, SENTENCES, toy_model
 

@@ -13,8 +13,8 @@ from helpers import END, FORWARD, LAYER, all_bits, changed, delta_w, edited, rel
 from rome_fast import Statistics, collect_statistics
 from rome_fast.cli import main
 from rome_fast.errors import ArgumentError, StatisticsError
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
 from rome_fast.statistics import LayerStatistics, collect, export_npz, import_npz, list_cache, prune_cache
 from rome_fast.weights.files import locked
 from toys import D_FF, SENTENCES, save_toy, toy_model

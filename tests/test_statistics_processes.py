@@ -14,7 +14,7 @@ import torch.distributed as dist
 from helpers import FORWARD, LAYER, relative_error, rounding
 from rome_fast import Statistics, collect_statistics
 from rome_fast.errors import ArgumentError, RomeFastError
-from rome_fast.processes import Processes
+from rome_fast.runs.processes import Processes
 from rome_fast.statistics import collect, reading, snapshots
 from toys import SENTENCES, save_toy, toy_model
 

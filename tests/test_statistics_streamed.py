@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from helpers import LAYER
-from rome_fast import ValueSettings, checkpoints, collect_statistics
+from rome_fast import ValueSettings, collect_statistics
 from rome_fast.cli import main
-from rome_fast.defaults import select
 from rome_fast.errors import ArgumentError
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
+from rome_fast.models.verification import check_model
+from rome_fast.opening import checkpoints
+from rome_fast.opening.defaults import select
 from rome_fast.statistics import Choice, Statistics, tuned_choice
 from rome_fast.statistics import collect as collect_module
 from rome_fast.statistics.collect import opened_for
-from rome_fast.verification import check_model
 from toys import KINDS, LAYERS, SENTENCES, save_toy, toy_model
 
 TOP = LAYERS - 2

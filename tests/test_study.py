@@ -12,12 +12,12 @@ import torch
 from helpers import LAYER, edited, rounding, rounding_of_edit, rounding_of_log_p
 from rome_fast import Edit, Statistics, apply_edits, collect_statistics
 from rome_fast.cli import main
-from rome_fast.contexts import sample_contexts
-from rome_fast.defaults import default_settings
 from rome_fast.errors import CollapseError
 from rome_fast.evaluation import sentence_perplexity
-from rome_fast.products import multiplies_fast
-from rome_fast.runner import Runner
+from rome_fast.models.products import multiplies_fast
+from rome_fast.models.runner import Runner
+from rome_fast.opening.defaults import default_settings
+from rome_fast.search.contexts import sample_contexts
 from rome_fast.study import fit_limit, judge_limit
 from rome_fast.study.cases import cases_of
 from rome_fast.study.measure import Study
@@ -245,7 +245,7 @@ def test_an_interrupted_study_goes_on(finished, place, monkeypatch, tmp_path):
 def test_processes_share_a_study(place, monkeypatch, tmp_path):
     """Two processes write what one does; this one waits with its first part until the other has written one."""
     # The fixture of all tests does not reach the other process: both take what this machine multiplies fast.
-    monkeypatch.setattr("rome_fast.values.multiplies_fast", multiplies_fast)
+    monkeypatch.setattr("rome_fast.search.values.multiplies_fast", multiplies_fast)
     arguments = [*place[1], "--methods", "c-rome", "--sample", "1", "--batch", "1"]
     assert main([*arguments, "--out", str(tmp_path / "alone")]) == 0
     parts, original = tmp_path / "out" / "parts", Study.measure

@@ -17,7 +17,7 @@ from rome_fast.report.document import Bullets, Folded, Heading, Picture, Text, t
 from rome_fast.report.document import Table as Cells
 from rome_fast.report.figures import collapse_figure
 from rome_fast.report.tables import verdict
-from rome_fast.terminal import patient_streams, say, show, tell, visible
+from rome_fast.runs.terminal import patient_streams, say, show, tell, visible
 
 NASTY = "[/INST] [bold]:smile: \x1b[31m\r\x00\x9b2J \u202e$x_{ | <script> \\"
 SHOWN = r"[/INST] [bold]:smile: \x1b[31m\r\x00\x9b2J \u202e$x_{ | <script> \ ".rstrip()

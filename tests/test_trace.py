@@ -10,10 +10,10 @@ from contextlib import closing
 import pytest
 import torch
 
-from rome_fast import checkpoints
 from rome_fast.cli import main
 from rome_fast.errors import ArgumentError, ModelError
-from rome_fast.runner import Runner
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
 from rome_fast.trace import ROLES, average, causal_trace, draw_noise, embedding_deviation, roles_of
 from rome_fast.trace.causal import layer_passes, predicted
 from toys import HIDDEN, LAYERS, save_toy, toy_model, toy_tokenizer

@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 
 from helpers import CONTEXTS
-from rome_fast import Edit, Statistics, ValueSettings, apply_edits, checkpoints, collect_statistics, plan
+from rome_fast import Edit, Statistics, ValueSettings, apply_edits, collect_statistics, plan
 from rome_fast.cli import main
-from rome_fast.costs import about, flops_per_second, layer_flops
-from rome_fast.defaults import default_layer, select, spread_below
+from rome_fast.closing.geometry import Geometries
 from rome_fast.errors import ArgumentError, ModelError, StatisticsError
 from rome_fast.evaluation import evaluate, sentence_perplexity
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.geometry import Geometries
-from rome_fast.parts import Parts
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
+from rome_fast.opening.defaults import default_layer, select, spread_below
+from rome_fast.runs.costs import about, flops_per_second, layer_flops
+from rome_fast.runs.parts import Parts
 from rome_fast.statistics import Choice, statistics_cache, tuned_choice
 from rome_fast.tune import Candidate, Figures, Sweep, compare, halve, rank, rounds, score
 from rome_fast.tune.command import candidate_layers
@@ -216,7 +217,7 @@ def place(tmp_path, empty_cache, monkeypatch):
     (tmp_path / "text.txt").write_text("\n\n".join(SENTENCES))
     (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES[:2]))
     settings = ValueSettings(steps=4, compute_dtype="float32")
-    monkeypatch.setattr("rome_fast.defaults._LLAMA", settings)
+    monkeypatch.setattr("rome_fast.opening.defaults._LLAMA", settings)
     monkeypatch.setattr(
         "rome_fast.tune.command.sample_contexts",
         lambda model, tokenizer, seed=0: CONTEXTS if not seed else ("It was late. ",),

@@ -12,8 +12,8 @@ from rome_fast import apply_edits, collect_statistics, verify
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
 from rome_fast.evaluation import evaluate
 from rome_fast.models import Decoder
-from rome_fast.runner import Runner
-from rome_fast.verification import check_model, verified, verified_each
+from rome_fast.models.runner import Runner
+from rome_fast.models.verification import check_model, verified, verified_each
 from toys import SENTENCES, save_toy, toy_model
 from zoo import HIDDEN, LAYERS, zoo_model
 
@@ -155,7 +155,7 @@ def test_running_out_of_memory_says_nothing_of_the_model(step, error, monkeypatc
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"rome_fast.verification.{step}", fail)
+        patch.setattr(f"rome_fast.models.verification.{step}", fail)
         with pytest.raises(type(error), match=str(error)):
             verify(model)
     assert verify(model).shares_past

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from rome_fast.workers import Turns, helped
+from rome_fast.runs.workers import Turns, helped
 
 
 def write_turns(turns, folder):
@@ -44,7 +44,7 @@ def test_an_error_ends_the_others():
 def test_kill_9_ends_the_others():
     code = """
 import multiprocessing, os, time
-from rome_fast.workers import helped
+from rome_fast.runs.workers import helped
 with helped(1, time.sleep, 600):
     print(multiprocessing.active_children()[0].pid, flush=True)
     os.kill(os.getpid(), 9)

@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .. import assets, checkpoints, demo
-from ..checkpoints import checked_layers
-from ..contexts import sample_contexts
-from ..defaults import default_layers, default_settings
+from .. import assets, demo
+from ..closing.geometry import Geometries
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError
-from ..geometry import Geometries
 from ..methods import method_named
-from ..opening import given_layers
-from ..processes import own_device
+from ..models.runner import Runner
+from ..opening import checkpoints
+from ..opening.checkpoints import checked_layers
+from ..opening.defaults import default_layers, default_settings
+from ..opening.opening import given_layers
 from ..report.bench import TRACKS, bench_figure, check_figure
-from ..runner import Runner
+from ..runs.processes import own_device
+from ..runs.terminal import say, show
+from ..runs.texts import read_sentences
+from ..search.contexts import sample_contexts
 from ..statistics import Statistics, first_token_statistics
-from ..terminal import say, show
-from ..texts import read_sentences
 from .shapes import repeated
 from .throughput import Setup, bench, shape_setup
 

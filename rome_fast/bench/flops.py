@@ -22,12 +22,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from ..past import Contexts
+from ..models.past import Contexts
+from ..models.rows import Row
+from ..models.runner import Runner
 from ..records import Record
-from ..requests import Request
-from ..rows import Row
-from ..runner import Runner
-from ..values import ValueSettings, draft_rows
+from ..search.requests import Request
+from ..search.values import ValueSettings, draft_rows
 
 # The registry of torch leaves out the fused attention of CPUs.
 _COUNTS: dict[Any, Any] = {

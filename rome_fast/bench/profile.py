@@ -22,13 +22,13 @@ from torch.profiler import profile as torch_profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import checkpoints
 from ..errors import ArgumentError
-from ..requests import Request, tokenise
-from ..runner import Runner
-from ..search import Clock
-from ..terminal import show
-from ..values import compute_dtype
+from ..models.runner import Runner
+from ..opening import checkpoints
+from ..runs.terminal import show
+from ..search.requests import Request, tokenise
+from ..search.search import Clock
+from ..search.values import compute_dtype
 from .command import prepare
 from .flops import flops_of
 from .roofline import Roofline, measure_roofline

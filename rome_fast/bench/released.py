@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..delta import Delta
+from ..closing.flow import Flow
+from ..closing.geometry import Geometry
 from ..edits import Edit
 from ..errors import ArgumentError
-from ..flow import Flow
-from ..geometry import Geometry
 from ..methods import method_named
-from ..rows import edit_rows, essence_row, needs_prefix
-from ..runner import Runner, frozen_weights
-from ..search import Solved
-from ..values import Value, ValueSettings
+from ..models.rows import edit_rows, essence_row, needs_prefix
+from ..models.runner import Runner, frozen_weights
+from ..search.search import Solved
+from ..search.values import Value, ValueSettings
+from ..updates.delta import Delta
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..defaults import default_layer, default_settings
-from ..delta import Delta
+from ..closing.flow import Flow
+from ..closing.geometry import Geometry
 from ..edits import Edit
 from ..errors import ArgumentError
 from ..evaluation import evaluate, sentence_perplexity, summarise
-from ..flow import Flow
-from ..geometry import Geometry
 from ..methods import method_named
-from ..past import Contexts
+from ..models.past import Contexts
+from ..models.runner import Runner
+from ..models.verification import verified_each
+from ..opening.defaults import default_layer, default_settings
 from ..records import Record
-from ..requests import Request, by_head, tokenise
-from ..runner import Runner
-from ..search import Clock
-from ..values import ValueSettings, compute_dtype
-from ..verification import verified_each
+from ..search.requests import Request, by_head, tokenise
+from ..search.search import Clock
+from ..search.values import ValueSettings, compute_dtype
+from ..updates.delta import Delta
 from .flops import FlopCounter, ideal_flops
 from .released import ReleasedEdit, edit_as_released
 from .roofline import measure_roofline

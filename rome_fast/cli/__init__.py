@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import ArgumentError, RomeFastError
-from ..terminal import patient_streams, tell, visible
+from ..runs.terminal import patient_streams, tell, visible
 from . import bench, demo, edit, evaluate, profile, revert, statistics, study, trace, tune, verify
 
 _VERBS = (demo, statistics, edit, evaluate, tune, trace, bench, study, profile, revert, verify)

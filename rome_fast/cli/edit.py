@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     changes = parsed_settings(arguments.settings or [])
     contexts = read_contexts(arguments.contexts) if arguments.contexts else None
 
-    from ..processes import own_device
+    from ..runs.processes import own_device
 
     edits = as_asked(read_edits(arguments), arguments)
     # What a plan and an edit have in common.
@@ -98,12 +98,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str, Any]) -> dict[str, Any] | None:
-    from ..defaults import explain_layer
     from ..editor import RESUME, apply_edits
-    from ..processes import joined, launched_together
+    from ..opening.defaults import explain_layer
     from ..report import edit_table
+    from ..runs.processes import joined, launched_together
+    from ..runs.terminal import say, show
     from ..statistics import Statistics
-    from ..terminal import say, show
 
     statistics = Statistics.load(arguments.statistics) if arguments.statistics else None
     together = launched_together()
@@ -143,7 +143,7 @@ def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str,
 
 def _plan(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str, Any]) -> dict[str, Any]:
     from ..planning import plan
-    from ..terminal import say
+    from ..runs.terminal import say
 
     made = plan(arguments.model, edits, statistics="identity" if arguments.identity else None, **options)
     say(str(made))
@@ -157,7 +157,7 @@ def parsed_settings(given: Sequence[str]) -> dict[str, Any]:
     """Fields of ValueSettings from texts of the form key=value; ArgumentError that lists every fault."""
     if not given:
         return {}
-    from ..values import ValueSettings
+    from ..search.values import ValueSettings
 
     defaults = ValueSettings()
     kinds = {field.name: type(getattr(defaults, field.name)) for field in fields(defaults)}

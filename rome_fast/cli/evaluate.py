@@ -36,14 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .. import chains, checkpoints
-    from ..delta import Delta
     from ..evaluation import evaluate, sentence_perplexity, summarise
-    from ..processes import own_device
+    from ..models.runner import Runner
+    from ..opening import checkpoints
     from ..report import metrics_table
-    from ..runner import Runner
-    from ..terminal import say, show
-    from ..texts import read_sentences
+    from ..runs.processes import own_device
+    from ..runs.terminal import say, show
+    from ..runs.texts import read_sentences
+    from ..updates import chains
+    from ..updates.delta import Delta
 
     edits = read_edits(arguments)
     sentences = read_sentences(arguments.perplexity) if arguments.perplexity else []

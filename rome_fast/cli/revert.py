@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .. import chains
-    from ..terminal import say
+    from ..runs.terminal import say
+    from ..updates import chains
 
     with progress("restoring", "checkpoint") as (advance, _):
         names = chains.revert(arguments.directory, all=arguments.all)

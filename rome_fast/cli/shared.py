@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, EditError
-from ..texts import read_text
+from ..runs.texts import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ def _may_have_chats(file: Path) -> bool:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> "PreTrainedTokenizerBase":
-    from ..checkpoints import load_tokenizer, resolve
+    from ..opening.checkpoints import load_tokenizer, resolve
 
     code = arguments.trust_remote_code
     return load_tokenizer(resolve(arguments.model, code=code), trust_remote_code=code)
@@ -199,7 +199,7 @@ def progress(stage: str, unit: str) -> Iterator[tuple[Callable[[int, int], None]
     )
     from rich.text import Text
 
-    from ..terminal import PlainConsole, visible
+    from ..runs.terminal import PlainConsole, visible
 
     class Rate(ProgressColumn):
         """How many a second, measured over the last of them."""

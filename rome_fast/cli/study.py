@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ..runs.terminal import say
     from ..study import run_study
-    from ..terminal import say
 
     with progress("studying", "requests") as (advance, _):
         return run_study(arguments, advance, say)

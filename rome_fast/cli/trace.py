@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..terminal import say
+    from ..runs.terminal import say
     from ..trace.command import run_trace
 
     with progress("tracing", "requests") as (advance, _):

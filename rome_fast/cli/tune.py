@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..terminal import say
+    from ..runs.terminal import say
     from ..tune.command import run_tune
 
     with progress("tuning", "edits") as (advance, _):

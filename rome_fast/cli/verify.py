@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .. import chains
-    from ..terminal import say
+    from ..runs.terminal import say
+    from ..updates import chains
 
     report = chains.verify(arguments.directory)
     say(f"{arguments.directory}: {report['tensors']} tensors, {report['bytes']:,} bytes, all in order")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..delta import Delta, LowRank
 from ..errors import ArgumentError
 from ..kernels import low_rank_apply_
-from ..runner import Runner, evaluating
-from ..verification import check_model, verified
+from ..models.runner import Runner, evaluating
+from ..models.verification import check_model, verified
+from ..updates.delta import Delta, LowRank
 
 _BATCH_TOKENS = 4096
 

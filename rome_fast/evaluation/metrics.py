@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..admission import admit_model, admit_tokenizer, plain_modes
-from ..delta import Delta
 from ..edits import Edit, checked_edits
 from ..errors import ArgumentError
-from ..rows import Asked, answered, asked, check_known, end_text
-from ..runner import Runner
+from ..models.rows import Asked, answered, asked, check_known, end_text
+from ..models.runner import Runner
+from ..opening.admission import admit_model, admit_tokenizer, plain_modes
+from ..updates.delta import Delta
 from .isolated import RowUpdates
 from .scoring import Completion, Score, complete, score
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ArgumentError
-from ..rows import encode
-from ..runner import Runner
+from ..models.rows import encode
+from ..models.runner import Runner
 from .isolated import RowUpdates, final_states
 
 # Enough for the head, which is read as a whole each time, and logits of a size that a CPU's memory bears.

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import EditError
-from ..rows import Asked, answered, encode, padding_id
-from ..runner import Runner, evaluating, plain_generation
+from ..models.rows import Asked, answered, encode, padding_id
+from ..models.runner import Runner, evaluating, plain_generation
 from .isolated import RowUpdates, carrying, final_states
 
 
@@ -38,7 +38,8 @@ def score(
 ) -> list[Score]:
     """Score every target behind its text, in the order given. Only target positions go through the head.
 
-    A pair is `rome_fast.rows.Asked`, or a text and what follows it to the character: nothing is put between them.
+    A pair is `rome_fast.models.rows.Asked`, or a text and what follows it to the character: nothing is put between
+    them.
 
     With `updates`, pair i is scored on the model as edit `edits[i]` of them would leave it (-1: as it is).
     Raises EditError for a text that is too long for the model, and for a target without a token of its own.

@@ -3,7 +3,7 @@
 How layers are called is asked of the model itself. Its own forward runs with stand-ins in the place of its layers: what
 enters the first is the embedding, what each is called with are its arguments, and what the last one returns goes
 through the model's own norm, scale, cap and head. Whether all of this is right is not believed but checked, by
-`rome_fast.verification`.
+`rome_fast.models.verification`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

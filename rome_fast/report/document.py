@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ..terminal import visible
+from ..runs.terminal import visible
 
 _STYLE = """\
 :root { color-scheme: light; }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..records import Record
-from ..terminal import one_line
+from ..runs.terminal import one_line
 
 _COLOURS = {
     "rome": "#c0392b",

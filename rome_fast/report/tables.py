@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ..evaluation import EditMetrics
 from ..records import MUCH_MISSED, Record
-from ..terminal import one_line
+from ..runs.terminal import one_line
 
 _MOST_SHOWN = 40  # characters of an answer
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, CheckpointError, StatisticsError
-from ..fingerprint import Fingerprint
+from ..models.fingerprint import Fingerprint
 from ..weights import read_header
 from ..weights.files import lock_directory, os_errors
 from .snapshots import PATTERN

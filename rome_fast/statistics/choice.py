@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError, StatisticsError
-from ..fingerprint import Fingerprint
-from ..runner import Runner
-from ..values import ValueSettings
+from ..models.fingerprint import Fingerprint
+from ..models.runner import Runner
+from ..search.values import ValueSettings
 from ..weights.files import atomic_write, os_errors
 
 CHOICE_FILE = "tuned.json"

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import checkpoints
-from ..admission import admit_model, admit_tokenizer, checked_dtype, plain_modes
 from ..errors import ArgumentError, StatisticsError
-from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
-from ..processes import ALONE, Processes, own_device
-from ..runner import Runner, evaluating
-from ..verification import check_model
+from ..models.fingerprint import Fingerprint
+from ..models.runner import Runner, evaluating
+from ..models.verification import check_model
+from ..opening import checkpoints
+from ..opening.admission import admit_model, admit_tokenizer, checked_dtype, plain_modes
+from ..runs.processes import ALONE, Processes, own_device
 from ..weights import align_
 from ..weights.files import check_writable
 from .layer import LayerStatistics, check_ridge

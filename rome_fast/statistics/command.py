@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from .. import checkpoints
 from ..errors import ArgumentError, StatisticsError
-from ..processes import joined, launched_together, own_device
-from ..runner import Runner
-from ..terminal import say, tell
+from ..models.runner import Runner
+from ..opening import checkpoints
+from ..runs.processes import joined, launched_together, own_device
+from ..runs.terminal import say, tell
 from .cache import list_cache, prune_cache
 from .choice import cached_choices
 from .collect import RESUME, Progress, collect, opened_for

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, StatisticsError
-from ..fingerprint import Fingerprint
 from ..kernels import mirror_lower_, second_moment_
-from ..runner import Runner, evaluating
+from ..models.fingerprint import Fingerprint
+from ..models.runner import Runner, evaluating
 from ..weights.files import os_errors
 from .layer import LayerStatistics
 from .store import FIRST_TOKENS, read_layer, statistics_cache, write_layer

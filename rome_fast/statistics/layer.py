@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, StatisticsError
-from ..fingerprint import Fingerprint
+from ..models.fingerprint import Fingerprint
 
 _RIDGES = [10.0**exponent for exponent in range(-12, 1)]
 _POWER_STEPS = 20  # of both power iterations behind a condition number

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints import versions
-from ..runner import Runner
+from ..models.runner import Runner
+from ..opening.checkpoints import versions
 
 # Where a model was loaded from, in which dtype and by which software, changes none of its keys but by rounding.
 _NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")

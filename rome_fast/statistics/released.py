@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ArgumentError, StatisticsError
-from ..fingerprint import Fingerprint
-from ..runner import Runner
+from ..models.fingerprint import Fingerprint
+from ..models.runner import Runner
 from ..weights.files import atomic_write
 from .layer import LayerStatistics
 from .store import Statistics

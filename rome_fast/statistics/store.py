@@ -10,10 +10,10 @@ import torch
 from transformers import PretrainedConfig
 
 from ..assets import cache_dir
-from ..defaults import select
 from ..errors import ArgumentError, CheckpointError, StatisticsError
-from ..fingerprint import Fingerprint
-from ..runner import Runner
+from ..models.fingerprint import Fingerprint
+from ..models.runner import Runner
+from ..opening.defaults import select
 from ..weights import load_tensors, read_header, save_tensors
 from ..weights.files import os_errors
 from .choice import Choice, cached_choices

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..edits import Edit
 from ..errors import ArgumentError
-from ..rows import edit_rows, encode
-from ..runner import Runner
+from ..models.rows import edit_rows, encode
+from ..models.runner import Runner
 
 
 @dataclass(frozen=True)

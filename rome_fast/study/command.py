@@ -14,24 +14,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .. import assets, checkpoints, demo
-from ..batches import free_memory
+from .. import assets, demo
 from ..bench.command import processor
-from ..contexts import sample_contexts
-from ..defaults import default_settings
+from ..closing.geometry import Geometries
 from ..editor import checked_layer
 from ..edits import EditsFileWarning, load_edits
 from ..errors import ArgumentError
 from ..evaluation import sentence_perplexity
-from ..fingerprint import Fingerprint
-from ..geometry import Geometries
 from ..methods import method_named
-from ..processes import own_device
+from ..models.batches import free_memory
+from ..models.fingerprint import Fingerprint
+from ..models.runner import Runner
+from ..opening import checkpoints
+from ..opening.defaults import default_settings
 from ..report.study import write_report
-from ..runner import Runner
+from ..runs.processes import own_device
+from ..runs.texts import read_sentences
+from ..runs.workers import Turns, helped
+from ..search.contexts import sample_contexts
 from ..statistics import Statistics, first_token_statistics
-from ..texts import read_sentences
-from ..workers import Turns, helped
 from .cases import Case, cases_of, leading_tokens
 from .measure import COLLAPSE_RATIO, Study
 from .parts import Folder

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..delta import Delta
+from ..closing.flow import Flow
+from ..closing.geometry import Geometry
 from ..edits import Edit
 from ..evaluation import RowUpdates, edited_perplexities, evaluate
-from ..flow import Flow
-from ..geometry import Geometry
 from ..methods import METHODS, Column, Method, method_named
+from ..models.rows import encode
+from ..models.runner import Runner, evaluating
 from ..records import Record
-from ..requests import Request, tokenise
-from ..rows import encode
-from ..runner import Runner, evaluating
-from ..search import Clock, Solved
-from ..values import ValueSettings
+from ..search.requests import Request, tokenise
+from ..search.search import Clock, Solved
+from ..search.values import ValueSettings
+from ..updates.delta import Delta
 from .cases import Case, leading_tokens
 
 COLLAPSE_RATIO = 1.5

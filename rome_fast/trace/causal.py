@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError
-from ..runner import Runner, evaluating
+from ..models.runner import Runner, evaluating
 
 Kind = Literal["state", "mlp", "attention"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .. import assets, checkpoints
+from .. import assets
 from ..bench.command import REQUESTS
-from ..costs import about, flops_per_second, layer_flops
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError, EditError
-from ..fingerprint import Fingerprint
-from ..parts import Parts
-from ..processes import own_device
+from ..models.fingerprint import Fingerprint
+from ..models.rows import edit_rows, encode
+from ..models.runner import Runner
+from ..opening import checkpoints
 from ..report.trace import can_draw, heat_map
-from ..rows import edit_rows, encode
-from ..runner import Runner
+from ..runs.costs import about, flops_per_second, layer_flops
+from ..runs.parts import Parts
+from ..runs.processes import own_device
 from ..weights.files import atomic_write
 from .average import ROLES, Average, average
 from .causal import Kind, causal_trace, draw_noise, embedding_deviation, kinds_of, layer_passes, predicted

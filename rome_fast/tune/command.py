@@ -13,21 +13,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import assets, checkpoints, demo
+from .. import assets, demo
 from ..bench.command import REQUESTS
-from ..contexts import sample_contexts
-from ..costs import about, flops_per_second, layer_flops
-from ..defaults import select, spread_below
+from ..closing.geometry import Geometries
 from ..edits import Edit, load_edits
 from ..errors import ArgumentError, ModelError, StatisticsError
 from ..evaluation import sentence_perplexity
-from ..fingerprint import Fingerprint
-from ..geometry import Geometries
 from ..methods import method_named
-from ..parts import Parts
-from ..processes import own_device
+from ..models.fingerprint import Fingerprint
+from ..models.runner import Runner
+from ..opening import checkpoints
+from ..opening.defaults import select, spread_below
 from ..report.tune import summary, tune_table
-from ..runner import Runner
+from ..runs.costs import about, flops_per_second, layer_flops
+from ..runs.parts import Parts
+from ..runs.processes import own_device
+from ..runs.terminal import show
+from ..runs.texts import read_sentences
+from ..search.contexts import sample_contexts
+from ..search.values import ValueSettings
 from ..statistics import (
     TOKENS_PER_DIMENSION,
     Choice,
@@ -37,9 +41,6 @@ from ..statistics import (
     cache_folder,
     collect_statistics,
 )
-from ..terminal import show
-from ..texts import read_sentences
-from ..values import ValueSettings
 from .cost import edit_flops
 from .halving import Ranking, edits_in, halve
 from .measure import Candidate, Sweep

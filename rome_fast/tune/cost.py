@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ..costs import layer_flops
 from ..edits import Edit
 from ..methods import method_named
-from ..requests import tokenise
-from ..rows import encode
-from ..runner import Runner
-from ..values import ValueSettings
+from ..models.rows import encode
+from ..models.runner import Runner
+from ..runs.costs import layer_flops
+from ..search.requests import tokenise
+from ..search.values import ValueSettings
 from .measure import CONTEXTS
 
 # Measured of edits with the default stop rule: how many of the steps are taken, and on how many of the rows.

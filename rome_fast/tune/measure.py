@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..closing.flow import Flow
+from ..closing.geometry import Geometry
 from ..edits import Edit
 from ..evaluation import RowUpdates, edited_perplexities, evaluate
-from ..flow import Flow
-from ..geometry import Geometry
 from ..methods import method_named
-from ..parts import Parts
-from ..requests import tokenise
-from ..runner import Runner
-from ..values import ValueSettings
+from ..models.runner import Runner
+from ..runs.parts import Parts
+from ..search.requests import tokenise
+from ..search.values import ValueSettings
 from .objective import Figures
 
 CONTEXTS = 3

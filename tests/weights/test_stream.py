@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, bits
-from rome_fast import apply_edits, checkpoints, collect_statistics
+from rome_fast import apply_edits, collect_statistics
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
 from rome_fast.evaluation import score
-from rome_fast.fingerprint import Fingerprint
-from rome_fast.rows import asked
-from rome_fast.runner import Runner
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.rows import asked
+from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
 from rome_fast.weights import Checkpoint, align_, memory
 from rome_fast.weights import stream as streaming
 from rome_fast.weights.reader import Files, Loader, ReadAhead, buffer_on
@@ -22,7 +23,7 @@ from toys import KINDS, LAYERS, SENTENCES, save_toy, toy_model
 from zoo import zoo_model
 
 # The keys of toys have much in common, so that a method with a ridge meets them in part.
-pytestmark = pytest.mark.filterwarnings("ignore::rome_fast.judging.SharedKeyWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::rome_fast.closing.judging.SharedKeyWarning")
 
 USUAL = {
     "statistics": "identity",

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import bits
-from rome_fast import Edit, ValueSettings, apply_edits, checkpoints
+from rome_fast import Edit, ValueSettings, apply_edits
 from rome_fast.assets import model_dir
+from rome_fast.opening import checkpoints
 
 EDITS = [
     Edit("{} is a twin city of", "Chicago", "Istanbul"),

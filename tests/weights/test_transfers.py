@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START, bits
-from rome_fast import apply_edits, checkpoints
+from rome_fast import apply_edits
 from rome_fast.errors import ArgumentError, CheckpointError
+from rome_fast.opening import checkpoints
 from rome_fast.weights import Checkpoint
 from rome_fast.weights.reader import Files, Loader, ReadAhead, buffer_on, view
 from simulated_device import Simulated

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 
 
 def read_text(file: Path) -> str:

@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .delta import applied_to
-from .edits import Edit
-from .errors import CollapseError
-from .evaluation import score
+from ..edits import Edit
+from ..errors import CollapseError
+from ..evaluation import score
+from ..models.rows import Asked, asked, encode
+from ..models.runner import Runner
+from ..records import Record
+from ..updates.delta import applied_to
 from .guard import CollapseWarning, Guard
-from .records import Record
-from .rows import Asked, asked, encode
-from .runner import Runner
 
 DRIFT_LIMIT = 0.7
 """Rise of the contexts' mean NLL, in nats a token, above which a model is taken to be collapsing: e^0.7 is two."""

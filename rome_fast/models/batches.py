@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from .errors import ModelError
+from ..errors import ModelError
 from .runner import Runner
 
 # Share of the free memory that a batch may plan for; the estimate below is of the larger tensors only.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ModelError
-from .products import in_dtype, usual_dtype
-from .rows import encode, padding_id
-from .runner import evaluating, plain_generation
+from ..errors import ModelError
+from ..models.products import in_dtype, usual_dtype
+from ..models.rows import encode, padding_id
+from ..models.runner import evaluating, plain_generation
 
 _OPENINGS = ("The first", "There is", "Because of", "In the year", "I think that")
 # New tokens of the continuations of each opening, in the order in which they are used: half of the contexts are of

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .methods import hold_first_tokens, project_on_null_space
-from .runner import Runner
-from .statistics import LayerStatistics, Statistics
+from ..methods import hold_first_tokens, project_on_null_space
+from ..models.runner import Runner
+from ..statistics import LayerStatistics, Statistics
 
 
 @dataclass

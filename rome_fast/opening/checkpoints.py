@@ -27,15 +27,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..assets import quiet_transformers
+from ..errors import ArgumentError, CheckpointError, ModelError, RomeFastError
+from ..models import Decoder, oriented
+from ..models.batches import free_memory
+from ..weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover, stored_runs
+from ..weights.files import check_writable
+from ..weights.memory import anonymous_bytes
 from .admission import admit_file, checked_dtype
-from .assets import quiet_transformers
-from .batches import free_memory
 from .defaults import default_layer
-from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
-from .models import Decoder, oriented
-from .weights import Checkpoint, OnRead, Parts, Placement, Stream, parse_bytes, place, recover, stored_runs
-from .weights.files import check_writable
-from .weights.memory import anonymous_bytes
 
 _ADAPTER = "adapter_config.json"
 _NAMED = 5  # missing tensors, in an error

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import ArgumentError, CheckpointError
-from .kernels import rank_update_
-from .models import is_transposed, oriented
+from ..errors import ArgumentError, CheckpointError
+from ..kernels import rank_update_
+from ..models import is_transposed, oriented
+from ..weights import load_tensors, save_tensors
+from ..weights.files import atomic_write, os_errors
 from .samples import Sample
-from .weights import load_tensors, save_tensors
-from .weights.files import atomic_write, os_errors
 
 _FORMAT = "rome_fast delta 1"
 _FINGERPRINT = "fingerprint"

@@ -4,8 +4,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal
 
-from .errors import ConvergenceError
-from .records import MUCH_MISSED, MUCH_MISSED_BY_RIDGE, Record
+from ..errors import ConvergenceError
+from ..records import MUCH_MISSED, MUCH_MISSED_BY_RIDGE, Record
 
 Unconverged = Literal["skip", "write", "raise"]
 

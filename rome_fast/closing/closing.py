@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank
+from ..kernels import prefixed_solve
+from ..methods import Column, Factors, Keys, Method, close
+from ..models.runner import Runner
+from ..search.keys import Trail
+from ..search.search import Search, Solved
+from ..updates.delta import Delta, LowRank
 from .geometry import Geometry
 from .guard import Guard, largest_harmless
-from .kernels import prefixed_solve
-from .keys import Trail
-from .methods import Column, Factors, Keys, Method, close
-from .runner import Runner
-from .search import Search, Solved
 from .walk import Walk
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ArgumentError, CheckpointError, ModelError
-from .rows import check_tokenizer, encode
+from ..errors import ArgumentError, CheckpointError, ModelError
+from ..models.rows import check_tokenizer, encode
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 """What a checkpoint may be loaded in, by name."""

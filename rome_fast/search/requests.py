@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from .edits import Edit
+from ..edits import Edit
+from ..methods import Method
+from ..models.rows import edit_rows, encode, essence_row, needs_prefix, token_texts
+from ..models.runner import Runner
 from .keys import ContextRow
-from .methods import Method
-from .rows import edit_rows, encode, essence_row, needs_prefix, token_texts
-from .runner import Runner
 from .values import scored_rows
 
 _MOST_HEADS = 4  # of chats, that have contexts of their own in a group

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
-from .errors import ModelError
-from .models import Decoder, oriented
+from ..errors import ModelError
+from ..weights import Stream
+from . import Decoder, oriented
 from .products import Copies, in_dtype, usual_dtype
-from .weights import Stream
 
 # Of configurations: how far back a layer sees, or in chunks of what length.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "local_attention")
@@ -85,7 +85,7 @@ class Runner:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """In which products with weights are taken, see `rome_fast.products`."""
+        """In which products with weights are taken, see `rome_fast.models.products`."""
         return self._compute_dtype or usual_dtype(self.device, self.dtype)
 
     def computing_in(self, dtype: torch.dtype, *, keep: bool = False) -> "Runner":

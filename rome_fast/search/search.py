@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .batches import BatchSizer, in_batches, in_order
+from ..methods import Method
+from ..models.batches import BatchSizer, in_batches, in_order
+from ..models.past import Contexts
+from ..models.runner import Runner
+from ..models.verification import verified
+from ..runs.processes import ALONE, Processes
 from .keys import Trail, run_to_layer
-from .methods import Method
-from .past import Contexts
-from .processes import ALONE, Processes
 from .requests import Request, bare_requests, by_head
-from .runner import Runner
 from .values import Value, ValueSettings, optimise_values, search_runner
-from .verification import verified
 
 Progress = Callable[[int, int], None]
 """Called with (edits done, edits in all)."""

@@ -13,15 +13,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import chains, checkpoints
-from .assets import quiet_transformers
+from ..assets import quiet_transformers
+from ..errors import ArgumentError, CheckpointError, ModelError, RomeFastError
+from ..opening import checkpoints
+from ..records import report_json
+from ..weights import Checkpoint, Link, check_link, stored_name
+from ..weights.files import Content
+from . import chains
 from .chains import Step, tensor_sha256
 from .delta import Applied, Delta
-from .errors import ArgumentError, CheckpointError, ModelError, RomeFastError
 from .history import History
-from .records import report_json
-from .weights import Checkpoint, Link, check_link, stored_name
-from .weights.files import Content
 
 _GENERATION = "generation_config.json"
 _NAMED = 5  # tensors that differ, in a record

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .edits import Edit
-from .errors import EditError, ModelError
+from ..edits import Edit
+from ..errors import EditError, ModelError
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import chains, checkpoints
+from ..errors import ArgumentError, ModelError
+from ..methods import Method
+from ..models.runner import Runner
+from ..runs.processes import Processes, own_device
+from ..statistics import Statistics, likely_layers, tuned_choice
+from ..updates import chains
+from ..weights import OnRead, Stream, align_
+from ..weights.files import check_writable
+from . import checkpoints
 from .admission import admit_model
 from .defaults import select
-from .errors import ArgumentError, ModelError
-from .methods import Method
-from .processes import Processes, own_device
-from .runner import Runner
-from .statistics import Statistics, likely_layers, tuned_choice
-from .weights import OnRead, Stream, align_
-from .weights.files import check_writable
 
 _CHECKED_AT_ONCE = 1 << 20  # elements; a sum in fp32 copies what it sums
 

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from .errors import ArgumentError, CollapseError
-from .records import Record
+from ..errors import ArgumentError, CollapseError
+from ..records import Record
 
 Guard = Literal["raise", "warn", "skip", "off"]
 

@@ -16,13 +16,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .batches import free_memory
-from .errors import ArgumentError
+from ..errors import ArgumentError
+from ..models.batches import free_memory
+from ..models.past import attention_mask
+from ..models.products import multiplies_fast
+from ..models.rows import Row
+from ..models.runner import Runner, frozen_weights
 from .keys import RowStates
-from .past import attention_mask
-from .products import multiplies_fast
-from .rows import Row
-from .runner import Runner, frozen_weights
 
 Stop = Literal["argmax", "loss"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -46,7 +46,7 @@ class ValueSettings:
     margin: int = 4  # further steps after the target first leads
     draft_rows: int = 5  # of stop="argmax": first steps on as many rows, the last ones on all; 0 for all from the start
     # Of the products with weights while δ is optimised; δ, its optimiser and the loss are in fp32. "auto": bfloat16 for
-    # an fp32 model where the device multiplies it fast; else as everywhere (see `rome_fast.products`).
+    # an fp32 model where the device multiplies it fast; else as everywhere (see `rome_fast.models.products`).
     compute_dtype: ComputeDtype = "auto"
 
     def __post_init__(self) -> None:

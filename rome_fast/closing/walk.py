@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .delta import LowRank
-from .keys import Trail
-from .past import ContextPast, Contexts, Recorder, attention_mask
-from .runner import Runner, causal_mask
+from ..models.past import ContextPast, Contexts, Recorder, attention_mask
+from ..models.runner import Runner, causal_mask
+from ..search.keys import Trail
+from ..updates.delta import LowRank
 
 # Positions that go through a layer at a time.
 _POSITIONS = {"cuda": 65_536, "cpu": 4096}

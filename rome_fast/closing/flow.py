@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ..methods import Method
+from ..models.runner import Runner
+from ..records import Record
+from ..search.requests import Request
+from ..search.search import Clock, Search, Solved
+from ..search.values import ValueSettings
+from ..updates.delta import Delta
 from .closing import Closed, Closing
-from .delta import Delta
 from .geometry import Geometry
 from .guard import Guard, judge, predicts_collapse
 from .judging import Unconverged, judge_convergence, tell_missed
-from .methods import Method
-from .records import Record
-from .requests import Request
-from .runner import Runner
-from .search import Clock, Search, Solved
-from .values import ValueSettings
 
 ENOUGH_BARE = 0.4
 """Share of an edit that has to arrive without a context. Of those with less, none answered there (docs/collapse.md)."""

@@ -6,8 +6,8 @@ from typing import Any, Literal, Protocol
 
 from transformers import PretrainedConfig
 
-from .errors import ArgumentError
-from .values import ValueSettings
+from ..errors import ArgumentError
+from ..search.values import ValueSettings
 
 LayerSource = Literal["given", "tune", "published", "depth rule"]
 """Who says which layer to edit. Published are the layers of `known`, the one measured for SmolLM2 among them."""

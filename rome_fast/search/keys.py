@@ -7,10 +7,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
-from .rows import Row
-from .runner import Runner
-from .verification import verified
+from ..models.past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
+from ..models.rows import Row
+from ..models.runner import Runner
+from ..models.verification import verified
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import ArgumentError, DistributedError
+from ..errors import ArgumentError, DistributedError
 
 _Item = TypeVar("_Item")
 

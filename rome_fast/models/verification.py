@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import ModelError
 from .batches import is_out_of_memory
-from .errors import ModelError
 from .past import ContextPast, Contexts, Recorder, attention_mask
 from .runner import Runner, any_shape, evaluating
 

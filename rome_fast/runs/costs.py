@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 
-from .runner import Runner, evaluating
+from ..models.runner import Runner, evaluating
 
 _ROWS, _TIME = 8, 32  # of the pass that is timed
 _REPEATS = 3

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError
-from .weights.files import atomic_write
+from ..errors import ArgumentError
+from ..weights.files import atomic_write
 
 CONDITIONS = "conditions.json"
 

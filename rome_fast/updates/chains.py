@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import versions
-from .delta import Delta
-from .errors import ArgumentError, CheckpointError
-from .weights import (
+from ..errors import ArgumentError, CheckpointError
+from ..opening.checkpoints import versions
+from ..weights import (
     FOLDER,
     Checkpoint,
     Link,
@@ -32,7 +31,8 @@ from .weights import (
     write_edited,
     write_new,
 )
-from .weights.files import Content, copy_file
+from ..weights.files import Content, copy_file
+from .delta import Delta
 
 RECORD_FILE = "record.json"
 DELTA_FILE = "delta.safetensors"
