@@ -1,4 +1,4 @@
-"""What methods do with the same edits: each alone, and more and more of them jointly. CSV and a figure.
+"""What methods do with the same edits: each alone, and more and more of them jointly, with a figure of the latter.
 
     python benchmarks/methods.py --edits edits.jsonl                      # 110 edits, each alone
     python benchmarks/methods.py --edits edits.jsonl --joint 1 10 30 100 300 1000
@@ -40,6 +40,7 @@ from rome_fast.study.cases import cases_of
 
 RESULTS = Path(__file__).parent / "results"
 SINGLE, JOINT = RESULTS / "methods_single.csv", RESULTS / "methods_joint.csv"
+FIGURE = JOINT.with_suffix(".png")
 UNSEEN = (
     "My neighbour told me a story about it. ",
     "According to the newspaper of last Tuesday, ",
@@ -47,7 +48,7 @@ UNSEEN = (
 )
 TOKENS = 60_000  # of the statistics
 FOUND_AT_ONCE = 50
-FEW = 10  # sentences for the perplexity of every single edit
+FEW = 50  # sentences for the perplexity of every single edit
 EVALUATED = 40  # of a joint point's edits, evenly spaced
 
 
@@ -132,12 +133,12 @@ class Bench:
         solved = [self.solved[i] for i in places]
         return solved if variant.method.bare else [replace(each, bare=None) for each in solved]
 
-    def conditions(self, variant: Variant) -> dict[str, Any]:
+    def conditions(self, variant: Variant, edits: int) -> dict[str, Any]:
         method = variant.method
         return {
             "variant": variant.text,
             "layers": " ".join(map(str, variant.layers)),
-            "ridge": method.ridge,
+            "ridge": method.ridge_of(edits),
             "penalty": method.penalty,
             "model": "SmolLM2-135M-Instruct",
             "dtype": "float32",
@@ -189,7 +190,7 @@ def single(bench: Bench, variants: Sequence[Variant]) -> None:
                 "update_ratio_largest": round(max(max(made[i][1].update_ratios) for i in some), 4),
                 "closing_seconds": round(seconds, 1),
             }
-            write(SINGLE, row | bench.conditions(variant))
+            write(SINGLE, row | bench.conditions(variant, 1))
 
 
 def joint(bench: Bench, variants: Sequence[Variant], counts: Sequence[int]) -> None:
@@ -228,7 +229,7 @@ def joint(bench: Bench, variants: Sequence[Variant], counts: Sequence[int]) -> N
                 "missed": round(sum(closed.missed) / len(closed.missed), 3),
                 "closing_seconds": round(seconds, 1),
             }
-            write(JOINT, row | bench.conditions(variant))
+            write(JOINT, row | bench.conditions(variant, count))
 
 
 def write(file: Path, row: dict[str, Any]) -> None:
@@ -246,6 +247,41 @@ def rows(file: Path) -> list[dict[str, str]]:
         return []
     with file.open(newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = rows(JOINT)
+    panels = (
+        ("argmax", "target is the answer, bare"),
+        ("argmax_unseen", "the same behind unseen text"),
+        ("paraphrase", "paraphrase"),
+        ("neighborhood", "neighbourhood"),
+        ("perplexity_ratio", "perplexity, of that before"),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 3.6))
+    for panel, (field, title) in zip(axes, panels, strict=True):
+        for variant in dict.fromkeys(point["variant"] for point in points):
+            own = sorted((int(p["edits"]), float(p[field])) for p in points if p["variant"] == variant)
+            panel.plot(*zip(*own, strict=True), marker="o", markersize=4, label=variant)
+        panel.set_xscale("log")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("edits")
+        panel.spines[["top", "right"]].set_visible(False)
+        if field == "perplexity_ratio":
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(0, 1.03)
+    axes[0].legend(frameon=False, fontsize=8)
+    one = points[0]
+    conditions = f"{one['model']}, {one['dtype']}, {one['device']}, C of {one['statistics']}, layers 3 to 9 or 9 alone"
+    figure.text(0.995, 0.005, conditions, ha="right", fontsize=7)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(FIGURE, dpi=130)
 
 
 def one_each(edits: Sequence[Edit]) -> list[Edit]:
@@ -272,6 +308,7 @@ def main() -> None:
     variants = [Variant.parse(text, bench.model.config) for text in arguments.variants]
     if arguments.joint:
         joint(bench, variants, arguments.joint)
+        plot()
     else:
         single(bench, variants)
 

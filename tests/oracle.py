@@ -15,6 +15,7 @@ Notation: `W` (d, d_ff) and `b` (d,) are weight and bias of the down-projection 
 """
 
 import copy
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -231,21 +232,31 @@ def dual_joint(
     weight: float,
     ridge: float,
 ) -> Tensor:
-    """R (U^T K + ridge diag(U^T K))^-1 U^T over both keys of all edits: (d, d_ff) float64.
+    """R (U^T K + S)^-1 U^T over both keys of all edits: (d, d_ff) float64.
 
-    U is C^-1 K, but (C + weight C1)^-1 K for the unprefixed keys of first tokens.
+    U is C^-1 K, but (C + weight C1)^-1 K for the unprefixed keys of first tokens; S as in `shared_ridge`.
     """
     moment = moment_or_identity(second_moment, len(first_tokens))
-    keys, us, residuals = [], [], []
+    keys, us, residuals, first = [], [], [], []
     for result in results:
         held = moment + weight * first_tokens.double() if result.first_token else moment
         for one, matrix in ((result.prefixed, moment), (result.unprefixed, held)):
             keys.append(one.k_den)
             us.append(torch.linalg.solve(matrix, one.k_den))
             residuals.append(one.residual)
+        first += [False, result.first_token]
     k, u, r = (torch.stack(columns, dim=1) for columns in (keys, us, residuals))
     gram = u.T @ k
-    return r @ torch.linalg.solve(gram + ridge * gram.diagonal().diag(), u.T)
+    return r @ torch.linalg.solve(gram + shared_ridge(gram, first, ridge), u.T)
+
+
+def shared_ridge(gram: Tensor, first: Sequence[bool], ridge: float) -> Tensor:
+    """S = ridge * mean of the diagonal of U^T K, over the columns of first tokens and over the others."""
+    diagonal = gram.diagonal().tolist()
+    means = {
+        kind: statistics.fmean(d for d, f in zip(diagonal, first, strict=True) if f == kind) for kind in set(first)
+    }
+    return torch.tensor([ridge * means[kind] for kind in first], dtype=gram.dtype).diag()
 
 
 @dataclass
@@ -329,10 +340,11 @@ def spread_dual(
     first_tokens: dict[int, Tensor],  # (d_ff, d_ff) by layer, of `first_token_moment`
     weight: float,
     ridge: float,
+    sharing: float,
 ) -> tuple[Updates, dict[int, Tensor]]:
-    """R (U^T K + ridge diag(U^T K))^-1 U^T layer by layer, with two columns for every edit; the updates, and K.
+    """R (U^T K + S)^-1 U^T layer by layer, with two columns for every edit; the updates, and K.
 
-    U = C^-1 K, but (C + weight C1)^-1 K for the bare keys of first tokens.
+    U = C^-1 K, but (C + weight C1)^-1 K for the bare keys of first tokens; S as in `shared_ridge`.
     """
     first = [False] * len(edits) + [edit.bare_delta is not None for edit in edits]
 
@@ -342,9 +354,9 @@ def spread_dual(
         columns = zip(first, k.T, strict=True)
         u = torch.stack([torch.linalg.solve(with_first if held else moment, key) for held, key in columns], dim=1)
         gram = u.T @ k
-        return r @ torch.linalg.solve(gram + ridge * gram.diagonal().diag(), u.T)
+        return r @ torch.linalg.solve(gram + shared_ridge(gram, first, ridge), u.T)
 
-    return layer_by_layer(model, edits, layers, dual_columns, update)
+    return layer_by_layer(model, edits, layers, dual_columns, update, sharing)
 
 
 def memit_columns(
@@ -360,15 +372,20 @@ def dual_columns(
 ) -> list[tuple[Tensor, Tensor]]:
     """The mean key behind contexts and the bare one; for each, what is missing in the last layer's output there.
 
-    Below the last layer, what is missing bare stands for both; of a first token, whose bare delta is another one, what
-    is missing behind the first context stands for the contexts.
+    Below the last layer, what is missing bare stands for both; of a first token, whose bare delta is another one and
+    waits for the last layer, what is missing behind the first context stands for the contexts.
     """
     bare_delta = edit.delta if edit.bare_delta is None else edit.bare_delta
     if layer < last:
         row = edit.bare if edit.bare_delta is None else edit.behind[0]
         return [
             (mean_key(now, layer, edit.behind), edit.delta - arrived(before, now, last, [row])),
-            (key_of(now, layer, edit.bare), bare_delta - arrived(before, now, last, [edit.bare])),
+            (
+                key_of(now, layer, edit.bare),
+                edit.delta - arrived(before, now, last, [edit.bare])
+                if edit.bare_delta is None
+                else torch.zeros_like(edit.delta),
+            ),
         ]
     return [
         (mean_key(now, layer, edit.behind), edit.delta - arrived(before, now, layer, edit.behind)),
@@ -382,10 +399,12 @@ def layer_by_layer(
     layers: Sequence[int],
     columns: Callable[[PreTrainedModel, PreTrainedModel, Placed, int, int], list[tuple[Tensor, Tensor]]],
     update: Callable[[int, Tensor, Tensor], Tensor],
+    sharing: float = 1.0,
 ) -> tuple[Updates, dict[int, Tensor]]:
     """Write the update of every layer into a copy before the next one's keys are read; what is missing is shared out.
 
-    Of the columns, the first ones of all edits come before their second ones.
+    With n layers left, one takes 1 / n^sharing of it. Of the columns, the first ones of all edits come before their
+    second ones.
     """
     before, now = double_copy(model), double_copy(model)
     updates, all_keys = {}, {}
@@ -393,7 +412,7 @@ def layer_by_layer(
         of_edits = [columns(before, now, edit, layer, layers[-1]) for edit in edits]
         in_order = [column for same in zip(*of_edits, strict=True) for column in same]
         keys, missing = (torch.stack(parts, dim=1) for parts in zip(*in_order, strict=True))
-        updates[layer] = update(layer, keys, missing / (len(layers) - number))
+        updates[layer] = update(layer, keys, missing / (len(layers) - number) ** sharing)
         all_keys[layer] = keys
         add_to_weight(now, layer, updates[layer])
     return updates, all_keys

@@ -160,15 +160,17 @@ def test_a_joint_edit_is_that_of_the_textbook(
 ):
     """First tokens before, between and behind other subjects."""
     model, edits = toy_model("gpt2", dtype=dtype), (FIRST[0], MIDDLE, FIRST[1], END)
-    result = edited(model, toy_tokenizers[False], edits, method="dual", statistics=toy_statistics(model, False))
+    exact, usual = replace(METHODS["dual"], ridge=0.0, ridge_per_edit=0.0), METHODS["dual"]
     alone = [textbook("gpt2", edit) for edit in edits]
     assert [one.first_token for one in alone] == [True, False, True, False]
-    moment, first = toy_moment("gpt2", False)[0], vocabulary_moment("gpt2")
-    wanted = oracle.dual_joint(alone, moment, first, FIRST_TOKEN_WEIGHT, METHODS["dual"].ridge)
-    assert relative_error(delta_w(result), wanted) < ALLOWED[dtype]
-    assert [r.update_norm for r in result.records] == pytest.approx(
-        [float(one.delta_w.norm()) for one in alone], rel=ALLOWED[dtype]
-    )
+    solved = (toy_moment("gpt2", False)[0], vocabulary_moment("gpt2"), FIRST_TOKEN_WEIGHT)
+    for method, ridge in ((usual, len(edits) * usual.ridge_per_edit), (exact, 0.0)):
+        statistics = toy_statistics(model, False)
+        result = edited(model, toy_tokenizers[False], edits, method=method, statistics=statistics)
+        result.revert()
+        assert relative_error(delta_w(result), oracle.dual_joint(alone, *solved, ridge)) < ALLOWED[dtype]
+    norms = [float(oracle.dual_joint([one], *solved, 0.0).norm()) for one in alone]
+    assert [r.update_norm for r in result.records] == pytest.approx(norms, rel=ALLOWED[dtype])
     assert [r.loss for r in result.records] == pytest.approx([o.prefixed.losses[-1] for o in alone], rel=ALLOWED[dtype])
 
 

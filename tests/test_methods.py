@@ -219,10 +219,18 @@ def test_dual_is_that_of_the_textbook(kind, layers, edit_toy, found, toy_tokeniz
     assert [edit.bare_delta is None for edit in group] == [False, True, False, True]
     first = first_tokens(toy_model(kind, dtype=FP64), layers)
     usual = (toy_model(kind), group, layers, moments(kind), first, FIRST_TOKEN_WEIGHT)
-    wanted, _ = oracle.spread_dual(*usual, DUAL.ridge)
+    wanted, _ = oracle.spread_dual(*usual, DUAL.ridge, DUAL.sharing)
     matrices = [moments(kind)[layer] + FIRST_TOKEN_WEIGHT * first[layer] for layer in layers]
     assert worst_error(updates_of(model, result), wanted) < allowed([*moments(kind).values(), *matrices])
-    assert worst_error(oracle.spread_dual(*usual, 0.0)[0], wanted) > 0.01
+    assert worst_error(oracle.spread_dual(*usual, 0.0, DUAL.sharing)[0], wanted) > 0.01
+    even = oracle.spread_dual(*usual, DUAL.ridge, 1.0)[0]
+    assert (worst_error(even, wanted) > 0.01) == (len(layers) > 1)
+
+
+def test_a_ridge_grows_with_the_edits_up_to_its_largest():
+    dual = METHODS["dual"]
+    assert [dual.ridge_of(n) for n in (1, 100, 300, 1000)] == pytest.approx([0.003, 0.2, 0.6, 0.75])
+    assert METHODS["rome"].ridge_of(1000) == 0.0
 
 
 # What the edited model makes of it
@@ -341,7 +349,7 @@ def check_without_statistics(before, after, result, group):
         assert worst_error(updates_of(after, result), wanted) < EDITED
         return
     first = first_tokens(before, GAP)
-    wanted, _ = oracle.spread_dual(before, group, GAP, None, first, FIRST_TOKEN_WEIGHT, DUAL.ridge)
+    wanted, _ = oracle.spread_dual(before, group, GAP, None, first, FIRST_TOKEN_WEIGHT, DUAL.ridge, DUAL.sharing)
     held = [torch.eye(len(c), dtype=FP64) + FIRST_TOKEN_WEIGHT * c for c in first.values()]
     assert worst_error(updates_of(after, result), wanted) < allowed(held)
 

@@ -70,7 +70,7 @@ class Closing:
         (layer,) = self.layers
         norm = self._weight_norm(layer)
         columns = self._columns_here(layer, solved)
-        return self._closed_here(layer, solved, columns, self._solve(layer, *columns, norm), norm)
+        return self._closed_here(layer, solved, columns, self._solve(layer, solved, *columns, norm), norm)
 
     def close_each(self, solved: Sequence[Solved], search: Search) -> list[Closed]:
         """The same for every edit alone, and never held."""
@@ -83,7 +83,7 @@ class Closing:
         found = []
         for i, each in enumerate(solved):
             u, keys, residuals = (t[i :: len(solved)] for t in columns)
-            factors = self._solve(layer, u, keys, residuals, None)
+            factors = self._solve(layer, [each], u, keys, residuals, None)
             found.append(self._closed_here(layer, [each], (u, keys), factors, norm))
         return found
 
@@ -128,7 +128,7 @@ class Closing:
             rows, bare = _at_layer(walks, solved, layer)
             columns = self._columns(layer, solved, rows, bare, len(layers) - number, ahead)
             norm = self._weight_norm(layer)
-            factors = self._solve(layer, *columns, norm if held else None)
+            factors = self._solve(layer, solved, *columns, norm if held else None)
             for walk, _ in walks:
                 walk.add(self._update(factors))
             closed.factors[layer], closed.weight_norms[layer] = factors, norm
@@ -200,7 +200,9 @@ class Closing:
                     residual = residual - (ahead[0][i] if bare_ahead is None else bare_ahead)
                 elif one.arrived is not None:
                     residual = residual - _averaged(column.at, one.arrived, each, own_bare is not None).mean(0)
-                residuals.append(residual if left == 1 else residual / left)
+                if own_bare is not None and left > 1:
+                    residual = torch.zeros_like(residual)  # all of it at the last layer
+                residuals.append(residual if left == 1 else residual / left**self.method.sharing)
         means, u = self._solved_for(sources, first_token, geometry)
         if any(keys is not None for keys in at):
             # As they are, where there is but one: a mean would widen it.
@@ -251,23 +253,40 @@ class Closing:
         asked = float(wanted @ wanted)
         return float(wanted @ added) / asked if asked else None
 
-    def _solve(self, layer: int, u: Tensor, keys: Tensor, residuals: Tensor, norm: float | None) -> Factors:
+    def _solve(
+        self, layer: int, solved: Sequence[Solved], u: Tensor, keys: Tensor, residuals: Tensor, norm: float | None
+    ) -> Factors:
+        penalty: float | Tensor = self.method.penalty
+        if self.method.ridge_of(len(solved)):
+            penalty = self._ridges(solved, u, keys) + penalty
         earlier = self._earlier.get(layer, [])
         if earlier:
             u = torch.cat([u, *(e[0].to(u.dtype) for e in earlier)])
             keys = torch.cat([keys, *(e[1].to(keys.dtype) for e in earlier)])
             residuals = torch.cat([residuals, residuals.new_zeros(len(u) - len(residuals), residuals.shape[1])])
-        edits = (len(u) - sum(len(e[0]) for e in earlier)) // len(self.method.columns)
+            if isinstance(penalty, Tensor):
+                penalty = torch.cat([penalty, penalty.new_full((len(u) - len(penalty),), self.method.penalty)])
         return close(
             u,
             keys,
             residuals,
             columns=len(self.method.columns),
             earlier=sum(len(e[0]) for e in earlier),
-            ridge=max(self.method.ridge, edits * self.method.ridge_per_edit),
-            penalty=self.method.penalty,
+            penalty=penalty,
             harmless=float("inf") if norm is None else largest_harmless(self.guard, norm, self.layers[layer].limit),
         )
+
+    def _ridges(self, solved: Sequence[Solved], u: Tensor, keys: Tensor) -> Tensor:
+        """(columns,) fp64: the method's ridge, of columns that are solved with C and with C + λ C₁ apart.
+
+        The latter's uᵀ k are a hundredth of the others'.
+        """
+        diagonal = (u.to(torch.float64) * keys.to(torch.float64)).sum(1).abs()
+        bare = [column.at == "unprefixed" for column in self.method.columns for _ in solved]
+        own = [each.bare is not None for _ in self.method.columns for each in solved]
+        apart = torch.tensor(bare, device=u.device) & torch.tensor(own, device=u.device)
+        means = [diagonal[some].mean() if bool(some.any()) else diagonal.new_zeros(()) for some in (~apart, apart)]
+        return self.method.ridge_of(len(solved)) * torch.where(apart, means[1], means[0])
 
     def _update(self, factors: Factors) -> LowRank:
         return LowRank(factors.left.to(self._wide).contiguous(), factors.right.to(self._wide).contiguous())

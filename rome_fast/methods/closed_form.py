@@ -85,13 +85,10 @@ def close(
     *,
     columns: int = 1,
     earlier: int = 0,
-    ridge: float = 0.0,
-    penalty: float = 0.0,
+    penalty: float | Tensor = 0.0,  # S: the same for every column, or (r,)
     harmless: float = math.inf,
 ) -> Factors:
     """The closed form, solved in fp64; rows in the order of `Factors`, `columns` for every edit, then `earlier`.
-
-    `ridge` is added to Uᵀ K_den with its columns scaled to unit diagonal, `penalty` to its diagonal as it is.
 
     Edits of one subject behind the same words have one key, which cannot have two values: where keys are linearly
     dependent, to `_WORST_CONDITION`, the least-squares update of least norm is taken, which meets such edits halfway.
@@ -111,8 +108,8 @@ def close(
         raise EditError("the denominator uᵀk of an edit is zero or not finite; check the statistics")
     scale = denominators.abs().rsqrt()
     scaled = scale[:, None] * gram * scale
-    if ridge or penalty:
-        scaled.diagonal().add_(ridge + penalty * scale**2)
+    penalties = torch.as_tensor(penalty, dtype=torch.float64, device=gram.device).expand(len(gram))
+    scaled.diagonal().add_(penalties * scale**2)
     # Σ_i left_i (u_i · k_j) = r_j for every j, i.e. Gᵀ left = r; the unit diagonal keeps the solve well conditioned.
     condition = float(torch.linalg.cond(scaled)) if len(gram) > 1 else 1.0
     wanted, directions = scale[:, None] * r, scale[:, None] * u
@@ -122,7 +119,7 @@ def close(
         left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ wanted
     numerators = r[:edits].norm(dim=1) * u[:edits].norm(dim=1)
     if columns == 1:
-        update_norms = numerators / (denominators[:edits].abs() * (1 + ridge) + penalty)
+        update_norms = numerators / (denominators[:edits].abs() + penalties[:edits])
     else:
         update_norms = _alone(scaled[:own, :own], wanted[:own], directions[:own], columns)
     most = max(harmless, float(update_norms.norm()))

@@ -1,5 +1,6 @@
 """What a method is: which rows, which keys, which residuals, which layers, and how the closed form is regularised."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,13 +41,18 @@ class Method:
     columns: tuple[Column, ...] = (Column(),)
     # Whether the unprefixed key of a first-token subject has a value of its own, which columns there then add.
     bare: bool = False
-    # S = ridge · diag(Uᵀ K), with `ridge` or, where that is more, so much per edit of those made together.
+    # S = ridge · the mean of diag(Uᵀ K) over the columns solved with the same matrix: `ridge` or, where that is more,
+    # so much per edit of those made together, up to `largest_ridge`.
     ridge: float = 0.0
     ridge_per_edit: float = 0.0
+    largest_ridge: float = math.inf
     penalty: float = 0.0  # S = penalty · I: λ of MEMIT, the L2 of AlphaEdit
     null_space: float | None = None  # the eigenvalue of C below which a direction belongs to its null space
     remembers: bool = False  # keys of earlier batches are columns with a residual of zero
     spread: bool = False  # over several layers, unless the call says which
+    # With n layers left, one is asked for 1 / n^sharing of what is still missing: 1 in MEMIT, ½ in PMET (Li et al.
+    # 2024).
+    sharing: float = 1.0
     # Where it is measured how much of δ has arrived so far. "prompt": at the last layer, behind the prompt alone, as in
     # MEMIT; "here": at the layer whose turn it is, at each column's own key; "ahead": at the last layer behind the
     # prompt alone, for all columns, but at the last layer itself at each column's own key.
@@ -61,6 +67,10 @@ class Method:
                 f"columns: got an unprefixed key for method {self.name!r} of prefixed rows, wanted rows='all' or "
                 "bare=True, as first tokens have no unprefixed row otherwise"
             )
+
+    def ridge_of(self, edits: int) -> float:
+        """Of so many edits made together."""
+        return max(self.ridge, min(edits * self.ridge_per_edit, self.largest_ridge))
 
     @property
     def base(self) -> Keys:
