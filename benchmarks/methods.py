@@ -277,8 +277,9 @@ def plot() -> None:
         else:
             panel.set_ylim(0, 1.03)
     axes[0].legend(frameon=False, fontsize=8)
+    layers = " or ".join(dict.fromkeys(point["layers"] for point in points))
     one = points[0]
-    conditions = f"{one['model']}, {one['dtype']}, {one['device']}, C of {one['statistics']}, layers 3 to 9 or 9 alone"
+    conditions = f"{one['model']}, {one['dtype']}, {one['device']}, C of {one['statistics']}, layers {layers}"
     figure.text(0.995, 0.005, conditions, ha="right", fontsize=7)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(FIGURE, dpi=130)

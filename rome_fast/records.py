@@ -9,8 +9,12 @@ LeftOut = Literal["did not converge", "would collapse", "loss not finite"]
 MUCH_MISSED = 0.05
 """Share of an edit that a joint update may stay off before more is said of it."""
 
-MUCH_MISSED_BY_RIDGE = 0.2
-"""The same of methods whose closed form stays off by itself, as one with a ridge does."""
+MUCH_MISSED_BY_RIDGE = 0.5
+"""The same of methods whose closed form stays off by itself, as one with a ridge does.
+
+Of 300 edits at once in the demo's model, 275 of the 288 that stayed off less answered the bare prompt, and 7 of the 12
+that stayed off more.
+"""
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Closing: from keys and values to updates of one layer or, in turn, of several.
 
-At the i-th of n edit layers, what is still missing of δ is divided by the n − i + 1 layers left, and the keys are those
-of the model with the layers below edited (Meng et al. 2023, algorithm 1). A single layer takes all of it.
+At the i-th of n edit layers, what is still missing of δ is divided by the n − i + 1 layers left, or by a power of that,
+and the keys are those of the model with the layers below edited (Meng et al. 2023, algorithm 1). A single layer takes
+all of it, and the last one all of a first token's own value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -201,7 +202,7 @@ class Closing:
                 elif one.arrived is not None:
                     residual = residual - _averaged(column.at, one.arrived, each, own_bare is not None).mean(0)
                 if own_bare is not None and left > 1:
-                    residual = torch.zeros_like(residual)  # all of it at the last layer
+                    residual = torch.zeros_like(residual)  # it waits for the last layer
                 residuals.append(residual if left == 1 else residual / left**self.method.sharing)
         means, u = self._solved_for(sources, first_token, geometry)
         if any(keys is not None for keys in at):
@@ -282,9 +283,8 @@ class Closing:
         The latter's uᵀ k are a hundredth of the others'.
         """
         diagonal = (u.to(torch.float64) * keys.to(torch.float64)).sum(1).abs()
-        bare = [column.at == "unprefixed" for column in self.method.columns for _ in solved]
-        own = [each.bare is not None for _ in self.method.columns for each in solved]
-        apart = torch.tensor(bare, device=u.device) & torch.tensor(own, device=u.device)
+        own = [c.at == "unprefixed" and each.bare is not None for c in self.method.columns for each in solved]
+        apart = torch.tensor(own, device=u.device)
         means = [diagonal[some].mean() if bool(some.any()) else diagonal.new_zeros(()) for some in (~apart, apart)]
         return self.method.ridge_of(len(solved)) * torch.where(apart, means[1], means[0])
 

@@ -5,8 +5,8 @@ share uᵀ k_u / uᵀ k̄ of δ; with two it is all of it.
 
 A first-token subject has a key without context that is many times as long as any other and nearly the same for every
 token (the attention sink), so that it gets a value of its own, found on that row alone, and u = (C + λ C₁)⁻¹ k with the
-second moment C₁ of the keys of all tokens at position 0, which keeps the value from the other ones. That value is as
-long as its key, and changes every layer above it: it is added at the last layer alone.
+second moment C₁ of the keys of all tokens at position 0, which keeps the value from the other ones. That value
+is many times as long as others, and spread it disturbs the layers between: it is added at the last one alone.
 
 A ridge keeps near keys of many edits from being told apart at the price of a large update, and more edits need more of
 it. It is the same for all keys, not a share of each one's own uᵀ k, so that it leaves off most where a value is
