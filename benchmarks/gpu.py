@@ -33,7 +33,7 @@ from rome_fast.bench.roofline import Roofline, measure_roofline
 
 PARTS = {
     "correctness": "every op against float64 on the GPU: dtypes, masks, odd sizes, strides (tests marked gpu)",
-    "ops": "timings of the four ops beside what they replace, d_ff 1536 to 28672",
+    "ops": "timings of the five ops beside what they replace, d_ff 1536 to 28672",
     "values": "seconds per edit of the values, shape llama-2-7b in bfloat16, batches of 1 to 256",
     "statistics": "tokens per second of second moments, shape llama-2-7b in bfloat16",
     "sanitizer": "compute-sanitizer on small sizes",

@@ -1,4 +1,4 @@
-"""The four ops at one size each, beside what they replace: how to run every provider, and how right it is.
+"""The five ops at one size each, beside what they replace: how to run every provider, and how right it is.
 
 A case is checked before it is timed. Its own op may be twice as far from float64 as plain torch in the op's
 accumulating dtype; the others, which may round more, a few units of the dtype of their result on top of that.
@@ -13,7 +13,14 @@ import torch
 import uninstalled  # noqa: F401  (it makes rome_fast importable)
 
 # isort: split
-from rome_fast.kernels import configs, low_rank_apply_, prefixed_solve, rank_update_, second_moment_
+from rome_fast.kernels import (
+    configs,
+    low_rank_apply_,
+    prefixed_solve,
+    rank_update_,
+    second_moment_,
+    suffix_attention,
+)
 from torch import Tensor
 
 from rome_fast.bench.shapes import random_factor
@@ -71,6 +78,7 @@ def cases(d_ff: int, device: torch.device, *, tokens: int = 16_384, rows: int = 
     for dtype, rank in ((torch.bfloat16, 1), (torch.bfloat16, 8), (torch.float32, 1)):
         yield rank_update_case(d, d_ff, rank, dtype, device)
     yield low_rank_apply_case(rows, 64, d, d_ff, torch.bfloat16, device)
+    yield suffix_attention_case(max(1, rows // 256), d, d_ff, torch.bfloat16, device)
 
 
 def second_moment_case(d: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -274,6 +282,70 @@ def low_rank_apply_case(rows: int, edits: int, d: int, d_ff: int, dtype: torch.d
         reset=lambda: _copy(y, original),
         flops=2.0 * len(edited) * (d + d_ff),
         moved_bytes=(len(edited) * (2 * d + d_ff) + edits * (d + d_ff)) * x.element_size(),
+        floor=torch.finfo(torch.float32).eps,
+    )
+
+
+def suffix_attention_case(edits: int, d: int, d_ff: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Both passes over a batch of edits with 21 rows each: 10 tokens of a context, up to 8 of its own, 4 new ones.
+
+    The result is the gradient of the query, which the whole of the forward pass enters.
+    """
+    random = _source(device)
+    contexts, longest, middle, time = 21, 10, 8, 4
+    rows, size = edits * contexts, 128 if d >= 4096 else 64
+    heads = max(1, d // size)
+    kv_heads = heads // next(group for group in (4, 3, 2, 1) if heads % group == 0)
+
+    def states(rows: int, heads: int, time: int) -> Tensor:
+        return random(rows, time, heads, size).to(dtype).transpose(1, 2)
+
+    suffix = [states(rows, h, time) for h in (heads, kv_heads, kv_heads)]
+    of_contexts = [states(contexts, kv_heads, longest) for _ in range(2)]
+    of_middle = [states(rows, kv_heads, middle) for _ in range(2)]
+    outer = states(rows, heads, time)
+    index = torch.arange(rows, device=device) % contexts
+    seen = torch.full_like(index, longest)
+    own = torch.arange(rows, device=device) % (middle + 1)
+    there = torch.cat(
+        [seen.unsqueeze(1).expand(-1, longest) > 0, torch.arange(middle, device=device) < own[:, None]], 1
+    )
+    mask = torch.zeros(rows, 1, time, longest + middle + time, dtype=torch.bool, device=device)
+    mask[..., : longest + middle] = there[:, None, None, :]
+    mask[..., longest + middle :] = torch.ones(time, time, dtype=torch.bool, device=device).tril()
+    for x in suffix:
+        x.requires_grad_()
+
+    def fused() -> Tensor:
+        out = suffix_attention(*suffix, *of_contexts, index, seen, *of_middle, own, scale=size**-0.5)
+        return torch.autograd.grad(out, suffix, outer)[0]
+
+    def joined(dtype: torch.dtype) -> Tensor:
+        query, *new = (x.to(dtype) for x in suffix)
+        keys, values = (
+            torch.cat([c[index].to(dtype), m.to(dtype), x], 2).repeat_interleave(heads // kv_heads, 1)
+            for c, m, x in zip(of_contexts, of_middle, new, strict=True)
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask)
+        return torch.autograd.grad(out, [query, *new], outer.to(dtype))[0]
+
+    past = sum(x.nbytes for x in (*of_contexts, *of_middle))
+    query_bytes, key_bytes = (x.numel() * x.element_size() for x in suffix[:2])
+    return Case(
+        op="suffix_attention",
+        variant="both passes",
+        dtype=dtype,
+        sizes={"n": rows, "d": d, "d_ff": d_ff, "heads": heads, "kv_heads": kv_heads},
+        runs={OURS: fused, "gather, join, repeat, sdpa": lambda: joined(dtype)},
+        plain=lambda: joined(dtype),
+        sample=lambda got: got.double(),
+        exact=joined(torch.float64),
+        reset=_nothing,
+        # Two products of the first pass and three of the second one with every key, two with those of the suffix.
+        flops=2.0 * rows * heads * time * size * (5 * mask.shape[3] + 2 * time),
+        # Of the first pass: queries, their output, the new keys and values, the past; of the second one these, and
+        # gradients of all but the past.
+        moved_bytes=2 * past + 6 * query_bytes + 6 * key_bytes,
         floor=torch.finfo(torch.float32).eps,
     )
 

@@ -5,7 +5,7 @@ import torch
 import uninstalled  # noqa: F401  (it makes rome_fast importable)
 
 # isort: split
-from rome_fast.kernels import low_rank_apply_, prefixed_solve, rank_update_, second_moment_
+from rome_fast.kernels import low_rank_apply_, prefixed_solve, rank_update_, second_moment_, suffix_attention
 
 
 def main() -> None:
@@ -22,6 +22,11 @@ def main() -> None:
         y, x = torch.randn(9, 65, device=device).to(dtype), torch.randn(9, 130, device=device).to(dtype)
         left, right = torch.randn(4, 65, device=device), torch.randn(4, 130, device=device)
         low_rank_apply_(y, x, left, right, torch.arange(9, device=device) % 5 - 1)
+        query, key, value = (torch.randn(3, h, 5, 20, device=device).to(dtype).requires_grad_() for h in (14, 2, 2))
+        contexts, middle = (torch.randn(s, 2, 17, 20, device=device).to(dtype) for s in (2, 3))
+        index, own = torch.arange(3, device=device) % 2, torch.arange(3, device=device) * 8
+        past = contexts, contexts, index, 17 - own, middle, middle, own
+        suffix_attention(query, key, value, *past, scale=0.2, soft_cap=5.0, window=9).sum().backward()
     keys = torch.randn(7, 75, device=device)
     prefixed_solve(keys, torch.zeros(7, dtype=torch.int64, device=device), 1, None, torch.eye(75, device=device))
     prefixed_solve(keys, torch.arange(7, device=device) % 3, 3, torch.eye(75, device=device))

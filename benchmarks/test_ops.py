@@ -1,4 +1,4 @@
-"""pytest-benchmark suite of the four ops at small sizes, beside what they replace: `make bench`.
+"""pytest-benchmark suite of the five ops at small sizes, beside what they replace: `make bench`.
 
 A provider whose result is wrong is not timed but fails. At these sizes the figures show the cost of a call, and whether
 a change made it dearer; speed at the sizes of real models is what `make gpu` is for.

@@ -7,7 +7,15 @@ This package imports nothing from `rome_fast` and nothing heavy beyond torch.
 """
 
 from .backends import Choice, explain
-from .ops import low_rank_apply_, mirror_lower_, prefixed_solve, rank_update_, second_moment_, solve_residual
+from .ops import (
+    low_rank_apply_,
+    mirror_lower_,
+    prefixed_solve,
+    rank_update_,
+    second_moment_,
+    solve_residual,
+    suffix_attention,
+)
 
 __all__ = [
     "Choice",
@@ -18,4 +26,5 @@ __all__ = [
     "rank_update_",
     "second_moment_",
     "solve_residual",
+    "suffix_attention",
 ]

@@ -17,7 +17,7 @@ from . import native
 
 VARIABLE = "ROME_FAST_KERNELS"
 BACKENDS = ("reference", "native", "triton")
-TRITON_OPS = ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_")
+TRITON_OPS = ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_", "suffix_attention")
 
 
 class Choice(NamedTuple):

@@ -55,6 +55,13 @@ INVERSE_BLOCK = (8, 1024)
 LOW_RANK_BLOCK = 1024
 LOW_RANK_PROGRAMS = 512
 
+# A suffix is a few queries behind some tens of keys: the tiles are as small as the matrix unit takes them.
+SUFFIX_KEYS = 16
+SUFFIX_TILE_BYTES = 4096
+"""Of a tile of queries, unless it takes more for 16 of them."""
+SUFFIX_HEAD_BYTES = 512
+"""Largest head, padded to a power of two, that does not spill; from half of that on with twice the warps."""
+
 
 def architecture(device: torch.device) -> int:
     """The key of `SECOND_MOMENT` for a device; OTHER for a CPU, where only the interpreter runs."""

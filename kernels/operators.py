@@ -1,17 +1,20 @@
 """The ops as torch operators, `torch.ops.rome_fast.…`: each picks a backend and runs it on arguments taken as valid.
 
 As operators they carry a name in a profile, and torch.compile takes each as one step instead of breaking its graph.
-Registered by hand: `torch.library.custom_op` costs 45 µs a call, this 6 µs (torch 2.13, one CPU thread). They have no
-gradient. What they change comes first in the schema and is not returned, which torch asks of operators.
+Registered by hand: `torch.library.custom_op` costs 45 µs a call, this 6 µs (torch 2.13, one CPU thread). Only
+`suffix_attention` has a gradient, by an operator of its own. What the others change comes first in the schema and is
+not returned, which torch asks of operators.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native, reference
 from .backends import choose, launching_on
+from .configs import SUFFIX_HEAD_BYTES
 
 # In the root of a checkout this folder can be imported as `kernels` too, and transformers, looking for a package of
 # that name, does so. That copy must not take the names of the real one.
@@ -83,6 +86,67 @@ def _low_rank_apply_(y: Tensor, x: Tensor, left: Tensor, right: Tensor, ids: Ten
         reference.low_rank_apply_ref_(y, x, left, right, ids)
 
 
+def _suffix_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = reference.SuffixCall(*arguments)
+    if _suffix_attention_on_triton(call):
+        from .suffix import suffix_attention_triton
+
+        with launching_on(call.query.device):
+            return suffix_attention_triton(call)
+    return reference.suffix_attention_ref(call)
+
+
+def _fake_suffix_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query: Tensor = arguments[0]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=wide)
+
+
+def _suffix_attention_backward(
+    gradient: Tensor, output: Tensor, total: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = reference.SuffixCall(*arguments)
+    if _suffix_attention_on_triton(call):
+        from .suffix import suffix_attention_backward_triton
+
+        with launching_on(call.query.device):
+            return suffix_attention_backward_triton(gradient, output, total, call)
+    return reference.suffix_attention_backward_ref(gradient, total, call)
+
+
+def _fake_suffix_attention_backward(
+    _gradient: Tensor, _output: Tensor, _total: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _suffix_attention_on_triton(call: reference.SuffixCall) -> bool:
+    obstacle = None
+    if call.query.dtype == torch.float64:
+        obstacle = "there is no kernel for fp64 queries"
+    elif call.query.shape[3] * call.query.element_size() > SUFFIX_HEAD_BYTES:
+        obstacle = f"the kernel takes heads of {SUFFIX_HEAD_BYTES // call.query.element_size()} at most in this dtype"
+    return choose("suffix_attention", call.query.device, no_triton=obstacle).backend == "triton"
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
+
+
+def _suffix_attention_gradients(ctx: Any, gradient: Tensor, _of_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    output, total, *tensors = ctx.saved_tensors
+    arguments = [x if y is None else y for x, y in zip(ctx.numbers, tensors, strict=True)]
+    gradients = _REGISTERED.suffix_attention_backward(gradient, output, total, *arguments)
+    return *gradients, *(None,) * (len(arguments) - len(gradients))
+
+
+def _no_second_gradient(_ctx: Any, *_: Tensor | None) -> None:
+    raise RuntimeError("suffix_attention has no second derivative; take its gradient without create_graph=True")
+
+
 def _fake_nothing(*_: Tensor | None) -> None:
     """What an op in place returns."""
 
@@ -107,9 +171,27 @@ _register(
     _low_rank_apply_,
     _fake_nothing,
 )
+_SUFFIX_CALL = (
+    "Tensor query, Tensor key, Tensor value, Tensor context_keys, Tensor context_values, Tensor context_index,"
+    " Tensor context_seen, Tensor? middle_keys, Tensor? middle_values, Tensor? middle_seen, float scale,"
+    " float? soft_cap, int? window, Tensor? slopes"
+)
+_register(f"suffix_attention({_SUFFIX_CALL}) -> (Tensor, Tensor)", _suffix_attention, _fake_suffix_attention)
+_register(
+    f"suffix_attention_backward(Tensor gradient, Tensor output, Tensor total, {_SUFFIX_CALL})"
+    " -> (Tensor, Tensor, Tensor)",
+    _suffix_attention_backward,
+    _fake_suffix_attention_backward,
+)
+torch.library.register_autograd(
+    f"{NAMESPACE}::suffix_attention", _suffix_attention_gradients, setup_context=_keep_for_backward, lib=_LIBRARY
+)
+# Else torch would take the gradient for a constant.
+torch.library.register_autograd(f"{NAMESPACE}::suffix_attention_backward", _no_second_gradient, lib=_LIBRARY)
 
 _REGISTERED = getattr(torch.ops, NAMESPACE)
 second_moment_ = _REGISTERED.second_moment_
 prefixed_solve = _REGISTERED.prefixed_solve
 rank_update_ = _REGISTERED.rank_update_
 low_rank_apply_ = _REGISTERED.low_rank_apply_
+suffix_attention = _REGISTERED.suffix_attention

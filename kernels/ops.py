@@ -4,6 +4,8 @@ What an index tensor holds is checked on a CPU only: on a GPU that would wait fo
 torch.compile traces, only what a shape or dtype tells is checked.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -190,3 +192,107 @@ def low_rank_apply_(
         _check_apart(name, value, "y", y)
     operators.low_rank_apply_(y, x, left, right, ids)
     return y
+
+
+def suffix_attention(
+    query: Tensor,  # (rows, heads, time, head_size) bf16 | fp16 | fp32 | fp64
+    key: Tensor,  # (rows, kv_heads, time, head_size), of the dtype of query as are all keys and values
+    value: Tensor,  # (rows, kv_heads, time, head_size)
+    context_keys: Tensor,  # (contexts, kv_heads, longest, head_size)
+    context_values: Tensor,  # (contexts, kv_heads, longest, head_size)
+    context_index: Tensor,  # (rows,) int64: which context a row has
+    context_seen: Tensor,  # (rows,) int64: how many of its first positions the row sees
+    middle_keys: Tensor | None = None,  # (rows, kv_heads, middle, head_size), padded behind
+    middle_values: Tensor | None = None,  # (rows, kv_heads, middle, head_size)
+    middle_seen: Tensor | None = None,  # (rows,) int64: how many of the middle's first positions are there
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    slopes: Tensor | None = None,  # (heads,) bf16 | fp16 | fp32 | fp64
+) -> Tensor:  # (rows, heads, time, head_size), laid out in memory like query
+    """softmax(scores) · values of a few new positions per row, behind a frozen past that rows share in part.
+
+    A row's keys are those of its context that it sees, then of its middle, then of the suffix itself up to the query;
+    positions are counted so from 0. Of query i and key j, with x = scale · q_i · k_j:
+
+        score = soft_cap · tanh(x / soft_cap) + slope of the head · (j − i),  −∞ where j > i or j ≤ i − window
+
+    and without the parts that are None (soft cap: Gemma 2, arXiv 2408.00118; slopes: ALiBi, Press et al., arXiv
+    2108.12409). Query head h reads key head h // (heads / kv_heads). What is not seen may be anything, NaN included.
+    Scores, weights and sums are in fp32 (fp64 for fp64 queries). On a GPU the products of 16-bit queries are of 16-bit
+    factors, weights and gradients of scores included.
+
+    Query, key and value get a gradient, which is the same in every run; the past, being frozen, gets none.
+
+    Raises TypeError for a dtype, ValueError for a shape, a device, a past that wants a gradient, a number out of range.
+    On a GPU, where index tensors are not looked at, an index or a number of positions out of range makes its row NaN.
+    """
+    _check("query", query, 4, _FLOATS, query.device)
+    rows, heads, _, head_size = query.shape
+    past = {"context_keys": context_keys, "context_values": context_values}
+    counts = {"context_index": context_index, "context_seen": context_seen}
+    middle = {"middle_keys": middle_keys, "middle_values": middle_values, "middle_seen": middle_seen}
+    given = {name: x for name, x in middle.items() if x is not None}
+    if given and len(given) < len(middle):
+        raise ValueError(f"{', '.join(middle.keys() - given)}: got None, wanted all three of the middle or none")
+    counts |= {name: x for name, x in given.items() if name == "middle_seen"}
+    past |= {name: x for name, x in given.items() if name != "middle_seen"}
+    for name, x in ({"key": key, "value": value} | past).items():
+        _check(name, x, 4, (query.dtype,), query.device)
+        _check_size(name, x.shape[3], head_size, "elements per head")
+        _check_size(name, x.shape[1], key.shape[1], "key heads")
+    for name, count in counts.items():
+        _check(name, count, 1, (torch.int64,), query.device)
+        _check_size(name, count.shape[0], rows, "entries")
+    if not head_size or not key.shape[1] or heads % key.shape[1]:
+        raise ValueError(
+            f"query: got {heads} heads of size {head_size}, wanted a multiple of the {key.shape[1]} of key"
+        )
+    for name, x, like in (("key", key, query), ("value", value, query)):
+        _check_size(name, x.shape[0], like.shape[0], "rows")
+        _check_size(name, x.shape[2], like.shape[2], "positions")
+    _check_size("context_values", context_values.shape[0], context_keys.shape[0], "contexts")
+    _check_size("context_values", context_values.shape[2], context_keys.shape[2], "positions")
+    if middle_keys is not None and middle_values is not None:
+        _check_size("middle_keys", middle_keys.shape[0], rows, "rows")
+        _check_size("middle_values", middle_values.shape[0], rows, "rows")
+        _check_size("middle_values", middle_values.shape[2], middle_keys.shape[2], "positions")
+    if slopes is not None:
+        _check("slopes", slopes, 1, _FLOATS, query.device)
+        _check_size("slopes", slopes.shape[0], heads, "entries")
+        past["slopes"] = slopes
+    for name, x in past.items():
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"{name}: wants a gradient, and what is frozen gets none; detach it")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, wanted a finite number")
+    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
+        raise ValueError(f"soft_cap: got {soft_cap}, wanted a finite number above 0, or None")
+    if window is not None and window < 1:
+        raise ValueError(f"window: got {window}, wanted at least 1, which is the query's own position, or None")
+    limits = {"context_index": context_keys.shape[0] - 1, "context_seen": context_keys.shape[2]}
+    if middle_keys is not None:
+        limits["middle_seen"] = middle_keys.shape[2]
+    for name, count in counts.items():
+        if rows and _may_read(count):
+            least, most = map(int, count.aminmax())
+            if least < 0 or most > limits[name]:
+                raise ValueError(f"{name}: got {least} to {most}, wanted 0 to {limits[name]}")
+    output, _ = operators.suffix_attention(
+        query,
+        key,
+        value,
+        context_keys,
+        context_values,
+        context_index,
+        context_seen,
+        middle_keys,
+        middle_values,
+        middle_seen,
+        scale,
+        soft_cap,
+        window,
+        slopes,
+    )
+    return output

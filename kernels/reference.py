@@ -3,10 +3,14 @@
 Arguments are taken as valid; the checks live in `ops.py`.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 _CHAIN_ROWS = 8192
+_GATHERED_BYTES = 1 << 20
 
 
 def second_moment_ref_(total: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -85,3 +89,133 @@ def low_rank_apply_ref_(y: Tensor, x: Tensor, left: Tensor, right: Tensor, ids: 
     scale = (right[chosen].to(wide) * x[rows].to(wide)).sum(-1, keepdim=True)
     y[rows] = (y[rows].to(wide) + left[chosen].to(wide) * scale).to(y.dtype)
     return y
+
+
+class SuffixCall(NamedTuple):
+    """The arguments of `suffix_attention`, in the order of the operator's schema."""
+
+    query: Tensor  # (rows, heads, time, head_size)
+    key: Tensor  # (rows, kv_heads, time, head_size), as is the next
+    value: Tensor
+    context_keys: Tensor  # (contexts, kv_heads, longest, head_size), as is the next
+    context_values: Tensor
+    context_index: Tensor  # (rows,) int64
+    context_seen: Tensor  # (rows,) int64
+    middle_keys: Tensor | None  # (rows, kv_heads, middle, head_size), as is the next
+    middle_values: Tensor | None
+    middle_seen: Tensor | None  # (rows,) int64
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    slopes: Tensor | None  # (heads,)
+
+
+class _Attended(NamedTuple):
+    """What both passes of `suffix_attention` make of their arguments, in fp32 (fp64 for fp64 queries).
+
+    The queries of the heads that share a key head are one matrix, so that keys are not repeated for each of them.
+    """
+
+    query: Tensor  # (rows, kv_heads, group · time, head_size), scaled
+    keys: Tensor  # (rows, kv_heads, longest + middle + time, head_size); zero where nothing is seen
+    values: Tensor
+    scores: Tensor  # (rows, heads, time, longest + middle + time); -inf for what a query does not see
+    slope: Tensor | None  # like them: derivative of the soft cap
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(rows, heads, time, size) as (rows, kv_heads, group · time, size)."""
+    rows, heads, time, size = x.shape
+    return x.reshape(rows, kv_heads, heads // kv_heads * time, size)
+
+
+def _attended(call: SuffixCall) -> _Attended:
+    rows, heads, time, _ = call.query.shape
+    kv_heads = call.key.shape[1]
+    wide = torch.promote_types(call.query.dtype, torch.float32)
+    device = call.query.device
+
+    def upto(size: int) -> Tensor:
+        return torch.arange(size, device=device).expand(rows, -1)
+
+    seen = call.context_seen.unsqueeze(1)
+    own = seen if call.middle_seen is None else seen + call.middle_seen.unsqueeze(1)
+    position = [upto(call.context_keys.shape[2])]
+    there = [position[0] < seen]
+    if call.middle_keys is not None:
+        position.append(seen + upto(call.middle_keys.shape[2]))
+        there.append(position[1] < own)
+    at = own + upto(time)
+    # (rows, 1, time, all): of a key, that of its query, and whether the one sees the other.
+    of_key, of_query = torch.cat([*position, at], 1)[:, None, None, :], at[:, None, :, None]
+    exists = torch.cat([*there, torch.ones_like(at, dtype=torch.bool)], 1)
+    sees = exists[:, None, None, :] & (of_key <= of_query)
+    if call.window is not None:
+        sees &= of_key > of_query - call.window
+
+    def joined(context: Tensor, middle: Tensor | None, suffix: Tensor) -> Tensor:
+        parts = [context[call.context_index], *([] if middle is None else [middle]), suffix]
+        # A weight of zero would not take away a NaN.
+        return torch.cat(parts, 2).to(wide).masked_fill_(~exists[:, None, :, None], 0)
+
+    query = _grouped(call.query, kv_heads).to(wide) * call.scale
+    keys = joined(call.context_keys, call.middle_keys, call.key)
+    scores = (query @ keys.mT).view(rows, heads, time, keys.shape[2])
+    slope = None
+    if call.soft_cap is not None:
+        scores = torch.tanh(scores / call.soft_cap)
+        slope = 1 - scores**2
+        scores = scores * call.soft_cap
+    if call.slopes is not None:
+        scores += call.slopes.to(wide)[:, None, None] * (of_key - of_query)
+    scores.masked_fill_(~sees, -torch.inf)
+    return _Attended(query, keys, joined(call.context_values, call.middle_values, call.value), scores, slope)
+
+
+def _parts(call: SuffixCall) -> Iterator[tuple[slice, SuffixCall]]:
+    """The call in parts of its rows, so that a CPU finds the keys that it has gathered in its cache."""
+    rows, kv_heads, time, head_size = call.key.shape
+    step = max(rows, 1)
+    if call.query.device.type == "cpu":
+        middle = 0 if call.middle_keys is None else call.middle_keys.shape[2]
+        row_bytes = kv_heads * (call.context_keys.shape[2] + middle + time) * head_size * 4
+        step = max(1, _GATHERED_BYTES // max(1, row_bytes))
+    whole = call._asdict()
+    of_rows = ("query", "key", "value", "context_index", "context_seen", "middle_keys", "middle_values", "middle_seen")
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        mine = {name: whole[name][part] for name in of_rows if whole[name] is not None}
+        yield part, call._replace(**mine)
+
+
+def suffix_attention_ref(call: SuffixCall) -> tuple[Tensor, Tensor]:
+    """softmax(scores) · values, laid out in memory like the query, and the logarithm of the sum of exp(scores)."""
+    output = torch.empty_like(call.query)
+    wide = torch.promote_types(output.dtype, torch.float32)
+    total = torch.empty(output.shape[:3], dtype=wide, device=output.device)
+    for rows, part in _parts(call):
+        of = _attended(part)
+        total[rows] = of.scores.logsumexp(3)
+        weights = torch.exp(of.scores - total[rows].unsqueeze(3))
+        output[rows] = (_grouped(weights, of.keys.shape[1]) @ of.values).view(part.query.shape)
+    return output, total
+
+
+def suffix_attention_backward_ref(gradient: Tensor, total: Tensor, call: SuffixCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the suffix's query, key and value, for that of the output; keys are gathered and scored anew."""
+    of_query, of_key, of_value = (torch.empty_like(x) for x in call[:3])
+    kv_heads, time = call.key.shape[1:3]
+    for rows, part in _parts(call):
+        of = _attended(part)
+        weights = torch.exp(of.scores - total[rows].unsqueeze(3))
+        outer = _grouped(gradient[rows], kv_heads).to(weights.dtype)
+        of_weights = (outer @ of.values.mT).view(weights.shape)
+        of_scores = weights * (of_weights - (weights * of_weights).sum(3, keepdim=True))
+        if of.slope is not None:
+            of_scores *= of.slope
+        of_scores, weights = _grouped(of_scores, kv_heads), _grouped(weights, kv_heads)
+        past = of.keys.shape[2] - time
+        of_query[rows] = (of_scores @ of.keys).mul_(call.scale).view(part.query.shape)
+        of_key[rows] = of_scores[..., past:].mT @ of.query
+        of_value[rows] = weights[..., past:].mT @ outer
+    return of_query, of_key, of_value

@@ -7,6 +7,7 @@ What the interpreter cannot show: bf16 on the matrix unit. It multiplies bf16 as
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from rome_fast.kernels.low_rank_apply import low_rank_apply_triton_
 from rome_fast.kernels.rank_update import rank_update_triton_
 from rome_fast.kernels.second_moment import second_moment_triton_
 from rome_fast.kernels.solve import apply_inverse_triton, prefixed_solve_triton
+from rome_fast.kernels.suffix import suffix_attention_backward_triton, suffix_attention_triton
 from torch import Tensor
 
 from rome_fast import kernels
+from test_suffix_attention import ALL_AT_ONCE, CASES, arguments, assert_as_right_as, with_gradients
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run these through test_kernels_triton.py"
 
@@ -348,6 +351,58 @@ def test_an_id_out_of_range_reads_nothing_and_shows() -> None:
     assert mean[0].isnan().all()
 
 
+def suffix_call(a: dict[str, Any]) -> reference.SuffixCall:
+    return reference.SuffixCall(*(a.get(name) for name in reference.SuffixCall._fields))
+
+
+def suffix_with_gradients(a: dict[str, Any], outer: Tensor) -> list[Tensor]:
+    call = suffix_call(a)
+    output, total = suffix_attention_triton(call)
+    return [output, *suffix_attention_backward_triton(outer, output, total, call)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_suffix_attention(name: str) -> None:
+    """What no row is to see is NaN in these cases, and so is all that the code allocates."""
+    sizes, options = CASES[name]
+    a = arguments(sizes, F32, options)
+    outer = torch.randn_like(a["query"])
+    assert_as_right_as(suffix_with_gradients(a, outer), a, outer, F32)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_suffix_attention_of_16_bit_queries(dtype: torch.dtype) -> None:
+    sizes, options = CASES[ALL_AT_ONCE]
+    a = arguments(sizes, dtype, options)
+    outer = torch.randn_like(a["query"])
+    # The interpreter multiplies in fp32, and loses up to a unit in the last place of what it stores as bf16.
+    floor = torch.finfo(BF16).eps if dtype == BF16 else 0.0
+    assert_as_right_as(suffix_with_gradients(a, outer), a, outer, F32, floor)
+
+
+def test_suffix_attention_of_any_layout() -> None:
+    sizes, options = CASES["groups of heads"]
+    a = arguments(sizes, F32, options)
+    for name in ("query", "key", "context_values", "middle_keys"):
+        x = a[name]
+        a[name] = torch.full((*x.shape[:3], 2 * x.shape[3]), NAN)[..., ::2].copy_(x)
+    a["value"] = a["value"].contiguous()
+    outer = torch.ones(()).expand(a["query"].shape)
+    assert_as_right_as(suffix_with_gradients(a, outer), a, outer, F32)
+
+
+def test_a_suffix_with_a_number_out_of_range_reads_nothing_and_shows() -> None:
+    a = arguments((7, 2, 1, 3, 4, 3, 7, 5), F32, {})
+    outer = torch.randn_like(a["query"])
+    right = suffix_with_gradients(a, outer)
+    wrong = [("context_index", 2**40), ("context_index", -1), ("context_seen", 8), ("context_seen", -1)]
+    for row, (name, number) in enumerate([*wrong, ("middle_seen", 6), ("middle_seen", -(2**40))]):
+        a[name][row] = number
+    for one, two in zip(suffix_with_gradients(a, outer), right, strict=True):
+        assert one[:6].isnan().all()
+        assert torch.equal(one[6], two[6])
+
+
 def far_apart(rows: int, columns: int, dtype: torch.dtype = F16) -> Tensor:
     """Rows whose stride still fits 32 bits, unlike the offset of the third. Only touched pages become real memory."""
     step = 2**30 + 16
@@ -390,6 +445,18 @@ def test_addresses_past_two_to_the_31(generator: torch.Generator) -> None:
     far.copy_(y)
     assert torch.equal(low_rank_apply_triton_(far, near, near, near, ids), wanted)
 
+    reset()
+    far = far.as_strided((3, 1, 1, 16), (far.stride(0), 1, 1, 1))
+    near = near.view(far.shape)
+    a = dict.fromkeys(("query", "key", "value", "context_keys", "context_values", "middle_keys", "middle_values"), near)
+    a |= {name: torch.tensor([1, 2, 0]) for name in ("context_index", "context_seen", "middle_seen")}
+    a |= {"context_seen": torch.ones(3).long(), "middle_seen": torch.ones(3).long(), "scale": 0.25}
+    wanted = suffix_with_gradients(a, near)
+    for name in a:
+        if isinstance(a[name], Tensor) and a[name].dim() == 4:
+            assert all(map(torch.equal, suffix_with_gradients(a | {name: far}, near), wanted)), name
+    assert all(map(torch.equal, suffix_with_gradients(a, far), wanted))
+
 
 @pytest.mark.usefixtures("unpoisoned")
 def test_totals_and_inverses_past_two_to_the_31() -> None:
@@ -406,7 +473,8 @@ def test_totals_and_inverses_past_two_to_the_31() -> None:
 def test_the_public_ops_reach_the_kernels(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     """Forced onto triton, every op takes another path than the reference and says so."""
     monkeypatch.setenv("ROME_FAST_KERNELS", "triton")
-    for name in ("second_moment_ref_", "prefixed_solve_ref", "rank_update_ref_", "low_rank_apply_ref_"):
+    names = ("second_moment_ref_", "prefixed_solve_ref", "rank_update_ref_", "low_rank_apply_ref_")
+    for name in (*names, "suffix_attention_ref", "suffix_attention_backward_ref"):
         monkeypatch.delattr(reference, name)
     assert kernels.explain("cpu")["second_moment_"] == ("triton", "ROME_FAST_KERNELS=triton")
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -417,5 +485,12 @@ def test_the_public_ops_reach_the_kernels(monkeypatch: pytest.MonkeyPatch, gener
     y = torch.zeros(2, 1)
     kernels.low_rank_apply_(y, x, torch.tensor([[2.0]]), torch.ones(1, 2), torch.tensor([-1, 0]))
     assert y.tolist() == [[0], [14]]
+    sizes, options = CASES[ALL_AT_ONCE]
+    a = arguments(sizes, F32, options)
+    outer = torch.randn_like(a["query"])
+    got = with_gradients(lambda b: kernels.suffix_attention(**b), a, outer)
+    assert_as_right_as(got, a, outer, F32)
+    with pytest.raises(RuntimeError, match="ROME_FAST_KERNELS=triton: the kernel takes heads of 128 at most"):
+        kernels.suffix_attention(**arguments((1, 1, 1, 1, 129, 1, 1, None), F32, {}))
     with pytest.raises(RuntimeError, match="ROME_FAST_KERNELS=triton: fp64 rows have no 16-bit pieces"):
         kernels.second_moment_(torch.zeros(2, 2), x.double())

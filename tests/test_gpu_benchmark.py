@@ -174,7 +174,7 @@ print(rome_fast.kernels.__file__)
     assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_every_case_is_right_and_notices_what_is_wrong(number):
     for index, case in enumerate(op_cases.cases(70, CPU, tokens=130, rows=64)):
         if index != number:

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels extra is not installed")
 
-from rome_fast.kernels import configs, low_rank_apply, rank_update, second_moment, solve
+from rome_fast.kernels import configs, low_rank_apply, rank_update, second_moment, solve, suffix
+from rome_fast.kernels.reference import SuffixCall
 
 from crosscompile import SHARED_LIMIT, Compiled, compiling_for
 
@@ -30,12 +31,12 @@ SIZE = 48
 
 @pytest.fixture(scope="module", autouse=True)
 def table() -> Iterator[Callable[[int, str, Compiled], None]]:
-    lines = [f"{'GPU':7}{'kernel':24}{'variant':24}{'matrix instruction':20}{'registers':>9}{'spills':>7}{'shared':>9}"]
+    lines = [f"{'GPU':7}{'kernel':36}{'variant':24}{'matrix instruction':20}{'registers':>9}{'spills':>7}{'shared':>9}"]
 
     def add(capability: int, variant: str, found: Compiled) -> None:
         instruction = ", ".join(found.instructions) or "-"
         lines.append(
-            f"sm_{capability:<4}{found.name:24}{variant:24}{instruction:20}"
+            f"sm_{capability:<4}{found.name:36}{variant:24}{instruction:20}"
             f"{found.registers:9}{found.spills:7}{found.shared:9}"
         )
 
@@ -146,3 +147,39 @@ def test_the_other_ops_do_not_spill(
         check(kernel, capability)
         # Approximate division would make the mean less accurate than torch's.
         assert not re.search(r"div\.(full|approx)", kernel.ptx)
+
+
+# Head size and heads of a group; the largest heads there are a kernel for. In fp32 there is no matrix instruction.
+SUFFIXES = {
+    "64, group of 8": (64, 8, torch.bfloat16),
+    "128": (128, 1, torch.bfloat16),
+    "256, group of 2": (256, 2, torch.bfloat16),
+    "128, fp32": (128, 4, torch.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [(80, "128"), (80, "256, group of 2"), *((90, name) for name in SUFFIXES), (100, "256, group of 2")],
+)
+def test_suffix_attention_uses_the_matrix_unit(
+    capability: int, name: str, table: Callable[..., None], tmp_path: Path
+) -> None:
+    head_size, group, dtype = SUFFIXES[name]
+
+    def states(heads: int, time: int) -> torch.Tensor:
+        return torch.zeros(2, heads, time, head_size, dtype=dtype)
+
+    some = torch.zeros(2, dtype=torch.int64)
+    query, one = states(2 * group, 5), states(2, 5)
+    # All that can be asked for, which takes the most registers.
+    call = SuffixCall(query, one, one, one, one, some, some, one, one, some, 0.1, 50.0, 4, torch.zeros(2 * group))
+    with compiling_for(capability, suffix, tmp_path) as found:
+        output, total = suffix.suffix_attention_triton(call)
+        suffix.suffix_attention_backward_triton(query, output, total, call)
+    assert [kernel.name for kernel in found] == ["_suffix_attention_kernel", "_suffix_attention_backward_kernel"]
+    for kernel in found:
+        table(capability, name, kernel)
+        check(kernel, capability)
+        # With sixteen queries or thirty-two, the instruction of a single warp on every GPU.
+        assert kernel.instructions == (("mma.sync",) if dtype == torch.bfloat16 else ())

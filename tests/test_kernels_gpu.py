@@ -5,10 +5,18 @@
 
 import pytest
 import torch
-from rome_fast.kernels import explain, low_rank_apply_, mirror_lower_, prefixed_solve, rank_update_, second_moment_
+from rome_fast.kernels import (
+    explain,
+    low_rank_apply_,
+    mirror_lower_,
+    prefixed_solve,
+    rank_update_,
+    second_moment_,
+    suffix_attention,
+)
 
 from helpers import bits, relative_error
-from op_cases import matrix_unit_error
+from op_cases import matrix_unit_error, suffix_attention_case
 
 # Collected here a second time, hence imported and not used: these make their tensors on the default device, which is
 # the GPU here.
@@ -35,6 +43,20 @@ from test_kernels_reference import (  # noqa: F401
     test_second_moment_reads_nothing_of_masked_rows,
     test_second_moment_refuses_rows_that_share_the_totals_memory,
     test_second_moment_sums_many_calls_in_the_dtype_of_total,
+)
+from test_suffix_attention import (
+    arguments,
+    assert_as_right_as,
+    call,
+    test_a_row_that_is_no_number_spoils_no_other,  # noqa: F401
+    test_a_window_of_one_shows_a_query_its_own_position,  # noqa: F401
+    test_suffix_attention,  # noqa: F401
+    test_suffix_attention_has_the_gradient_of_its_differences,  # noqa: F401
+    test_suffix_attention_in_every_dtype,  # noqa: F401
+    test_suffix_attention_of_any_layout,  # noqa: F401
+    test_suffix_attention_of_nothing,  # noqa: F401
+    test_two_runs_are_equal_to_the_bit,  # noqa: F401
+    with_gradients,
 )
 
 if not torch.cuda.is_available():
@@ -64,7 +86,7 @@ def test_the_ops_run_on_triton():
     pytest.importorskip("triton", reason="the kernels extra is not installed")
     told = explain("cuda")
     assert {told[op].backend for op in ("second_moment_", "rank_update_", "low_rank_apply_")} == {"triton"}
-    assert told["prefixed_solve"].backend == "triton"
+    assert {told[op].backend for op in ("prefixed_solve", "suffix_attention")} == {"triton"}
 
 
 def as_right_as(got, plain, exact, floor=0.0):
@@ -155,6 +177,25 @@ def test_prefixed_solve_of_long_keys(dtype, matrix, edits):
     as_right_as(gram, solved_plain @ mean.to(dtype).T, exact @ mean.T, 16 * eps)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_size"), [(9, 3, 64), (32, 32, 128), (8, 4, 256), (8, 1, 256), (71, 1, 64), (12, 12, 80)]
+)
+def test_suffix_attention_of_the_heads_of_models(heads, kv_heads, head_size, dtype):
+    """SmolLM2, Llama 2, Gemma 2, Gemma, Falcon and Phi-2; with all that scores can be asked for."""
+    a = arguments(
+        (3, heads, kv_heads, 5, head_size, 2, 19, 11), dtype, {"soft_cap": 20.0, "window": 25, "slopes": True}
+    )
+    outer = torch.randn_like(a["query"])
+    assert_as_right_as(with_gradients(call, a, outer), a, outer, dtype)
+
+
+@pytest.mark.parametrize("d", [576, 4096])
+def test_suffix_attention_of_a_batch_of_edits(d):
+    case = suffix_attention_case(16, d, 2 * d, torch.bfloat16, torch.device("cuda"))
+    assert all(case.check().values()), case.errors
+
+
 def test_an_op_does_not_wait_for_the_gpu():
     """A check that reads an index tensor would; torch says so in this mode."""
     y, x = torch.zeros(4, 3), torch.ones(4, 5)
@@ -165,6 +206,9 @@ def test_an_op_does_not_wait_for_the_gpu():
         prefixed_solve(keys, groups, 2, None)
         second_moment_(torch.zeros(3, 3), keys, ids >= 0)
         rank_update_(y, torch.ones(4, 1), torch.ones(1, 3))
+        states = torch.ones(4, 1, 1, 3, requires_grad=True)
+        past = torch.ones(2, 1, 5, 3)
+        suffix_attention(states, states, states, past, past, groups, groups, scale=1.0).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -174,6 +218,13 @@ def test_an_id_out_of_range_spoils_its_row_and_no_other():
     low_rank_apply_(y, x, torch.ones(2, 3), torch.ones(2, 5), torch.tensor([0, 2, -1, 1 << 40]))
     assert y[[0, 2]].tolist() == [[5.0] * 3, [0.0] * 3]
     assert bool(y[[1, 3]].isnan().all())
+    states = torch.ones(4, 1, 1, 3)
+    past = torch.ones(2, 1, 5, 3)
+    for wrong in ({"context_index": torch.tensor([0, 2, 1, 1 << 40])}, {"context_seen": torch.tensor([5, 6, 0, -1])}):
+        right = {"context_index": torch.tensor([0, 1, 1, 0]), "context_seen": torch.tensor([5, 0, 3, 1])}
+        out = suffix_attention(states, states, states, past, past, **right | wrong, scale=1.0)
+        assert bool(out[[1, 3]].isnan().all())
+        assert not bool(out[[0, 2]].isnan().any())
     mean, _, _ = prefixed_solve(torch.ones(3, 3), torch.tensor([0, 7, -1]), 2, None)
     assert mean[0].tolist() == [1.0] * 3
     assert bool(mean[1].isnan().all())

@@ -5,15 +5,33 @@ import time
 
 import pytest
 import torch
-from rome_fast.kernels import low_rank_apply_, operators, prefixed_solve, rank_update_, second_moment_
+from rome_fast.kernels import (
+    low_rank_apply_,
+    operators,
+    prefixed_solve,
+    rank_update_,
+    second_moment_,
+    suffix_attention,
+)
 from torch.profiler import ProfilerActivity, profile
 
 OPS = torch.ops.rome_fast
 
 
+def positions_first(x):
+    """The same (rows, heads, time, size), with a position's heads side by side in memory."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+
 def samples():
     """Arguments of every op: (operator, arguments)."""
     factor = torch.linalg.cholesky(torch.eye(5) * 2 + 0.3)
+    suffix = [torch.randn(s, requires_grad=True) for s in ((3, 4, 2, 6), (3, 2, 2, 6), (3, 2, 2, 6))]
+    places = torch.tensor([0, 1, 1])
+    contexts, middle, total = torch.randn(2, 2, 5, 6), torch.randn(3, 2, 1, 6), torch.rand(3, 4, 2) + 5
+    nothing = (contexts, contexts, places, places * 4, None, None, None, 0.5, None, None, None)
+    everything = (contexts, contexts, places, places * 4, middle, middle, places, 0.5, 2.0, 3, torch.rand(4))
+    outer = torch.randn(3, 2, 4, 6).transpose(1, 2)
     keys, groups = torch.randn(7, 5), torch.tensor([1, 0, 1, 1, 2, 0, 1])
     bf16 = torch.bfloat16
     return [
@@ -28,10 +46,13 @@ def samples():
             OPS.low_rank_apply_,
             (torch.zeros(4, 3), torch.randn(4, 5), torch.randn(2, 3), torch.randn(2, 5), torch.tensor([0, -1, 1, 1])),
         ),
+        (OPS.suffix_attention, (*suffix, *nothing)),
+        (OPS.suffix_attention, (*map(positions_first, suffix), *everything)),
+        (OPS.suffix_attention_backward, (outer, outer, total, *(x.detach() for x in suffix), *everything)),
     ]
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(11))
 def test_an_operator_is_true_to_its_schema_and_its_fake(number):
     operator, arguments = samples()[number]
     results = torch.library.opcheck(operator.default, arguments)
@@ -43,6 +64,8 @@ def call_all():
     prefixed_solve(torch.ones(4, 3), torch.tensor([0, 1, 1, 0]), 2, torch.eye(3))
     rank_update_(torch.ones(3, 5), torch.ones(3, 2), torch.ones(2, 5))
     low_rank_apply_(torch.ones(4, 3), torch.ones(4, 5), torch.ones(2, 3), torch.ones(2, 5), torch.tensor([0, -1, 1, 1]))
+    one, zero = torch.ones(1, 1, 1, 2, requires_grad=True), torch.zeros(1, dtype=torch.int64)
+    suffix_attention(one, one, one, one.detach(), one.detach(), zero, zero, scale=1.0).sum().backward()
 
 
 def test_a_profile_names_the_ops():
@@ -50,6 +73,7 @@ def test_a_profile_names_the_ops():
         call_all()
     names = {event.name for event in found.events()}
     wanted = {"second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_"}
+    wanted |= {"suffix_attention", "suffix_attention_backward"}
     assert {f"rome_fast::{name}" for name in wanted} <= names
 
 
@@ -72,7 +96,9 @@ def test_a_compiled_function_takes_an_op_as_one_step():
         mean, solved, _ = prefixed_solve(keys, groups, 2, None)
         rank_update_(weight, left, right)
         low_rank_apply_(x, weight, total, right, ids)
-        return mean + solved
+        states = x.view(2, 2, 1, 3)
+        out = suffix_attention(states, states, states, states, states, groups[:2], groups[2:], scale=0.5, window=2)
+        return mean + solved + out.sum()
 
     plain, traced = arguments(), arguments()
     wanted = run(*plain)
@@ -80,7 +106,7 @@ def test_a_compiled_function_takes_an_op_as_one_step():
     assert torch.equal(got, wanted)
     for one, two in zip(plain, traced, strict=True):
         assert torch.equal(one, two)
-    for name in ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_"):
+    for name in ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_", "suffix_attention"):
         assert steps.count(f"rome_fast.{name}") == 1
 
 
