@@ -87,31 +87,33 @@ def _low_rank_apply_(y: Tensor, x: Tensor, left: Tensor, right: Tensor, ids: Ten
 
 
 def _suffix_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The output, and what the backward pass of a kernel wants of the forward pass; empty for the reference."""
     call = reference.SuffixCall(*arguments)
     if _suffix_attention_on_triton(call):
         from .suffix import suffix_attention_triton
 
         with launching_on(call.query.device):
             return suffix_attention_triton(call)
-    return reference.suffix_attention_ref(call)
+    return reference.suffix_attention_ref(call), call.query.new_empty(0, dtype=torch.float32)
 
 
 def _fake_suffix_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    query: Tensor = arguments[0]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=wide)
+    call = reference.SuffixCall(*arguments)
+    kept = call.query.shape[:3] if _suffix_attention_on_triton(call) else (0,)
+    return torch.empty_like(call.query), call.query.new_empty(kept, dtype=torch.float32)
 
 
 def _suffix_attention_backward(
     gradient: Tensor, output: Tensor, total: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = reference.SuffixCall(*arguments)
-    if _suffix_attention_on_triton(call):
-        from .suffix import suffix_attention_backward_triton
+    # What has run forward runs backward, whatever has been forced since.
+    if total.dim() == 1:
+        return reference.suffix_attention_backward_ref(gradient, call)
+    from .suffix import suffix_attention_backward_triton
 
-        with launching_on(call.query.device):
-            return suffix_attention_backward_triton(gradient, output, total, call)
-    return reference.suffix_attention_backward_ref(gradient, total, call)
+    with launching_on(call.query.device):
+        return suffix_attention_backward_triton(gradient, output, total, call)
 
 
 def _fake_suffix_attention_backward(

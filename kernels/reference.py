@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _CHAIN_ROWS = 8192
-_GATHERED_BYTES = 1 << 20
+_GATHERED_BYTES = 1 << 21
 
 
 def second_moment_ref_(total: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -119,7 +119,7 @@ class _Attended(NamedTuple):
     query: Tensor  # (rows, kv_heads, group · time, head_size), scaled
     keys: Tensor  # (rows, kv_heads, longest + middle + time, head_size); zero where nothing is seen
     values: Tensor
-    scores: Tensor  # (rows, heads, time, longest + middle + time); -inf for what a query does not see
+    weights: Tensor  # (rows, heads, time, longest + middle + time): softmax of the scores
     slope: Tensor | None  # like them: derivative of the soft cap
 
 
@@ -153,10 +153,14 @@ def _attended(call: SuffixCall) -> _Attended:
     if call.window is not None:
         sees &= of_key > of_query - call.window
 
+    row, absent = (~exists).nonzero(as_tuple=True)
+
     def joined(context: Tensor, middle: Tensor | None, suffix: Tensor) -> Tensor:
         parts = [context[call.context_index], *([] if middle is None else [middle]), suffix]
-        # A weight of zero would not take away a NaN.
-        return torch.cat(parts, 2).to(wide).masked_fill_(~exists[:, None, :, None], 0)
+        together = torch.cat(parts, 2).to(wide)
+        # A weight of zero would not take away a NaN. (masked_fill_ takes longer than all of the above.)
+        together.transpose(1, 2)[row, absent] = 0
+        return together
 
     query = _grouped(call.query, kv_heads).to(wide) * call.scale
     keys = joined(call.context_keys, call.middle_keys, call.key)
@@ -169,7 +173,8 @@ def _attended(call: SuffixCall) -> _Attended:
     if call.slopes is not None:
         scores += call.slopes.to(wide)[:, None, None] * (of_key - of_query)
     scores.masked_fill_(~sees, -torch.inf)
-    return _Attended(query, keys, joined(call.context_values, call.middle_values, call.value), scores, slope)
+    values = joined(call.context_values, call.middle_values, call.value)
+    return _Attended(query, keys, values, scores.softmax(3), slope)
 
 
 def _parts(call: SuffixCall) -> Iterator[tuple[slice, SuffixCall]]:
@@ -188,32 +193,27 @@ def _parts(call: SuffixCall) -> Iterator[tuple[slice, SuffixCall]]:
         yield part, call._replace(**mine)
 
 
-def suffix_attention_ref(call: SuffixCall) -> tuple[Tensor, Tensor]:
-    """softmax(scores) · values, laid out in memory like the query, and the logarithm of the sum of exp(scores)."""
+def suffix_attention_ref(call: SuffixCall) -> Tensor:
+    """softmax(scores) · values, laid out in memory like the query."""
     output = torch.empty_like(call.query)
-    wide = torch.promote_types(output.dtype, torch.float32)
-    total = torch.empty(output.shape[:3], dtype=wide, device=output.device)
     for rows, part in _parts(call):
         of = _attended(part)
-        total[rows] = of.scores.logsumexp(3)
-        weights = torch.exp(of.scores - total[rows].unsqueeze(3))
-        output[rows] = (_grouped(weights, of.keys.shape[1]) @ of.values).view(part.query.shape)
-    return output, total
+        output[rows] = (_grouped(of.weights, of.keys.shape[1]) @ of.values).view(part.query.shape)
+    return output
 
 
-def suffix_attention_backward_ref(gradient: Tensor, total: Tensor, call: SuffixCall) -> tuple[Tensor, Tensor, Tensor]:
+def suffix_attention_backward_ref(gradient: Tensor, call: SuffixCall) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the suffix's query, key and value, for that of the output; keys are gathered and scored anew."""
     of_query, of_key, of_value = (torch.empty_like(x) for x in call[:3])
     kv_heads, time = call.key.shape[1:3]
     for rows, part in _parts(call):
         of = _attended(part)
-        weights = torch.exp(of.scores - total[rows].unsqueeze(3))
-        outer = _grouped(gradient[rows], kv_heads).to(weights.dtype)
-        of_weights = (outer @ of.values.mT).view(weights.shape)
-        of_scores = weights * (of_weights - (weights * of_weights).sum(3, keepdim=True))
+        outer = _grouped(gradient[rows], kv_heads).to(of.query.dtype)
+        of_weights = (outer @ of.values.mT).view(of.weights.shape)
+        of_scores = of.weights * (of_weights - (of.weights * of_weights).sum(3, keepdim=True))
         if of.slope is not None:
             of_scores *= of.slope
-        of_scores, weights = _grouped(of_scores, kv_heads), _grouped(weights, kv_heads)
+        of_scores, weights = _grouped(of_scores, kv_heads), _grouped(of.weights, kv_heads)
         past = of.keys.shape[2] - time
         of_query[rows] = (of_scores @ of.keys).mul_(call.scale).view(part.query.shape)
         of_key[rows] = of_scores[..., past:].mT @ of.query

@@ -28,7 +28,7 @@ def samples():
     factor = torch.linalg.cholesky(torch.eye(5) * 2 + 0.3)
     suffix = [torch.randn(s, requires_grad=True) for s in ((3, 4, 2, 6), (3, 2, 2, 6), (3, 2, 2, 6))]
     places = torch.tensor([0, 1, 1])
-    contexts, middle, total = torch.randn(2, 2, 5, 6), torch.randn(3, 2, 1, 6), torch.rand(3, 4, 2) + 5
+    contexts, middle, none = torch.randn(2, 2, 5, 6), torch.randn(3, 2, 1, 6), torch.empty(0)
     nothing = (contexts, contexts, places, places * 4, None, None, None, 0.5, None, None, None)
     everything = (contexts, contexts, places, places * 4, middle, middle, places, 0.5, 2.0, 3, torch.rand(4))
     outer = torch.randn(3, 2, 4, 6).transpose(1, 2)
@@ -48,7 +48,7 @@ def samples():
         ),
         (OPS.suffix_attention, (*suffix, *nothing)),
         (OPS.suffix_attention, (*map(positions_first, suffix), *everything)),
-        (OPS.suffix_attention_backward, (outer, outer, total, *(x.detach() for x in suffix), *everything)),
+        (OPS.suffix_attention_backward, (outer, outer, none, *(x.detach() for x in suffix), *everything)),
     ]
 
 
