@@ -60,7 +60,7 @@ SUFFIX_KEYS = 16
 SUFFIX_TILE_BYTES = 4096
 """Of a tile of queries, unless it takes more for 16 of them."""
 SUFFIX_HEAD_BYTES = 512
-"""Largest head, padded to a power of two, that does not spill; from half of that on with twice the warps."""
+"""Largest head, padded to a power of two, that does not spill; above half of that with twice the warps."""
 
 
 def architecture(device: torch.device) -> int:

@@ -177,6 +177,18 @@ def _attended(call: SuffixCall) -> _Attended:
     return _Attended(query, keys, values, scores.softmax(3), slope)
 
 
+def _in_range(call: SuffixCall) -> tuple[SuffixCall, Tensor]:
+    """The call with nothing seen by rows whose index or numbers are out of range; (rows, 1, 1, 1) which these are."""
+    index, seen, own = call.context_index, call.context_seen, call.middle_seen
+    contexts, _, longest, _ = call.context_keys.shape
+    right = (index >= 0) & (index < contexts) & (seen >= 0) & (seen <= longest)
+    if own is not None and call.middle_keys is not None:
+        right &= (own >= 0) & (own <= call.middle_keys.shape[2])
+        own = own * right
+    call = call._replace(context_index=index * right, context_seen=seen * right, middle_seen=own)
+    return call, ~right[:, None, None, None]
+
+
 def _parts(call: SuffixCall) -> Iterator[tuple[slice, SuffixCall]]:
     """The call in parts of its rows, so that a CPU finds the keys that it has gathered in its cache."""
     rows, kv_heads, time, head_size = call.key.shape
@@ -194,16 +206,25 @@ def _parts(call: SuffixCall) -> Iterator[tuple[slice, SuffixCall]]:
 
 
 def suffix_attention_ref(call: SuffixCall) -> Tensor:
-    """softmax(scores) · values, laid out in memory like the query."""
+    """softmax(scores) · values, laid out in memory like the query.
+
+    A row whose index or numbers are out of range is NaN: where these are not looked at before, it must not pass.
+
+    Ruled out on a CPU: sdpa of the joined keys, whose backward pass takes several times as long in bf16, and whose
+    both passes take no less in fp32; one product of all rows of a context with its keys where they lie, since to sort
+    the queries for it and back takes as long as gathering the keys.
+    """
+    call, wrong = _in_range(call)
     output = torch.empty_like(call.query)
     for rows, part in _parts(call):
         of = _attended(part)
         output[rows] = (_grouped(of.weights, of.keys.shape[1]) @ of.values).view(part.query.shape)
-    return output
+    return output.masked_fill_(wrong, torch.nan)
 
 
 def suffix_attention_backward_ref(gradient: Tensor, call: SuffixCall) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the suffix's query, key and value, for that of the output; keys are gathered and scored anew."""
+    call, wrong = _in_range(call)
     of_query, of_key, of_value = (torch.empty_like(x) for x in call[:3])
     kv_heads, time = call.key.shape[1:3]
     for rows, part in _parts(call):
@@ -218,4 +239,6 @@ def suffix_attention_backward_ref(gradient: Tensor, call: SuffixCall) -> tuple[T
         of_query[rows] = (of_scores @ of.keys).mul_(call.scale).view(part.query.shape)
         of_key[rows] = of_scores[..., past:].mT @ of.query
         of_value[rows] = weights[..., past:].mT @ outer
+    for result in (of_query, of_key, of_value):
+        result.masked_fill_(wrong, torch.nan)
     return of_query, of_key, of_value

@@ -121,6 +121,11 @@ def call(a):
     return suffix_attention(**a)
 
 
+def unchecked(a):
+    """The operator itself."""
+    return torch.ops.rome_fast.suffix_attention(*(a.get(name) for name in reference.SuffixCall._fields))[0]
+
+
 def summed_in(dtype):
     """What the op sums in; on a GPU 16-bit queries have products of 16-bit factors."""
     on_gpu = torch.get_default_device().type == "cuda"
@@ -225,6 +230,20 @@ def test_a_row_that_is_no_number_spoils_no_other():
     assert not got[1, 3:].isnan().any()
     assert torch.equal(got[2], wanted[2])
     assert not any(x[2:].isnan().any() for x in (got, *gradients))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_with_a_number_out_of_range_is_nan(dtype):
+    """On a GPU, and where torch.compile traces, nothing looks at the numbers before."""
+    a = arguments((7, 2, 1, 3, 4, 3, 7, 5), dtype, {})
+    outer = torch.randn_like(a["query"])
+    right = with_gradients(unchecked, a, outer)
+    wrong = [("context_index", 2**40), ("context_index", -1), ("context_seen", 8), ("context_seen", -1)]
+    for row, (name, number) in enumerate([*wrong, ("middle_seen", 6), ("middle_seen", -(2**40))]):
+        a[name][row] = number
+    for one, two in zip(with_gradients(unchecked, a, outer), right, strict=True):
+        assert one[:6].isnan().all()
+        assert torch.equal(one[6], two[6])
 
 
 def test_two_runs_are_equal_to_the_bit():
