@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py --edits edits.jsonl                      # 110 edits, each alone
     python benchmarks/methods.py --edits edits.jsonl --joint 1 10 30 100 300 1000
+    python benchmarks/methods.py --edits edits.jsonl --normal 20 --model ./model --variants c-rome dual dual@2-4
 
 A variant is a method, perhaps with layers, ridge or penalty of its own: `dual`, `dual@9`, `dual@5-9`, `dual:ridge=0.1`,
 `memit:penalty=1500`. Values are found once, on the rows of `dual`, for all of them (of those requests that are no
@@ -75,19 +76,23 @@ class Variant:
 
 
 class Bench:
-    """The demo's model, some requests with their values, and what is measured on them."""
+    """A model, some requests with their values, and what is measured on them."""
 
-    def __init__(self, work: Path, file: Path, normal: int) -> None:
+    def __init__(self, source: Path, work: Path, file: Path, normal: int, variants: Sequence[str]) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
-        self.model, self.tokenizer, _ = checkpoints.load(model_dir(print))
+        self.name = source.name
+        self.model, self.tokenizer, _ = checkpoints.load(source)
         self.runner = Runner(self.model)
         self.settings = default_settings(self.model.config)
+        self.variants = [Variant.parse(text, self.model.config) for text in variants]
         self.layers = default_layers(self.model.config, True)
+        wanted = sorted({*self.layers, *(layer for variant in self.variants for layer in variant.layers)})
         folder = work.parent / "statistics"
-        if not folder.exists():
+        missing = [layer for layer in wanted if not (folder / f"layer-{layer}.safetensors").exists()]
+        if missing:
             texts = demo_texts()[: -len(held_out_sentences(100))]
-            collect_statistics(self.model, self.tokenizer, texts, list(self.layers), TOKENS, out=folder)
+            collect_statistics(self.model, self.tokenizer, texts, missing, TOKENS, out=folder)
         self.statistics = Statistics.load(folder)
         self.contexts = sample_contexts(self.model, self.tokenizer)
         self.sentences = held_out_sentences(50)
@@ -140,8 +145,8 @@ class Bench:
             "layers": " ".join(map(str, variant.layers)),
             "ridge": method.ridge_of(edits),
             "penalty": method.penalty,
-            "model": "SmolLM2-135M-Instruct",
-            "dtype": "float32",
+            "model": self.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "compute_dtype": str(compute_dtype(self.runner, self.settings)).removeprefix("torch."),
             "device": "cpu",
             "threads": torch.get_num_threads(),
@@ -150,11 +155,11 @@ class Bench:
         }
 
 
-def single(bench: Bench, variants: Sequence[Variant]) -> None:
+def single(bench: Bench) -> None:
     """Every edit alone: figures of all, first-token requests apart."""
     bench.find(len(bench.edits))
     places = range(len(bench.edits))
-    for variant in variants:
+    for variant in bench.variants:
         start = time.process_time()
         flow = bench.flow(variant)
         made = flow.close_each(bench.requests, bench.solved_for(variant, places))
@@ -193,15 +198,15 @@ def single(bench: Bench, variants: Sequence[Variant]) -> None:
             write(SINGLE, row | bench.conditions(variant, 1))
 
 
-def joint(bench: Bench, variants: Sequence[Variant], counts: Sequence[int]) -> None:
+def joint(bench: Bench, counts: Sequence[int]) -> None:
     """More and more edits at once; of first-token requests none, which are another matter."""
     for count in counts:
         bench.find(bench.first + count)
         places = range(bench.first, bench.first + count)
         edits = [bench.edits[i] for i in places]
-        for variant in variants:
-            done = [(row["variant"], int(row["edits"])) for row in rows(JOINT)]
-            if (variant.text, count) in done:
+        for variant in bench.variants:
+            done = [(r["model"], r["variant"], int(r["edits"])) for r in rows(JOINT)]
+            if (bench.name, variant.text, count) in done:
                 continue
             start = time.process_time()
             flow = bench.flow(variant)
@@ -300,18 +305,18 @@ def main() -> None:
     parser.add_argument("--joint", type=int, nargs="+", help="numbers of edits made jointly (default: each alone)")
     parser.add_argument("--normal", type=int, help="requests, evenly spaced, that are no first-token cases")
     parser.add_argument("--work", type=Path, required=True, help="folder for values and statistics")
+    parser.add_argument("--model", type=Path, help="folder of a model (default: the demo's)")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     normal = arguments.normal or max(arguments.joint or [100])
     folder = arguments.work / f"{arguments.edits.stem}-{normal}"
-    bench = Bench(folder, arguments.edits, normal)
-    variants = [Variant.parse(text, bench.model.config) for text in arguments.variants]
+    bench = Bench(arguments.model or model_dir(print), folder, arguments.edits, normal, arguments.variants)
     if arguments.joint:
-        joint(bench, variants, arguments.joint)
+        joint(bench, arguments.joint)
         plot()
     else:
-        single(bench, variants)
+        single(bench)
 
 
 if __name__ == "__main__":

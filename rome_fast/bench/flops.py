@@ -9,7 +9,8 @@ The ideal count is that of a program which computes nothing twice, pads nothing 
   to the subject's last one, from the first of these layers to the last again, as they are while it is made;
 - in every step, of the rows that the step is taken on, the tokens from the subject's last one on through the layers
   above l, and the head where a target token or the KL term is scored; forward, and backward to the activations, which
-  costs the same again (attention: 2.5 times, as it recomputes the scores) except after the last step.
+  costs the same again, except after the last step. (Attention: 1.5 times, as it recomputes the scores, and once more
+  between these tokens, since only their keys and values have a gradient.)
 
 A product of (m, k) and (k, n) counts 2 m k n. Norms, activations and the solve for u are left out.
 """
@@ -22,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
+from .. import kernels  # noqa: F401  (registers operators)
 from ..models.past import Contexts
 from ..models.rows import Row
 from ..models.runner import Runner
@@ -29,9 +31,30 @@ from ..records import Record
 from ..search.requests import Request
 from ..search.values import ValueSettings, draft_rows
 
+
+def _suffix_attention_flop(query: Any, _key: Any, _value: Any, context_keys: Any, *rest: Any, out_val: Any) -> int:
+    """Of all positions that there is room for, seen or not."""
+    rows, heads, time, size = query.shape
+    return 4 * rows * heads * time * size * _keys_of(query, context_keys, rest)
+
+
+def _suffix_attention_backward_flop(*args: Any, out_val: Any) -> int:
+    query, _, _, context_keys, *rest = args[3:]
+    rows, heads, time, size = query.shape
+    return 2 * rows * heads * time * size * (3 * _keys_of(query, context_keys, rest) + 2 * time)
+
+
+def _keys_of(query: Any, context_keys: Any, rest: Any) -> int:
+    _, _, _, middle_keys, *_ = rest
+    return context_keys.shape[2] + (0 if middle_keys is None else middle_keys.shape[2]) + query.shape[2]
+
+
+_OURS = torch.ops.rome_fast
 # The registry of torch leaves out the fused attention of CPUs.
 _COUNTS: dict[Any, Any] = {
     **flop_registry,
+    _OURS.suffix_attention: _suffix_attention_flop,
+    _OURS.suffix_attention_backward: _suffix_attention_backward_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
@@ -106,7 +129,7 @@ def ideal_flops(
             suffix = len(row.inputs) - row.subject
             once = passes(suffix, row.subject, above)
             forward += once
-            backward += once + 1.5 * above * shape.attention * suffix * (row.subject + suffix)
+            backward += once + above * shape.attention * suffix * (0.5 * (row.subject + suffix) + suffix)
             scored += len(row.labels)
         # The gradient of the head is taken with the loss, in every evaluation.
         return evaluations * (forward + 2.0 * scored * shape.head) + (evaluations - 1) * backward

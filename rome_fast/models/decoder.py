@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
@@ -44,6 +44,9 @@ class Decoder:
         self.path = self._find_layers(config.num_hidden_layers)
         self.layers = cast(nn.ModuleList, model.get_submodule(self.path))
         self._base = self._find_base()
+        held = (vars(module).get("config") for layer in self.layers for module in layer.modules())
+        of_parts = {id(config): config for config in held if isinstance(config, PretrainedConfig)}
+        self.configs = list(of_parts.values())  # that parts of layers look at
         self._arguments = [list(signature(layer.forward).parameters) for layer in self.layers]
         self._sites = [_down_projection(layer, config.hidden_size) for layer in self.layers]
         self._form: Form | None = None  # of what layers return, once one was run

@@ -6,18 +6,21 @@ for every request, so their keys and values are computed once per model and shar
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .attention import ask
 from .rows import Row, encode
 from .runner import Runner, causal_mask
 
 
 class Recorder:
     """A past that stores what each layer adds to it, behind whatever an inner past already holds."""
+
+    apart: ClassVar[bool] = False
 
     def __init__(self, inner: "ContextPast | None" = None) -> None:
         self.inner = inner
@@ -32,6 +35,8 @@ class Recorder:
 @dataclass(frozen=True)
 class ContextPast:
     """The contexts' keys and values, each row seeing the context it belongs to."""
+
+    apart: ClassVar[bool] = False
 
     contexts: "Contexts"
     index: Tensor  # (rows,) which context a row has
@@ -48,15 +53,21 @@ class ContextPast:
 class FrozenPast:
     """Keys and values of all positions before the subject's last token: those of the contexts, and behind them a row's.
 
-    The contexts' are stored once for all rows, and put before a row's own whenever a layer asks.
+    The contexts' are stored once for all rows. Where attention is not apart, they are put before a row's own whenever a
+    layer asks.
     """
 
     shared: ContextPast
     keys: dict[int, Tensor]  # by layer (rows, heads, middle, head size); no layers where no row has a middle
     values: dict[int, Tensor]
-    seen: Tensor  # (rows, longest context + middle) bool: false on padding
+    context_seen: Tensor  # (rows,) int64: how many of its context's positions a row has, the first ones
+    middle_seen: Tensor  # (rows,) int64: how many of its middle's; what is behind is padding
+    apart: bool
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.apart:
+            ask(self, layer)
+            return keys, values
         past_keys, past_values = self.shared.of_layer(layer)
         own = layer in self.keys
         return (
@@ -64,12 +75,36 @@ class FrozenPast:
             torch.cat([past_values, self.values[layer], values] if own else [past_values, values], 2),
         )
 
+    def parts(self, layer: int) -> dict[str, Any]:
+        """The past of a layer as `kernels.suffix_attention` takes it."""
+        recorded, own = self.shared.contexts.recorded, layer in self.keys
+        return {
+            "context_keys": recorded.keys[layer],
+            "context_values": recorded.values[layer],
+            "context_index": self.shared.index,
+            "context_seen": self.context_seen,
+            "middle_keys": self.keys[layer] if own else None,
+            "middle_values": self.values[layer] if own else None,
+            "middle_seen": self.middle_seen if own else None,
+        }
+
+    @property
+    def seen(self) -> Tensor:
+        """(rows, longest context + middle) bool: false on padding."""
+        parts = (
+            (self.context_seen, self.shared.contexts.longest),
+            (self.middle_seen, next((keys.shape[2] for keys in self.keys.values()), 0)),
+        )
+        return torch.cat([torch.arange(size, device=count.device) < count.unsqueeze(1) for count, size in parts], 1)
+
     def rows(self, index: Tensor) -> "FrozenPast":
-        return FrozenPast(
-            ContextPast(self.shared.contexts, self.shared.index[index]),
-            {layer: k[index] for layer, k in self.keys.items()},
-            {layer: v[index] for layer, v in self.values.items()},
-            self.seen[index],
+        return replace(
+            self,
+            shared=ContextPast(self.shared.contexts, self.shared.index[index]),
+            keys={layer: k[index] for layer, k in self.keys.items()},
+            values={layer: v[index] for layer, v in self.values.items()},
+            context_seen=self.context_seen[index],
+            middle_seen=self.middle_seen[index],
         )
 
 
@@ -121,6 +156,11 @@ class Contexts:
         hidden = runner.run(self.entering, self.layer, self.last + 1, past=recorder, mask=mask)
         (above or runner).run(hidden, self.last + 1, len(runner.layers), past=recorder, mask=mask)
         return replace(self, recorded=recorder)
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest context, which the others are padded to."""
+        return self.entering.shape[1]
 
     def shared_with(self, context: int, row: Row) -> int:
         """How many of the row's tokens are the context's, at most up to the subject's last token."""

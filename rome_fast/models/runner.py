@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..errors import ModelError
 from ..weights import Stream
 from . import Decoder, oriented
+from .attention import attending_apart
 from .products import Copies, in_dtype, usual_dtype
 
 # Of configurations: how far back a layer sees, or in chunks of what length.
@@ -42,6 +43,10 @@ class PackedRows:
 
 class Past(Protocol):
     """Attention keys and values of earlier positions, handed to the layers in place of a transformers cache."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether `update` returns the new ones alone; `rome_fast.models.attention` attends to the others."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """All keys and values (rows, heads, past + time, head size) a layer attends to, given the new ones."""
@@ -239,7 +244,9 @@ class Runner:
 
         def run_layer(layer: int, hidden: Tensor) -> Tensor:
             arguments = self.decoder.with_past(layer, calls[layer], past)
-            with in_dtype(self.compute_dtype, self.dtype, self._copies), any_shape(hidden.device):
+            apart = past is not None and past.apart
+            attention = attending_apart(self.decoder.configs) if apart else any_shape(hidden.device)
+            with in_dtype(self.compute_dtype, self.dtype, self._copies), attention:
                 out = self.layers[layer](hidden, **arguments)
             self.decoder.see(out)
             return out if isinstance(out, Tensor) else out[0]

@@ -9,8 +9,7 @@ it is.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from .batches import is_out_of_memory
-from .past import ContextPast, Contexts, Recorder, attention_mask
+from .past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
 from .runner import Runner, any_shape, evaluating
 
 _TIME, _CONTEXTS = 8, (5, 1)  # tokens of the two rows, and of them those that are taken for a context
@@ -41,12 +40,14 @@ class Verified:
     logits_error: float  # of layers run one by one, against the model's own forward
     shares_past: bool  # rows go on from the keys and values of contexts; otherwise every row is run as a whole
     past_error: float | None  # of what layers add to their input then, in the worst one; None where one cannot do it
+    attends_apart: bool  # attention reads that past where it lies; otherwise a row's keys are joined to it
     adds_unchanged: bool  # δ is added to the layer's output; otherwise the layer is run again in every step
     value_error: float  # of what arrives there
 
     def __str__(self) -> str:
         past = "not possible" if self.past_error is None else f"off by {self.past_error:.1e}"
         rows = "rows go on from the past of a context" if self.shares_past else "every row is run as a whole"
+        rows += ", which attention reads where it lies" if self.attends_apart else ""
         value = "δ is added to the layer's output" if self.adds_unchanged else "the layer is run again with δ"
         return (
             f"{self.model}, layer {self.layer}, {self.weight}\n"
@@ -64,6 +65,7 @@ class _Known:
     logits_error: float
     past_error: float | None
     shares_past: bool
+    attends_apart: bool
     value_errors: dict[int, float] = field(default_factory=dict)
 
 
@@ -71,7 +73,7 @@ _KNOWN: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
 
 
 def verified(runner: Runner, layer: int) -> Verified:
-    """Check that a model can be edited in a layer, and how: three passes over sixteen tokens, the first time only.
+    """Check that a model can be edited in a layer, and how: four passes over sixteen tokens, the first time only.
 
     Raises ModelError, which says what was found, for a model that is no causal language model, whose layers cannot be
     run one by one, or whose layer has no down-projection that all tokens go through.
@@ -99,6 +101,7 @@ def verified_each(runner: Runner, layers: Sequence[int]) -> list[Verified]:
             known.logits_error,
             known.shares_past,
             known.past_error,
+            known.attends_apart,
             known.value_errors[layer] <= allowed,
             known.value_errors[layer],
         )
@@ -128,8 +131,8 @@ def _known(runner: Runner) -> tuple[_Known, list[Tensor] | None]:
     state = (runner.dtype, runner.device, str(vars(model.config)), modules)
     found = _KNOWN.get(model)
     if found is None or found.state != state:
-        logits_error, past_error, shares_past, states = _examine(_plain(runner))
-        found = _KNOWN[model] = _Known(state, logits_error, past_error, shares_past)
+        found, states = _examine(_plain(runner), state)
+        _KNOWN[model] = found
     return found, states
 
 
@@ -138,8 +141,8 @@ def _plain(runner: Runner) -> Runner:
     return runner.computing_in(runner.dtype)
 
 
-def _examine(runner: Runner) -> tuple[float, float | None, bool, list[Tensor]]:
-    """Error of the logits, of a shared past, whether it can be used, and what enters each layer."""
+def _examine(runner: Runner, state: Any) -> tuple[_Known, list[Tensor]]:
+    """What is to be known of the model, and what enters each layer."""
     ids, name = _tokens(runner), runner.decoder.name
     with evaluating(runner.model):
         with any_shape(runner.device):
@@ -171,13 +174,13 @@ def _examine(runner: Runner) -> tuple[float, float | None, bool, list[Tensor]]:
                 raise ModelError(f"model: {name} cannot be run layer by layer ({reason})") from fault
             if not error <= exact:
                 raise ModelError(f"model: the layers of {name}, run one by one, miss its own logits by {error:.1e}")
-            return error, None, False, states
+            return _Known(state, error, None, False, False), states
         try:
-            past_error, shares = _past_error(runner, ids, states, recorder)
+            past_error, shares, apart = _past_error(runner, ids, states, recorder)
         except _FAULTS as fault:
             _pass_on(fault)
-            past_error, shares = None, False
-    return error, past_error, shares, states
+            past_error, shares, apart = None, False, False
+    return _Known(state, error, past_error, shares, apart), states
 
 
 # Of layers that are called in a way they were not made for.
@@ -208,39 +211,52 @@ def _one_by_one(runner: Runner, ids: Tensor, own: Tensor, past: Recorder | None)
     return states, _error(runner.head(states[-1]), own)
 
 
-def _past_error(runner: Runner, ids: Tensor, states: list[Tensor], recorder: Recorder) -> tuple[float, bool]:
-    """Run every layer behind a padded past, on what really enters it, so that faults do not drown in rounding."""
+def _past_error(runner: Runner, ids: Tensor, states: list[Tensor], recorder: Recorder) -> tuple[float, bool, bool]:
+    """Error of a past, whether rows can go on from one, and whether it can be attended to where it lies.
+
+    Every layer is run behind a padded past, on what really enters it, so that faults do not drown in rounding.
+    """
     lengths = torch.tensor(_CONTEXTS, device=runner.device)
     longest, width = max(_CONTEXTS), _TIME - min(_CONTEXTS)
-    past = Recorder()
-    past.keys = {layer: keys[:, :, :longest] for layer, keys in recorder.keys.items()}
-    past.values = {layer: values[:, :, :longest] for layer, values in recorder.values.items()}
+    recorded = Recorder()
+    recorded.keys = {layer: keys[:, :, :longest] for layer, keys in recorder.keys.items()}
+    recorded.values = {layer: values[:, :, :longest] for layer, values in recorder.values.items()}
     contexts = Contexts(
         tuple(tuple(row[:n]) for row, n in zip(ids.tolist(), _CONTEXTS, strict=True)),
         lengths,
-        past,
+        recorded,
         0,
         0,
         states[0][:, :longest],
     )
-    seen = torch.arange(longest, device=runner.device) < lengths.unsqueeze(1)
-    mask = attention_mask(seen, width, runner.dtype)
+    row = torch.arange(2, device=runner.device)
+    joined = FrozenPast(ContextPast(contexts, row), {}, {}, lengths, torch.zeros_like(lengths), apart=False)
+    mask = attention_mask(joined.seen, width, runner.dtype)
     positions = lengths.unsqueeze(1) + torch.arange(width, device=runner.device)
-    row = torch.arange(2, device=runner.device).unsqueeze(1)
+    row = row.unsqueeze(1)
     at, real = positions.clamp(max=_TIME - 1), positions < _TIME
-    errors, allowed = [], []
     embedded = runner.embed(ids[row, at], positions)
     shares = _error(embedded[real], states[0][row, at][real]) <= _EXACT
-    for layer, (entering, leaving) in enumerate(pairwise(states)):
-        rest, wanted = entering[row, at], leaving[row, at]
-        got = runner.run(rest, layer, layer + 1, positions=positions, mask=mask, past=ContextPast(contexts, row[:, 0]))
+    slack = _OF_UPDATE if runner.dtype.itemsize >= 4 else _OF_UPDATE_IN_HALF
+
+    def missed(layer: int, past: FrozenPast) -> tuple[Tensor, Tensor]:
+        """Error of what a layer adds to its input, and whether that is rounding."""
+        rest, wanted = states[layer][row, at], states[layer + 1][row, at]
+        got = runner.run(rest, layer, layer + 1, positions=positions, mask=mask, past=past)
         update = (wanted - rest)[real].double().norm()
-        missed = (got - wanted)[real].double().norm()
-        slack = _OF_UPDATE if runner.dtype.itemsize >= 4 else _OF_UPDATE_IN_HALF
+        off = (got - wanted)[real].double().norm()
         rounding = _ROUNDING * torch.finfo(runner.dtype).eps / 2 * wanted[real].double().norm()
-        errors.append(missed / update)
-        allowed.append(missed <= rounding + slack * update)
-    return float(max(errors)), shares and all(map(bool, allowed))
+        return off / update, off <= rounding + slack * update
+
+    errors, right = zip(*(missed(layer, joined) for layer in range(len(states) - 1)), strict=True)
+    shares = shares and all(map(bool, right))
+    past = replace(joined, apart=True)
+    try:
+        apart = shares and all(bool(missed(layer, past)[1]) for layer in range(len(states) - 1))
+    except _FAULTS as fault:
+        _pass_on(fault)
+        apart = False
+    return float(max(errors)), shares, apart
 
 
 def _entering(runner: Runner, last: int) -> list[Tensor]:

@@ -87,7 +87,8 @@ def run_to_layer(
     not depend on the others, up to the rounding of differently shaped products.
     """
     layer = layers[-1]
-    again = not verified(runner, layer).adds_unchanged
+    found = verified(runner, layer)
+    again = not found.adds_unchanged
     if contexts is None:
         return _run_whole(runner, rows, layers, again)
     device = runner.device
@@ -100,8 +101,7 @@ def run_to_layer(
     context = torch.tensor([r.context for r in rows], device=device)
 
     context_past = ContextPast(contexts, context)
-    longest = contexts.recorded.keys[0].shape[2]
-    in_context = torch.arange(longest, device=device) < start.unsqueeze(1)
+    in_context = torch.arange(contexts.longest, device=device) < start.unsqueeze(1)
     time = packed.ids.shape[1]
     positions = start.unsqueeze(1) + torch.arange(time, device=device)
 
@@ -141,8 +141,7 @@ def run_to_layer(
         )
     if again:
         recorder.keys[layer], recorder.values[layer] = own.keys[layer][:, :, :middle], own.values[layer][:, :, :middle]
-    in_middle = torch.arange(middle, device=device) < subject.unsqueeze(1)
-    past = FrozenPast(context_past, recorder.keys, recorder.values, torch.cat([in_context, in_middle], 1))
+    past = FrozenPast(context_past, recorder.keys, recorder.values, start, subject, found.attends_apart)
 
     width = max(len(r.row.inputs) - r.row.subject for r in rows)
     at = (subject.unsqueeze(1) + torch.arange(width, device=device)).clamp(max=time - 1)
