@@ -26,7 +26,7 @@ from .errors import ArgumentError, ModelError, StatisticsError
 from .methods import DEFAULT_METHOD, Method, method_named
 from .models.fingerprint import Fingerprint
 from .models.runner import Runner, evaluating
-from .models.verification import Verified, verified, verified_each
+from .models.verification import Verified, shared_out, verified
 from .opening.admission import admit_tokenizer, checked_dtype, plain_modes
 from .opening.checkpoints import checked_layers
 from .opening.defaults import Selection, default_layer, select
@@ -267,11 +267,9 @@ def _selected(
 
 def _verified(runner: Runner, chosen: Selection, given: tuple[int, ...] | None) -> Selection:
     """The same, checked; of several layers that nobody asked for the last one alone, where δ cannot be shared out."""
-    found = verified_each(runner, chosen.layers)
-    if len(found) == 1 or all(each.adds_unchanged for each in found):
-        return chosen
-    if given is None:
-        return replace(chosen, layers=chosen.layers[-1:])
+    layers = shared_out(runner, chosen.layers)
+    if given is None or layers == chosen.layers:
+        return replace(chosen, layers=layers)
     raise ModelError(
         f"layers: got {', '.join(map(str, given))}, wanted one: in {runner.decoder.name}, what a layer's MLP adds is "
         "normalised or scaled before it arrives, so that no share of it can be told beforehand"

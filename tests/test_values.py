@@ -269,7 +269,7 @@ def loss_of(model, tokenizer, edit, delta, settings):
 def test_a_draft_on_some_rows_ends_in_the_loss_of_all_rows(kind, bos, steps, toy_tokenizers):
     """And in the same loss whatever other edits are in the batch, or how many steps each of them takes."""
     model, tokenizer = toy_model(kind, dtype=torch.float64), toy_tokenizers[bos]
-    settings = ValueSettings(steps=steps, stop="argmax", margin=1, draft_rows=2)
+    settings = ValueSettings(steps=steps - 3, extra_steps=3, stop="argmax", margin=1, draft_rows=2)
     edits = [Edit("The city of {}", "Chicago", "Rome"), START, Edit("The museum of {}", "Vienna", "Paris"), END]
     together = values_of(model, tokenizer, edits, settings)
     for edit, value in zip(edits, together, strict=True):
@@ -286,11 +286,25 @@ def test_a_draft_on_some_rows_ends_in_the_loss_of_all_rows(kind, bos, steps, toy
         assert {len(value.losses) < steps for value in together} == {True, False}
 
 
+def test_a_decay_that_holds_an_edit_at_zero_is_dropped(toy_tokenizers):
+    """By our own stop rule; by the released one it stays, as in the released code."""
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[False]
+    edit, held = Edit("The city of {}", "Chicago", "Rome"), ValueSettings(steps=12, weight_decay=1e4, draft_rows=0)
+    (released,) = values_of(model, tokenizer, [edit], replace(held, stop="loss"))
+    assert min(released.losses[1:]) > released.losses[0]
+    (own,) = values_of(model, tokenizer, [edit], held)
+    assert own.led == 1
+    torch.testing.assert_close(own.losses[:6], released.losses[:6], rtol=rounding_of_edit(torch.float64), atol=0)
+    without = loss_of(model, tokenizer, edit, own.delta, replace(held, weight_decay=0.0))
+    assert own.losses[-1] == pytest.approx(without, rel=rounding(torch.float64, FORWARD))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"steps": 0}, "steps 0"),
         ({"margin": -1}, "margin -1"),
+        ({"extra_steps": -1}, "extra_steps -1"),
         ({"draft_rows": -1}, "draft_rows -1"),
         ({"stop": "never"}, "stop 'never', wanted 'argmax' or 'loss'"),
     ],

@@ -8,12 +8,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from helpers import CONTEXTS, END, SETTINGS, edited
-from rome_fast import apply_edits, collect_statistics, verify
+from rome_fast import Edit, ValueSettings, apply_edits, collect_statistics, verify
 from rome_fast.errors import ArgumentError, CheckpointError, ModelError
 from rome_fast.evaluation import evaluate
 from rome_fast.models import Decoder
 from rome_fast.models.runner import Runner
 from rome_fast.models.verification import check_model, verified, verified_each
+from rome_fast.statistics import usual_layers
 from toys import SENTENCES, save_toy, toy_model
 from zoo import HIDDEN, LAYERS, zoo_model
 
@@ -175,6 +176,25 @@ def test_several_layers_are_looked_at_in_one_pass():
     passes.clear()
     assert verified_each(runner, [2, *layers])[1:] == alone
     assert passes == []
+
+
+def test_statistics_are_of_the_layers_that_edits_take(toy_tokenizers):
+    """Of several where δ can be shared out, and of the last alone where a norm behind the MLP forbids it."""
+    for model, several in ((toy_model("llama"), True), (zoo_model("gemma2"), False)):
+        layers = usual_layers(Runner(model))
+        assert (len(layers) > 1) == several
+        result = apply_edits(
+            model,
+            Edit("The city of {}", "Chicago", "Rome"),
+            tokenizer=toy_tokenizers[False],
+            statistics="identity",
+            contexts=("The weather is nice. ",),
+            settings=ValueSettings(steps=2, extra_steps=0),
+            guard="off",
+            unconverged="write",
+            measure=False,
+        )
+        assert result.records[0].layers == list(layers)
 
 
 def test_a_model_is_run_once_until_something_changes(toy_tokenizers):

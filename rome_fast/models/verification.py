@@ -109,6 +109,15 @@ def verified_each(runner: Runner, layers: Sequence[int]) -> list[Verified]:
     ]
 
 
+def shared_out(runner: Runner, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """These layers if what an edit adds can be shared out among them, otherwise the last one alone.
+
+    Where what an MLP adds is normalised or scaled before it arrives, no share of it can be told beforehand.
+    """
+    found = verified_each(runner, layers)
+    return layers if len(found) == 1 or all(each.adds_unchanged for each in found) else layers[-1:]
+
+
 def check_model(runner: Runner) -> None:
     """Raise ModelError for a model whose layers, run one by one, are not the model.
 

@@ -3,6 +3,9 @@
 loss = mean NLL of the target over the rows + kl_factor · KL(after ‖ before) of the next token at the end of the
 subject + weight_decay · ‖δ‖ / ‖v₀‖²   (ROME, Meng et al. 2022, equation 4, with the released code's weight decay)
 
+The decay has a slope at δ = 0: where that of the NLL is smaller there, the edit stays where it is for ever. So our own
+stop rule drops the decay of an edit that has not moved after a few steps.
+
 Only what δ can change is computed: layers above the edit layer, positions from the subject's last token on, logits
 where a target token or the KL term needs them. The edits of a batch are independent; one that is done leaves it.
 """
@@ -29,6 +32,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _HEAD_ELEMENTS = 1 << 25  # logits at a time, which bounds the memory of the head
 _HEAD_ROWS = 8  # at least; with fewer, 1e-4 of a gradient was rounding
+_MOVED_BY = 6  # evaluations, after which the loss of an edit has fallen, unless its decay holds it at zero
 _SHARE_OF_COPIES = 0.25  # of the free memory, which converted weights may take
 
 
@@ -36,7 +40,7 @@ _SHARE_OF_COPIES = 0.25  # of the free memory, which converted weights may take
 class ValueSettings:
     """How δ is optimised; the defaults are the released ones for most models, but for the stop rule."""
 
-    steps: int = 20  # loss evaluations; the last one is not followed by an update
+    steps: int = 20  # loss evaluations at most, but see extra_steps; the last one is not followed by an update
     learning_rate: float = 0.5
     weight_decay: float = 0.5
     clamp: float = 4.0  # ‖δ‖ stays within clamp · ‖v₀‖
@@ -44,13 +48,14 @@ class ValueSettings:
     stop: Stop = "argmax"  # "argmax": the target leads in every row; "loss": the released rule
     stop_loss: float = 0.05  # of stop="loss"
     margin: int = 4  # further steps after the target first leads
+    extra_steps: int = 15  # of stop="argmax": at most this many more evaluations, for an edit that is not done by then
     draft_rows: int = 5  # of stop="argmax": first steps on as many rows, the last ones on all; 0 for all from the start
     # Of the products with weights while δ is optimised; δ, its optimiser and the loss are in fp32. "auto": bfloat16 for
     # an fp32 model where the device multiplies it fast; else as everywhere (see `rome_fast.models.products`).
     compute_dtype: ComputeDtype = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "margin", "draft_rows"):
+        for name in ("steps", "margin", "extra_steps", "draft_rows"):
             if type(getattr(self, name)) is not int:
                 raise ArgumentError(f"settings: got {name} {getattr(self, name)!r}, wanted a whole number")
         for name in ("learning_rate", "weight_decay", "clamp", "kl_factor", "stop_loss"):
@@ -59,9 +64,9 @@ class ValueSettings:
             least = -math.inf if name == "stop_loss" else 0
             if type(value) not in (int, float) or not (math.isfinite(value) and value >= least):
                 raise ArgumentError(f"settings: got {name} {value!r}, wanted a finite number, not below 0")
-        if self.steps < 1 or self.margin < 0 or self.draft_rows < 0:
-            got = f"steps {self.steps}, margin {self.margin}, draft_rows {self.draft_rows}"
-            raise ArgumentError(f"settings: got {got}, wanted at least 1, 0 and 0")
+        if self.steps < 1 or min(self.margin, self.extra_steps, self.draft_rows) < 0:
+            got = f"steps {self.steps}, margin {self.margin}, extra_steps {self.extra_steps}"
+            raise ArgumentError(f"settings: got {got}, draft_rows {self.draft_rows}, wanted at least 1, 0, 0 and 0")
         if self.stop not in ("argmax", "loss"):
             raise ArgumentError(f"settings: got stop {self.stop!r}, wanted 'argmax' or 'loss'")
         if self.compute_dtype not in get_args(ComputeDtype):
@@ -107,6 +112,7 @@ def optimise_values(
     """
     wide = torch.promote_types(runner.dtype, torch.float32)
     search = _Search(base_values.to(wide), settings)
+    most = settings.steps + (settings.extra_steps if settings.stop == "argmax" else 0)
     edits = list(range(len(rows)))
     drafted = [draft_rows(group, settings) for group in rows]
     before = None
@@ -117,12 +123,12 @@ def optimise_values(
             some = [[group[i] for i in chosen] for group, chosen in zip(rows, drafted, strict=True)]
             chosen_states = states.rows(torch.tensor(places, device=runner.device))
             draft = _Batch(runner, layer, chosen_states, some, settings.kl_factor)
-            search.run(draft, edits, settings.steps - 1, settings.margin, settle=False)
+            search.run(draft, edits, most - 1, settings.margin, settle=False)
             before = draft.initial
             del draft, chosen_states
         batch = _Batch(runner, layer, states, rows, settings.kl_factor, before)
         # A draft has had its margin of steps.
-        search.run(batch, edits, settings.steps, 0 if drafted[0] else settings.margin, settle=True)
+        search.run(batch, edits, most, 0 if drafted[0] else settings.margin, settle=True)
     return search.values
 
 
@@ -157,7 +163,7 @@ def draft_rows(rows: Sequence[Row], settings: ValueSettings) -> list[int]:
     They are evenly spaced; the first row (unprefixed in some methods) and an essence row are among them.
     """
     scored = scored_rows(rows)
-    drafted = settings.draft_rows if settings.stop == "argmax" and settings.steps > 1 else 0
+    drafted = settings.draft_rows if settings.stop == "argmax" and settings.steps + settings.extra_steps > 1 else 0
     if not 0 < drafted < scored:
         return []
     return [i * scored // drafted for i in range(drafted)] + list(range(scored, len(rows)))
@@ -169,6 +175,7 @@ class _Search:
     def __init__(self, base_values: Tensor, settings: ValueSettings) -> None:
         self.settings = settings
         self.v0_norms = base_values.norm(dim=1)
+        self.decay = settings.weight_decay / self.v0_norms**2
         self.delta = torch.zeros_like(base_values)
         self.adam = _Adam(self.delta, settings.learning_rate)
         self.losses: list[list[float]] = [[] for _ in base_values]
@@ -179,19 +186,19 @@ class _Search:
     def values(self) -> list[Value]:
         return [value for value in self._values if value is not None]
 
-    def run(self, batch: "_Batch", edits: list[int], steps: int, margin: int, *, settle: bool) -> None:
-        """Take steps with the edits of a batch until each is done, or has had `steps` evaluations in all.
+    def run(self, batch: "_Batch", edits: list[int], most: int, margin: int, *, settle: bool) -> None:
+        """Take steps with the edits of a batch until each is done, or has had `most` evaluations in all.
 
         An edit is done when its stop rule holds; with "argmax", when the target has led in every row of the batch for
         `margin` evaluations after the first. `settle` makes what it has then its result.
         """
+        own_rule = self.settings.stop == "argmax"
         held = dict.fromkeys(edits, 0)
         alive = torch.tensor(edits, device=self.delta.device)
         while edits:
-            delta, v0_norms = self.delta[alive], self.v0_norms[alive]
+            delta, v0_norms, decay = self.delta[alive], self.v0_norms[alive], self.decay[alive]
             loss_of_rows, led, gradient_of_rows = batch.evaluate(delta)
             norms = delta.norm(dim=1)
-            decay = self.settings.weight_decay / v0_norms**2
             # One transfer for both: on a GPU each one waits for everything before it.
             losses, shares = torch.stack([loss_of_rows + decay * norms, led]).tolist()
             keep = []
@@ -199,9 +206,12 @@ class _Search:
                 self.losses[edit].append(loss)
                 held[edit] = held[edit] + 1 if shares[place] == 1 else 0
                 finite = math.isfinite(loss)
-                met = loss < self.settings.stop_loss if self.settings.stop == "loss" else held[edit] > margin
-                if not met and finite and len(self.losses[edit]) < steps:
+                met = held[edit] > margin if own_rule else loss < self.settings.stop_loss
+                if not met and finite and len(self.losses[edit]) < most:
                     keep.append(place)
+                    if own_rule and len(self.losses[edit]) == _MOVED_BY and loss >= self.losses[edit][0]:
+                        self.decay[edit] = decay[place] = 0
+                        self.adam.forget(edit)
                 elif settle:
                     found = delta[place].clone() if finite else torch.zeros_like(delta[place])
                     history = tuple(self.losses[edit])
@@ -403,6 +413,11 @@ class _Adam:
         self.first, self.second = torch.zeros_like(parameters), torch.zeros_like(parameters)
         # In fp32, 1 - 0.999 would be wrong by 5e-5 of itself, and every update with it.
         self.steps = torch.zeros(len(parameters), 1, dtype=torch.float64, device=parameters.device)
+
+    def forget(self, row: int) -> None:
+        """Begin anew with this row."""
+        for moment in (self.first, self.second, self.steps):
+            moment[row] = 0
 
     def step(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """What to add to these rows."""

@@ -13,6 +13,7 @@ from ..assets import cache_dir
 from ..errors import ArgumentError, CheckpointError, StatisticsError
 from ..models.fingerprint import Fingerprint
 from ..models.runner import Runner
+from ..models.verification import shared_out
 from ..opening.defaults import select
 from ..weights import load_tensors, read_header, save_tensors
 from ..weights.files import os_errors
@@ -151,7 +152,7 @@ def tuned_choice(runner: Runner, statistics: Statistics | str | None) -> Choice 
 def usual_layers(runner: Runner) -> tuple[int, ...]:
     """The layers that an edit of this model takes by default: several, where a method spreads it."""
     chosen = select(runner.model.config, tuned=tuned_choice(runner, None), spread=True).layers
-    return runner.decoder.sites_of(chosen)
+    return shared_out(runner, runner.decoder.sites_of(chosen))
 
 
 def likely_layers(

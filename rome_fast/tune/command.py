@@ -22,6 +22,7 @@ from ..evaluation import sentence_perplexity
 from ..methods import method_named
 from ..models.fingerprint import Fingerprint
 from ..models.runner import Runner
+from ..models.verification import shared_out
 from ..opening import checkpoints
 from ..opening.defaults import select, spread_below
 from ..report.tune import summary, tune_table
@@ -272,7 +273,7 @@ def _collect(job: _Job, missing: Sequence[int], texts: Iterable[Any], tokens: in
 
 def _complete(arguments: argparse.Namespace, job: _Job, layer: int, say: Say) -> None:
     """Collect what edits that are spread over the layers below this one need as well, or say how to."""
-    layers = job.runner.decoder.sites_of(spread_below(layer))
+    layers = shared_out(job.runner, job.runner.decoder.sites_of(spread_below(layer)))
     missing = _collected(job, layers)[1]
     if missing:
         listed = ", ".join(map(str, layers))
