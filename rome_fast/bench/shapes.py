@@ -105,6 +105,25 @@ def random_model(
     return model.eval()
 
 
+_SMALL = {
+    **{"hidden_size": 64, "n_embd": 64, "intermediate_size": 96, "vocab_size": 256, "rotary_dim": 8},
+    **{"num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4},
+    **{"max_position_embeddings": 64, "n_positions": 64},
+}
+
+
+def small_model(name: str) -> PreTrainedModel:
+    """One of a shape's architecture that has two small layers, in float32 on the CPU; raises as `random_model`."""
+    shape = known_shape(name)
+    sizes = shape.sizes | {size: _SMALL[size] for size in shape.sizes if size in _SMALL}
+    sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # the usual ones are beyond its vocabulary
+    if "num_key_value_heads" in sizes:
+        sizes["num_key_value_heads"] = 4 * shape.sizes["num_key_value_heads"] // shape.sizes["num_attention_heads"] or 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.model_type, **sizes)).eval()
+
+
 def shape_config(name: str, layers: int | None = None) -> PretrainedConfig:
     """The configuration of a shape, with another number of layers where one is given; raises as `random_model`."""
     shape = known_shape(name)
@@ -145,19 +164,24 @@ def tokenizer_for(vocabulary: int, texts: Sequence[str]) -> tuple[PreTrainedToke
     `texts`, in which most words are one token. Nothing is downloaded.
     """
     file = cache_dir() / MODEL_NAME / "tokenizer.json"
-    if file.exists():
-        backend, what = _first_tokens(file, vocabulary)
-    else:
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=min(vocabulary, 4096),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator([" " + text for text in texts], trainer)
-        what = f"byte-level BPE of {backend.get_vocab_size()} tokens trained on the requests"
+    if not file.exists():
+        return trained_tokenizer(vocabulary, texts)
+    backend, what = _first_tokens(file, vocabulary)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False), what
+
+
+def trained_tokenizer(vocabulary: int, texts: Sequence[str]) -> tuple[PreTrainedTokenizerFast, str]:
+    """One of at most `vocabulary` tokens trained on `texts`, and what it is: the same on every machine."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocabulary, 4096),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" " + text for text in texts], trainer)
+    what = f"byte-level BPE of {backend.get_vocab_size()} tokens trained on the requests"
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False), what
 
 

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 import torch
@@ -73,8 +74,9 @@ class BatchSizer:
             torch.cuda.empty_cache()
         self._just_failed = False
         budget = _SHARE * free_memory(device) if spare is None else spare
-        budget = min(budget, _MOST_BYTES.get(device.type, budget))
-        fixed = _FIXED_POSITIONS.get(device.type, _FIXED_POSITIONS["cpu"])
+        kind = _kind(device)
+        budget = min(budget, _MOST_BYTES.get(kind, budget))
+        fixed = _FIXED_POSITIONS.get(kind, _FIXED_POSITIONS["cpu"])
         planned = [request for request in waiting[:_PLANNED] if request.scored == waiting[0].scored]
         costs = [0.0] * (len(planned) + 1)  # of all requests from a place on, at best
         sizes = [1] * len(planned)
@@ -89,7 +91,7 @@ class BatchSizer:
 
     def _fitting(self, waiting: Sequence[Shaped], budget: float) -> Iterator[int]:
         """Positions, padded, of a batch of the first request, of the first two and so on, as long as it fits."""
-        most = _MOST_POSITIONS.get(self.runner.device.type, _ENOUGH_POSITIONS)
+        most = _MOST_POSITIONS.get(_kind(self.runner.device), _ENOUGH_POSITIONS)
         rows = suffix = before = middle = 0
         for size, request in enumerate(waiting, 1):
             suffix, before = max(suffix, request.suffix), max(before, request.before)
@@ -160,8 +162,27 @@ def in_batches(sizer: BatchSizer, group: Sequence[Shaped]) -> Iterator[list[int]
             start += size
 
 
+@contextmanager
+def standing_for(kind: str, free: int) -> Iterator[None]:
+    """In this block, the meta device stands for one of another kind, with so many bytes free."""
+    token = _STOOD_FOR.set((kind, free))
+    try:
+        yield
+    finally:
+        _STOOD_FOR.reset(token)
+
+
+_STOOD_FOR = ContextVar("stood_for", default=("meta", 0))
+
+
+def _kind(device: torch.device) -> str:
+    return _STOOD_FOR.get()[0] if device.type == "meta" else device.type
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a process can still take on a device, what torch holds in reserve included."""
+    if device.type == "meta":
+        return _STOOD_FOR.get()[1]
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

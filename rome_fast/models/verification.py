@@ -118,6 +118,13 @@ def shared_out(runner: Runner, layers: tuple[int, ...]) -> tuple[int, ...]:
     return layers if len(found) == 1 or all(each.adds_unchanged for each in found) else layers[-1:]
 
 
+def take_for_verified(runner: Runner, found: Verified) -> None:
+    """Take a model without data, on the meta device, for what was found of another one of its architecture."""
+    known = _Known(_state(runner), found.logits_error, found.past_error, found.shares_past, found.attends_apart)
+    known.value_errors.update(dict.fromkeys(range(len(runner.layers)), found.value_error))
+    _KNOWN[runner.model] = known
+
+
 def check_model(runner: Runner) -> None:
     """Raise ModelError for a model whose layers, run one by one, are not the model.
 
@@ -135,14 +142,18 @@ class _NotFinite(ModelError):
 def _known(runner: Runner) -> tuple[_Known, list[Tensor] | None]:
     """What is known of the model, and what enters each layer where that was found out just now."""
     model, states = runner.model, None
-    # What was found holds for weights of any values, but not for another dtype, kernel, setting or module.
-    modules = tuple(type(module) for module in model.modules())
-    state = (runner.dtype, runner.device, str(vars(model.config)), modules)
+    state = _state(runner)
     found = _KNOWN.get(model)
     if found is None or found.state != state:
         found, states = _examine(_plain(runner), state)
         _KNOWN[model] = found
     return found, states
+
+
+def _state(runner: Runner) -> Any:
+    """What was found holds for weights of any values, but not for another dtype, kernel, setting or module."""
+    modules = tuple(type(module) for module in runner.model.modules())
+    return runner.dtype, runner.device, str(vars(runner.model.config)), modules
 
 
 def _plain(runner: Runner) -> Runner:
