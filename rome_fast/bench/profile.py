@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
 from ..models.runner import Runner
@@ -31,6 +29,7 @@ from ..search.search import Clock
 from ..search.values import compute_dtype
 from .command import prepare
 from .flops import flops_of
+from .launches import moved_bytes
 from .roofline import Roofline, measure_roofline
 from .throughput import Setup
 
@@ -82,7 +81,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         flops = flops_of(func, args, kwargs or {}, out)
-        moved = _moved_bytes(func, [*args, *(kwargs or {}).values()], out)
+        moved = moved_bytes(func, args, kwargs or {}, out)
         self.operators.setdefault(func._schema.name, Work()).add(flops, moved)
         if self.stage:
             self.stages.setdefault(self.stage, Work()).add(flops, moved)
@@ -252,23 +251,6 @@ def write_memory(trace: Trace, file: Path) -> dict[str, int]:
 def _device_name(arguments: dict[str, Any]) -> str:
     # As the trace numbers them; of the others none can hold a model that is edited.
     return {0: "cpu", 1: "cuda"}.get(int(arguments["Device Type"]), "other")
-
-
-def _moved_bytes(func: Any, arguments: list[Any], out: Any) -> float:
-    read = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
-    held = {tensor.untyped_storage()._cdata for tensor in read}
-    written = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
-    if func._schema.is_mutable:
-        places = zip(arguments, func._schema.arguments, strict=False)
-        written = [v for v, a in places if isinstance(v, Tensor) and a.alias_info is not None and a.alias_info.is_write]
-    elif any(tensor.untyped_storage()._cdata in held for tensor in written):
-        return 0.0
-    return sum(map(_bytes, read)) + sum(map(_bytes, written))
-
-
-def _bytes(tensor: Tensor) -> float:
-    # An expanded tensor is larger than what it reads.
-    return float(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))
 
 
 def _print(report: dict[str, Any]) -> None:
