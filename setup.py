@@ -55,7 +55,7 @@ setup(
         *(f"rome_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"rome_fast.kernels": "kernels"},
-    package_data={"rome_fast": ["py.typed"], "rome_fast.bench": ["requests.jsonl"]},
+    package_data={"rome_fast": ["py.typed"], "rome_fast.bench": ["requests.jsonl", "gpus/*.json"]},
     # What MANIFEST.in adds is for source distributions only.
     include_package_data=False,
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPython},

@@ -28,19 +28,27 @@ from ..runs.terminal import say, show
 from ..runs.texts import read_sentences
 from ..search.contexts import sample_contexts
 from ..statistics import Statistics, first_token_statistics
+from .prediction import check_prediction, run_prediction
 from .shapes import repeated
 from .throughput import Setup, bench, shape_setup
 
 REQUESTS = Path(__file__).with_name("requests.jsonl")
 _SENTENCES = 20
+_BATCH = 16
 
 
 def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure every batch size in every dtype, print tables, append CSV rows, draw the figure.
 
-    Returns the report; of several batch sizes or dtypes {"runs": [report, …]}.
+    With `predict`, a prediction instead. Returns the report; of several batch sizes or dtypes {"runs": [report, …]}.
     """
-    batches, dtypes = arguments.batch, arguments.dtype or [None]
+    if arguments.predict is not None:
+        check_prediction(arguments)
+        edits = load_edits(arguments.edits or REQUESTS, arguments.on_error, arguments.duplicates)
+        return run_prediction(arguments, edits)
+    if arguments.steps is not None:
+        raise ArgumentError("steps: got a number without --predict, wanted both or none")
+    batches, dtypes = arguments.batch or [_BATCH], arguments.dtype or [None]
     if min(batches) < 1:
         raise ArgumentError(f"batch: got {min(batches)}, wanted at least 1")
     several = len(batches) * len(dtypes) > 1
