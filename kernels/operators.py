@@ -133,12 +133,17 @@ def _suffix_attention_on_triton(call: reference.SuffixCall) -> bool:
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for `total`, which nobody reads, would be a launch in every layer
     tensors = [x if isinstance(x, Tensor) else None for x in inputs]
     ctx.save_for_backward(*output, *tensors)
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
-def _suffix_attention_gradients(ctx: Any, gradient: Tensor, _of_total: Tensor | None) -> tuple[Tensor | None, ...]:
+def _suffix_attention_gradients(
+    ctx: Any, gradient: Tensor | None, _of_total: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * len(ctx.numbers)
     output, total, *tensors = ctx.saved_tensors
     arguments = [x if y is None else y for x, y in zip(ctx.numbers, tensors, strict=True)]
     gradients = _REGISTERED.suffix_attention_backward(gradient, output, total, *arguments)
