@@ -99,7 +99,8 @@ def count_call(
     requests = [tokenise(whole.runner, tokenizer, edit, CONTEXTS, method) for edit in edits]
     weight_bytes = sum(p.nbytes for p in whole.runner.model.parameters())
     with standing_for("cuda", int(memory) - weight_bytes):
-        groups = [[requests[i] for i in places] for places in in_batches(BatchSizer(whole.runner, layer), requests)]
+        sizer = BatchSizer(whole.runner, layer, apart=found.attends_apart)
+        groups = [[requests[i] for i in places] for places in in_batches(sizer, requests)]
     few = replace(whole, layer=min(layer, 1), above=min(above, 1))
     lower, upper = replace(few, layer=few.layer + 1), replace(few, above=few.above + 1)
     more = layer - few.layer, above - few.above

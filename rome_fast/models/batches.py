@@ -23,10 +23,9 @@ _ENOUGH_POSITIONS = 16_384
 _FIXED_POSITIONS = {"cpu": 30.0, "cuda": 500.0}
 # Most steps are taken on some of the rows only.
 _SHARE_OF_ROWS = 0.5
-_PLANNED = 64  # requests that are looked at to find the next batch
-# What a batch may plan for at most: on a GPU, larger batches take memory and no less time.
-_MOST_BYTES = {"cuda": 10 << 30}
-
+# Requests that are looked at to find the next batch. On an H200, with 64 and 10 GiB, 11 edits of llama-2-7b ran at once
+# and took 0.296 s each; 35 took 0.218; by the default rule 35 took 0.080 and 66 took 0.068.
+_PLANNED = 256
 
 # In a plain RuntimeError: of the CPU allocator, of the CUDA runtime, and of libraries that allocate for themselves.
 _SIGNS = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
@@ -54,9 +53,9 @@ class Shaped(Protocol):
 class BatchSizer:
     """Chooses batch sizes; a batch that does not fit after all is halved and tried again."""
 
-    def __init__(self, runner: Runner, layer: int, *, whole: bool = False) -> None:
-        """`whole`: rows are run from their first token on, and share no past."""
-        self.runner, self.layer, self.whole = runner, layer, whole
+    def __init__(self, runner: Runner, layer: int, *, whole: bool = False, apart: bool = False) -> None:
+        """`whole`: rows are run from their first token on, and share no past; `apart`: it is read where it lies."""
+        self.runner, self.layer, self.whole, self.apart = runner, layer, whole, apart
         self.layers = len(runner.layers) - layer - 1
         self.limit: int | None = None
         self._needed = 0  # bytes, of the batch chosen last
@@ -74,9 +73,7 @@ class BatchSizer:
             torch.cuda.empty_cache()
         self._just_failed = False
         budget = _SHARE * free_memory(device) if spare is None else spare
-        kind = _kind(device)
-        budget = min(budget, _MOST_BYTES.get(kind, budget))
-        fixed = _FIXED_POSITIONS.get(kind, _FIXED_POSITIONS["cpu"])
+        fixed = _FIXED_POSITIONS.get(_kind(device), _FIXED_POSITIONS["cpu"])
         planned = [request for request in waiting[:_PLANNED] if request.scored == waiting[0].scored]
         costs = [0.0] * (len(planned) + 1)  # of all requests from a place on, at best
         sizes = [1] * len(planned)
@@ -138,7 +135,9 @@ class BatchSizer:
         shared = getattr(config, "num_key_value_heads", None) or heads
         past = 2 * hidden * shared // heads
         # A layer sees the keys and values of all positions, and may repeat them for every head.
-        running = suffix * (10 * hidden + 5 * key_size) + (before + suffix) * (2 * hidden + 2 * past)
+        # (What is planned for a streamed model does not know of `apart`, and must hold.)
+        joined = suffix if self.apart and self.runner.spare_bytes is None else before + suffix
+        running = suffix * (10 * hidden + 5 * key_size) + joined * (2 * hidden + 2 * past)
         size = self.runner.dtype.itemsize
         if self.runner.spare_bytes is None:
             return self.layers * size * (running + middle * past)

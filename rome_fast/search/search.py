@@ -160,7 +160,8 @@ class Search:
         self, contexts: Contexts | None, group: Sequence[Request], bases: Sequence[Tensor] | None
     ) -> list[Solved]:
         """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only."""
-        sizer = BatchSizer(self.runner, self.layer, whole=contexts is None)
+        apart = verified(self.runner, self.layer).attends_apart
+        sizer = BatchSizer(self.runner, self.layer, whole=contexts is None, apart=apart)
         solved: dict[int, Solved] = {}
         for places in in_batches(sizer, group):
             with sizer.halving(len(places)):
