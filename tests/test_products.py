@@ -92,15 +92,16 @@ def test_a_result_in_fp32_is_not_rounded_to_the_dtype_of_its_product(weights, ke
     layer, x = layer_of("linear", weights).to(device), torch.randn(7, 48, device=device).to(weights).requires_grad_()
     with products.in_dtype(torch.bfloat16, weights, products.Copies() if kept else None, torch.float32):
         out = layer(x)
-    # On a GPU the factors of an fp32 model are rounded.
-    factors = layer if weights == torch.bfloat16 or device == "cpu" else layer.bfloat16()
-    wanted, weight = exact("linear", factors, x.to(factors.weight.dtype))
+    # On a GPU the factors of an fp32 model are rounded; the bias is added to their product as it is.
+    factors = torch.bfloat16 if device == "cuda" else weights
+    weight = layer.weight.to(factors).double()
+    wanted = x.to(factors).double() @ weight.T + layer.bias.double()
     assert out.dtype == torch.float32
     assert relative_error(out, wanted) < rounding(torch.float32, 48)
     upstream = torch.randn(7, 80, device=device)
     (gradient,) = torch.autograd.grad(out, [x], upstream)
     assert gradient.dtype == weights
-    assert relative_error(gradient, upstream.double() @ weight.T) < 3 * BF16_ROUNDING
+    assert relative_error(gradient, upstream.double() @ weight) < 3 * BF16_ROUNDING
 
 
 def test_no_converted_weight_is_kept_for_the_backward_pass():
