@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import LAYER
+from rome_fast.bench import profile
 from rome_fast.bench.flops import FlopCounter
 from rome_fast.bench.profile import Counter, Work, kernel_seconds, operator_seconds, write_memory
 from rome_fast.bench.roofline import Roofline
@@ -18,7 +19,7 @@ from rome_fast.edits import load_edits
 from rome_fast.models.runner import Runner
 from rome_fast.search.contexts import sample_contexts
 from rome_fast.search.requests import tokenise
-from rome_fast.search.values import ValueSettings
+from rome_fast.search.values import ValueSettings, _Batch
 from toys import save_toy, toy_model
 
 EDITS = [
@@ -44,13 +45,17 @@ def test_a_profile_of_a_toy(toy, toy_tokenizers, capsys, monkeypatch):
     assert report == json.loads((toy / "found" / "profile.json").read_text())
     assert (report["edits"], report["layer"], report["device"]) == (2, LAYER, "cpu")
     assert list(report["stages"]) == ["keys", "values", "update"]
+    # The two do not fit into one batch without padding.
+    assert report["part"] == {"edits": report["largest_batch"], "steps": 3} == {"edits": 1, "steps": 3}
+    for row in report["stages"].values():
+        assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["part_seconds"])
 
     # Counted by stage, by operator and by another counter: the same work.
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     contexts = sample_contexts(model, tokenizer)
-    setup = Setup(model, tokenizer, contexts, {LAYER: Geometry()}, "c-rome", settings, [])
+    setup = Setup(model, tokenizer, contexts, {LAYER: Geometry()}, "c-rome", ValueSettings(steps=3), [])
     requests = [
-        tokenise(Runner(model), tokenizer, edit, contexts, setup.flow.method) for edit in load_edits("edits.jsonl")
+        tokenise(Runner(model), tokenizer, edit, contexts, setup.flow.method) for edit in load_edits("edits.jsonl")[:1]
     ]
     with FlopCounter() as counter:
         setup.flow.solve_each(requests)
@@ -78,6 +83,63 @@ def test_a_profile_of_a_toy(toy, toy_tokenizers, capsys, monkeypatch):
     shown = " ".join(capsys.readouterr().out.split())
     assert "aten::mm" in shown
     assert "roofline:" in shown
+
+
+def test_what_is_profiled_is_bounded_and_what_is_timed_is_not(toy, monkeypatch):
+    """Evaluations of the loss, with and without the profiler, of few edits with few steps and of many with many."""
+    monkeypatch.setattr(profile, "_PART_EDITS", 2)
+    (toy / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS[:1] * 8))
+    evaluations, counts = [], {}
+    record, evaluate = profile._record, _Batch.evaluate
+
+    def recorded(*arguments):
+        before = len(evaluations)
+        record(*arguments)
+        counts["profiled"] = len(evaluations) - before
+
+    monkeypatch.setattr(profile, "_record", recorded)
+    monkeypatch.setattr(_Batch, "evaluate", lambda *arguments: evaluations.append(1) or evaluate(*arguments))
+    arguments = ["profile", "model", "--edits", "edits.jsonl", "--identity", "--layer", str(LAYER), "--out", "found"]
+    found = []
+    for count, steps in ((2, 4), (8, 12)):
+        evaluations.clear()
+        settings = ValueSettings(steps=steps, stop="loss", stop_loss=-1.0)
+        monkeypatch.setattr("rome_fast.bench.command.default_settings", lambda config, settings=settings: settings)
+        assert main([*arguments, "--count", str(count)]) == 0
+        report = json.loads((toy / "found" / "profile.json").read_text())
+        assert report["edits"] == count
+        assert report["part"] == {"edits": 2, "steps": 3}
+        # Of the part two to warm up, and three to be timed, counted and profiled; of all edits two to warm up and then
+        # all their steps, in as many batches as it takes.
+        of_all = len(evaluations) - (2 + 3 + 3 + 3)
+        assert of_all > 0
+        assert of_all % (2 + steps) == 0
+        found.append((counts["profiled"], sum(row["calls"] for row in report["operators"])))
+    assert found[0] == found[1]
+    assert found[0][0] == 3
+
+
+@pytest.mark.parametrize("interrupted", ["_record", "gzip.open"])
+def test_tables_are_there_when_the_trace_is_interrupted(interrupted, toy, capsys, monkeypatch):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    settings = ValueSettings(steps=4)
+    monkeypatch.setattr("rome_fast.bench.command.default_settings", lambda config: settings)
+    monkeypatch.setattr(f"rome_fast.bench.profile.{interrupted}", interrupt)
+    (toy / "found").mkdir()
+    (toy / "found" / "trace.json.gz").write_text("of an earlier run")
+    arguments = ["profile", "model", "--edits", "edits.jsonl", "--identity", "--layer", str(LAYER), "--out", "found"]
+    assert main(arguments) == 130
+    report = json.loads((toy / "found" / "profile.json").read_text())
+    assert all(report["stages"][stage]["seconds"] > 0 for stage in ("keys", "values", "update"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "values" in shown
+    assert "roofline:" in shown
+    complete = interrupted == "gzip.open"
+    assert ("operators" in report) == ("aten::mm" in shown) == complete
+    names = {"profile.json", "memory.csv"} if complete else {"profile.json"}
+    assert {file.name for file in (toy / "found").iterdir()} == names
 
 
 def test_the_counter_knows_what_an_operator_moves():

@@ -1,13 +1,20 @@
 """`rome-fast profile`: where the time of an edit goes, against what the device does at best.
 
-The edits are made four times: with two steps to warm up, timed, counted, and under torch's profiler. Counting and
-profiling slow a program down; seconds of stages are those of the timed run, of operators those of the profiled one.
+All edits are made with two steps, to warm up, and then timed as they are. What slows a program down is done on a part,
+so that it takes seconds whatever was asked for: as many edits as were optimised at once, 64 at most, with three steps
+of the search. The part is timed, counted, and run under torch's profiler. Seconds of stages are those of all edits;
+rates of stages are those of the part, without the profiler; seconds of operators and kernels are the part's, under it.
+
+Tables are printed, and profile.json and memory.csv written, as soon as they are known; the trace comes last, whole or
+not at all.
 """
 
 import argparse
 import csv
 import gzip
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,21 +30,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import ArgumentError
 from ..models.runner import Runner
 from ..opening import checkpoints
-from ..runs.terminal import show
+from ..runs.terminal import say, show
 from ..search.requests import Request, tokenise
 from ..search.search import Clock
 from ..search.values import compute_dtype
+from ..weights.files import atomic_write, partial
 from .command import prepare
 from .flops import flops_of
 from .launches import moved_bytes
 from .roofline import Roofline, measure_roofline
-from .throughput import Setup
+from .throughput import Setup, warm_up
 
 TRACE_FILE = "trace.json.gz"
 MEMORY_FILE = "memory.csv"
 REPORT_FILE = "profile.json"
 
 _SHOWN = 15
+# Of the part that is profiled. A step of a large model is thousands of kernels, tens of thousands of events, megabytes
+# of trace: all 25 steps of 32 edits would take minutes to write and to read.
+_PART_EDITS, _PART_STEPS = 64, 3
 
 
 @dataclass
@@ -106,7 +117,7 @@ class _CountingClock(Clock):
 
 
 def run_profile(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Profile, print the tables and write trace, memory timeline and report to the folder `out`; returns the report."""
+    """Profile, print the tables and write report, memory timeline and trace to the folder `out`; returns the report."""
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
         raise ArgumentError(f"out: {out} is a file; wanted a folder, which may be new")
@@ -114,50 +125,37 @@ def run_profile(arguments: argparse.Namespace) -> dict[str, Any]:
     runner = Runner(setup.model)
     requests = [tokenise(runner, setup.tokenizer, edit, setup.contexts, setup.flow.method) for edit in edits]
     out.mkdir(parents=True, exist_ok=True)
-    report = profile(setup, requests, out) | extra
-    report |= {"versions": checkpoints.versions(), "out": str(out)}
-    (out / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _print(report)
-    return report
+    # Nothing of an earlier run beside the tables of this one.
+    for name in (REPORT_FILE, MEMORY_FILE, TRACE_FILE):
+        (out / name).unlink(missing_ok=True)
+    return profile(setup, requests, out, extra | {"versions": checkpoints.versions(), "out": str(out)})
 
 
-def profile(setup: Setup, requests: list[Request], out: Path) -> dict[str, Any]:
-    """Make the edits of `requests`, each as if alone, and say what every stage and operator took."""
-    device = setup.model.device
+def profile(setup: Setup, requests: list[Request], out: Path, extra: dict[str, Any]) -> dict[str, Any]:
+    """Make the edits of `requests`, each as if alone, and say what every stage and operator took.
+
+    The report is kept in `out` with `extra` in it.
+    """
+    device, on_gpu = setup.model.device, setup.model.device.type == "cuda"
     roofline = measure_roofline(device, compute_dtype(Runner(setup.model), setup.settings))
-    replace(setup, settings=replace(setup.settings, steps=min(2, setup.settings.steps))).flow.solve_each(requests)
-
+    warm_up(setup, requests)
     timed = setup.flow
     timed.solve_each(requests)
 
+    part = requests[: min(_PART_EDITS, timed.search.largest_batch)]
+    steps = min(_PART_STEPS, setup.settings.steps)
+    small = replace(setup, settings=replace(setup.settings, steps=steps))
+    warm_up(small, part)
+    alone = small.flow
+    alone.solve_each(part)
     counter = Counter()
-    counted = setup.flow
+    counted = small.flow
     counted.search.clock = _CountingClock(counter)
     with counter:
-        counted.solve_each(requests)
+        counted.solve_each(part)
 
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    profiled = setup.flow
-    with torch_profile(activities=activities, profile_memory=True) as found:
-        profiled.solve_each(requests)
-    found.export_chrome_trace(str(out / TRACE_FILE))
-    # The profiler's own tables take minutes for what is read off its trace in seconds.
-    with gzip.open(out / TRACE_FILE, "rt", encoding="utf-8") as text:
-        trace = json.load(text)["traceEvents"]
-    peaks = write_memory(trace, out / MEMORY_FILE)
-    kernels = kernel_seconds(trace)
-
-    stages = {
-        stage: counter.stages.get(stage, Work()).against(seconds, roofline)
-        for stage, seconds in timed.search.clock.seconds.items()
-    }
-    operators = [
-        {"name": name, "calls": calls, **counter.operators.get(name, Work()).against(seconds, roofline)}
-        for name, (calls, seconds) in operator_seconds(trace, on_gpu=on_gpu).items()
-    ]
-    wall = sum(profiled.search.clock.seconds.values())
-    return {
+    seconds_of_part = alone.search.clock.seconds
+    report: dict[str, Any] = {
         "model": str(setup.model.config._name_or_path),
         "dtype": str(setup.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -169,15 +167,58 @@ def profile(setup: Setup, requests: list[Request], out: Path) -> dict[str, Any]:
         "method": setup.method,
         "statistics": setup.statistics,
         "roofline": roofline.to_json(),
-        "stages": stages,
-        "operators": sorted(operators, key=lambda row: -row["seconds"]),
-        "kernels": sorted(
+        "part": {"edits": len(part), "steps": steps},
+        "stages": {
+            stage: counter.stages.get(stage, Work()).against(seconds_of_part.get(stage, 0.0), roofline)
+            | {"part_seconds": seconds_of_part.get(stage, 0.0), "seconds": seconds}
+            for stage, seconds in timed.search.clock.seconds.items()
+        },
+        **extra,
+    }
+    _keep(report, out)
+    show(_table_of_stages(report))
+
+    with partial(out / TRACE_FILE) as work:
+        plain = work / "trace.json"
+        _record(small, part, plain)
+        trace = json.loads(plain.read_bytes())["traceEvents"]
+        report["peak_bytes"] = write_memory(trace, out / MEMORY_FILE)
+        kernels = kernel_seconds(trace)
+        operators = [
+            {"name": name, "calls": calls, **counter.operators.get(name, Work()).against(seconds, roofline)}
+            for name, (calls, seconds) in operator_seconds(trace, on_gpu=on_gpu).items()
+        ]
+        report["operators"] = sorted(operators, key=lambda row: -row["seconds"])
+        report["kernels"] = sorted(
             ({"name": name, "calls": calls, "seconds": seconds} for name, (calls, seconds) in kernels.items()),
             key=lambda row: -float(str(row["seconds"])),
-        ),
-        "gpu_busy": sum(seconds for _, seconds in kernels.values()) / wall if on_gpu else None,
-        "peak_bytes": peaks,
-    }
+        )
+        busy = sum(seconds for _, seconds in kernels.values())
+        report["gpu_busy"] = busy / sum(seconds_of_part.values()) if on_gpu else None
+        _keep(report, out)
+        show(_table_of_operators(report))
+        packed = work / TRACE_FILE
+        with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=1) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        os.replace(packed, out / TRACE_FILE)
+    say(f"trace for Perfetto or chrome://tracing: {out / TRACE_FILE}")
+    return report
+
+
+def _record(setup: Setup, requests: list[Request], file: Path) -> None:
+    """Make the edits under torch's profiler; its trace goes to the file."""
+    on_gpu = setup.model.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    flow = setup.flow
+    with torch_profile(activities=activities, profile_memory=True) as found:
+        flow.solve_each(requests)
+    # Its own tables take minutes for what is read off its trace in seconds, and it packs a trace line by line.
+    found.export_chrome_trace(str(file))
+
+
+def _keep(report: dict[str, Any], out: Path) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(out / REPORT_FILE, text.encode("utf-8"))
 
 
 Trace = list[dict[str, Any]]
@@ -253,27 +294,31 @@ def _device_name(arguments: dict[str, Any]) -> str:
     return {0: "cpu", 1: "cuda"}.get(int(arguments["Device Type"]), "other")
 
 
-def _print(report: dict[str, Any]) -> None:
-    roofline = report["roofline"]
+def _table_of_stages(report: dict[str, Any]) -> Table:
+    roofline, part = report["roofline"], report["part"]
     whole = sum(stage["seconds"] for stage in report["stages"].values())
     table = _table(f"{report['model']}, {report['dtype']}, {report['device']}: {report['edits']} edits, {whole:.2f} s")
     for name, row in report["stages"].items():
         table.add_row(name, "", *_cells(row, whole))
-    table.add_section()
-    operators = report["operators"]
+    table.caption = (
+        f"ms, share: all edits; rates: {part['edits']} of them, {part['steps']} steps; none under a profiler\n"
+        f"roofline: {roofline['matrix_rate'] / 1e12:.3g} TFLOP/s ({roofline['matrix_dtype']} product of size "
+        f"{roofline['matrix_size']}), {roofline['copy_bandwidth'] / 1e9:.0f} GB/s (copy)"
+    )
+    return table
+
+
+def _table_of_operators(report: dict[str, Any]) -> Table:
+    part, operators = report["part"], report["operators"]
+    table = _table(f"operators of {part['edits']} edits with {part['steps']} steps, under the profiler")
     busy = sum(row["seconds"] for row in operators) or 1.0
     for row in operators[:_SHOWN]:
         table.add_row(row["name"], str(row["calls"]), *_cells(row, busy))
-    caption = [
-        f"roofline: {roofline['matrix_rate'] / 1e12:.3g} TFLOP/s ({roofline['matrix_dtype']} product of size "
-        f"{roofline['matrix_size']}), {roofline['copy_bandwidth'] / 1e9:.0f} GB/s (copy)",
-        "stages: a run without the profiler; operators: own time under it, bytes as if no cache held them",
-        f"trace for Perfetto or chrome://tracing: {Path(report['out']) / TRACE_FILE}",
-    ]
+    caption = ["own time of each; bytes as if no cache held them"]
     if report["gpu_busy"] is not None:
-        caption.insert(1, f"the GPU was busy {report['gpu_busy']:.0%} of the time")
+        caption.append(f"the GPU was busy {report['gpu_busy']:.0%} of the time that these steps take without it")
     table.caption = "\n".join(caption)
-    show(table)
+    return table
 
 
 def _table(title: str) -> Table:
