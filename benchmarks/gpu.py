@@ -1,23 +1,40 @@
-"""What only a GPU shows, in one command: numbers, and the speed of ops, values and statistics. `make gpu`.
+"""What only a GPU shows, in one command: `make gpu`. Everything of it runs at tiny sizes on a CPU as well.
 
-    python benchmarks/gpu.py [--part correctness|ops|values|statistics|sanitizer] [--minutes 9]
+    python benchmarks/gpu.py [--part PART] [--minutes 8]     # on a GPU
+    python benchmarks/gpu.py [--part PART] --tiny            # in seconds, on whatever there is
 
 Every part is a process of its own, so that a broken kernel takes only its own part down, and writes a table to
-benchmarks/results (or $OUT) row by row: gpu_correctness.csv, gpu_ops.csv, gpu_values.csv, gpu_statistics.csv,
-gpu_sanitizer.csv. The figures are redrawn at the end. Without a GPU it says what it leaves out. The exit status is 1
-where anything is wrong.
+benchmarks/results (or $OUT; with --tiny build/gpu) row by row, so that what has been measured when time is up is kept.
+In their order, with the minutes assumed on one H200 with 16 cores, eight in all:
+
+    kernels      0.7  all kernels are compiled, by a process for each size; the others then find them in triton's cache
+    correctness  0.6  tests marked gpu, in 12 processes
+    ops          1.4  the five ops beside what they replace, d_ff 1536 to 28672
+    values       2.3  seconds per edit, shape llama-2-7b in bfloat16, batches of 1 to 256: by the default rule as far as
+                      a random model goes, 15 steps on 5 rows and one on all, and with all steps on all rows
+    statistics   0.4  tokens per second of second moments, the same shape
+    streaming    1.0  a checkpoint of the same shape edited under 6 GiB, its bytes and its rate
+    end-to-end   0.9  the command line on a small checkpoint, in three dtypes
+    sanitizer    0.7  compute-sanitizer on small sizes
+
+A part that takes longer than its share of the time is stopped; one that takes less leaves the rest to the others. The
+figures are redrawn at the end. Without a GPU and --tiny it says what it leaves out. The exit status is 1 where anything
+is wrong, or was stopped.
 """
 
 import argparse
+import importlib.util
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,30 +44,82 @@ import torch
 import uninstalled  # noqa: F401  (it makes rome_fast importable)
 
 # isort: split
-from measure import ROOT, Table, origin, read_rows, results, side_by_side, timed
-from op_cases import OURS, Case, cases
+import sanitized
+from groups import ending_in_order, run_group
+from measure import ROOT, Table, forget_peak, origin, peak_bytes, read_rows, results, side_by_side, timed, yes
+from op_cases import OURS, Case, cases, matrix_unit_error
 from rome_fast.bench.roofline import Roofline, measure_roofline
 
 PARTS = {
+    "kernels": "every kernel compiled once, by many processes",
     "correctness": "every op against float64 on the GPU: dtypes, masks, odd sizes, strides (tests marked gpu)",
     "ops": "timings of the five ops beside what they replace, d_ff 1536 to 28672",
     "values": "seconds per edit of the values, shape llama-2-7b in bfloat16, batches of 1 to 256",
     "statistics": "tokens per second of second moments, shape llama-2-7b in bfloat16",
+    "streaming": "an edit under 6 GiB of a checkpoint of that shape: its bytes, and bytes per second",
+    "end-to-end": "statistics, edit, evaluate, study, revert and profile by the command line, in three dtypes",
     "sanitizer": "compute-sanitizer on small sizes",
 }
-SIZES = (1536, 3072, 6400, 11008, 14336, 16384, 28672)
-SHAPE = "llama-2-7b"
-BATCHES = (1, 16, 64, 256)
-TOKENS = (110_000, 1_000_000)
-"""About the default budget of this shape, and one at which what is done once hardly counts."""
-_OP_SECONDS = 1.5  # of timing per case
+_MINUTES = {
+    "kernels": 0.7,
+    "correctness": 0.6,
+    "ops": 1.4,
+    "values": 2.3,
+    "statistics": 0.4,
+    "streaming": 1.0,
+    "end-to-end": 0.9,
+    "sanitizer": 0.7,
+}
+"""Assumed of each part, on the machine that the docstring names."""
+_SLACK = 1.5  # times its share of the time that is left, which a part may take
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what is measured."""
+
+    d_ff: tuple[int, ...] = (1536, 3072, 6400, 11008, 14336, 16384, 28672)
+    op_tokens: int = 16_384  # rows of a second moment
+    op_rows: int = 4096  # of low_rank_apply_
+    op_seconds: float = 0.8  # of timing per case
+    shape: str = "llama-2-7b"
+    batches: tuple[int, ...] = (1, 16, 64, 256)
+    # About the default budget of this shape, and one at which what is done once hardly counts.
+    tokens: tuple[int, ...] = (110_000, 1_000_000)
+    memory: str = "6GiB"  # of a streamed edit
+    streamed_steps: int = 3
+    copied_bytes: int = 4 << 30
+    command_shape: str = "tiny"
+    command_tokens: int = 20_000
+    command_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    processes: int = 12  # of the tests
+    tests: tuple[str, ...] = ("-m", "gpu", "tests/test_kernels_gpu.py", "tests/test_products.py")
+
+
+TINY = Sizes(
+    d_ff=(70,),
+    op_tokens=130,
+    op_rows=64,
+    op_seconds=0.0,
+    shape="tiny",
+    batches=(1, 2),
+    tokens=(300,),
+    memory="300KiB",
+    copied_bytes=1 << 20,
+    command_tokens=400,
+    command_dtypes=(torch.float16,),
+    processes=1,
+    tests=("-m", "not gpu", "tests/test_products.py", "-k", "result_in_fp32 or dtype_chosen"),
+)
+
 _REPEATS = 3  # of what is short; of anything longer, one
-_SHORT_BATCH, _SHORT_TOKENS = 16, 200_000
-_GPU_TESTS = [ROOT / "tests" / name for name in ("test_kernels_gpu.py", "test_products.py")]
-_SHARES = {"correctness": 0.45, "ops": 0.45, "values": 0.55, "statistics": 0.5, "sanitizer": 1.0}
-"""How much of the time that is left a part may take. The first takes about 200 s on a machine that compiles anew."""
+_SHORT_BATCH, _SHORT_TOKENS = 1, 200_000
 _GRACE_SECONDS = 5.0  # between asking a part to end and killing it
-_TOOL_SECONDS = 100.0  # for one tool of compute-sanitizer
+_TOOL_SECONDS = 60.0  # for one tool of compute-sanitizer
+_WORKER_SECONDS = 100.0  # for one process that compiles
+_COMMAND_SECONDS = 60.0  # for one command of the command line
+_CHECKED_EDITS = 2  # of a batch, against the model's own forward pass
+_SAMPLED, _EXACT_ROWS = 64, 8192  # columns of a second moment that are compared with float64, and rows at a time
 
 
 def say(line: str) -> None:
@@ -60,32 +129,68 @@ def say(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=tuple(PARTS), help="this part only, in this process")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default: 9)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of d_ff, for the ops")
-    parser.add_argument("--shape", default=SHAPE, help="of the model, for the values and statistics")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of edits, for the values")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="to read, for the statistics")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: 8)")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, on a CPU where there is no GPU")
+    parser.add_argument("--device", help="cuda, or with --tiny cpu (default: cuda where torch finds one)")
+    parser.add_argument("--sizes", type=int, nargs="+", help="of d_ff, for the ops")
+    parser.add_argument("--shape", help="of the model, for values, statistics and streaming")
+    parser.add_argument("--batches", type=int, nargs="+", help="of edits, for the values")
+    parser.add_argument("--tokens", type=int, nargs="+", help="to read, for the statistics")
+    parser.add_argument("--memory", help="budget of the streamed edit")
+    parser.add_argument("--folder", help="where to put its checkpoint (default: the temporary folder)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        say("no CUDA GPU here; left out:")
+    on_gpu = torch.cuda.is_available() if arguments.device is None else arguments.device.startswith("cuda")
+    if not on_gpu and not arguments.tiny:
+        say("no CUDA GPU here; left out:" if arguments.device is None else "without --tiny, left out on a CPU:")
         for name, what in PARTS.items():
             if arguments.part in (None, name):
                 say(f"  {name}: {what}")
         return 0
+    if arguments.tiny:
+        # The tables of a GPU are not overwritten by what a CPU shows.
+        os.environ.setdefault("OUT", str(ROOT / "build" / "gpu"))
     if arguments.part is None:
-        return run_all(arguments.minutes, argv or sys.argv[1:])
-    device = torch.device("cuda", torch.cuda.current_device())
-    say(f"{arguments.part}: {torch.cuda.get_device_name(device)}, torch {torch.__version__}")
-    if arguments.part == "correctness":
-        return correctness(device)
-    if arguments.part == "ops":
-        return ops(device, arguments.sizes)
-    if arguments.part == "values":
-        return values(device, arguments.shape, arguments.batches)
-    if arguments.part == "statistics":
-        return statistics(device, arguments.shape, arguments.tokens)
-    # Where `run_all` ends this part, it has yet to end what it has started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        return run_all(arguments.minutes, sys.argv[1:] if argv is None else argv)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    say(f"{arguments.part}: {name}, torch {torch.__version__}")
+    given = {
+        "d_ff": arguments.sizes and tuple(arguments.sizes),
+        "shape": arguments.shape,
+        "batches": arguments.batches and tuple(arguments.batches),
+        "tokens": arguments.tokens and tuple(arguments.tokens),
+        "memory": arguments.memory,
+    }
+    sizes = replace(TINY if arguments.tiny else Sizes(), **{k: v for k, v in given.items() if v})
+    if arguments.worker:
+        compile_kernels(arguments.worker, device, sizes)
+        return 0
+    with ending_in_order():
+        return run_part(arguments.part, device, sizes, arguments.tiny, arguments.folder)
+
+
+def run_part(part: str, device: torch.device, sizes: Sizes, tiny: bool, folder: str | None) -> int:
+    """The exit status of a part."""
+    if part == "kernels":
+        return kernels(device, sizes, apart=not tiny)
+    if part == "correctness":
+        return correctness(device, sizes.tests, sizes.processes)
+    if part == "ops":
+        return ops(device, sizes)
+    if part == "values":
+        return values(device, sizes.shape, sizes.batches)
+    if part == "statistics":
+        return statistics(device, sizes.shape, sizes.tokens)
+    if part == "streaming":
+        from gpu_streaming import streaming
+
+        return streaming(device, sizes.shape, sizes.memory, sizes.streamed_steps, sizes.copied_bytes, folder)
+    if part == "end-to-end":
+        from gpu_commands import end_to_end
+
+        tokens, dtypes = sizes.command_tokens, sizes.command_dtypes
+        return end_to_end(device, sizes.command_shape, tokens, _COMMAND_SECONDS, dtypes, apart=not tiny)
     return sanitizer(device)
 
 
@@ -94,7 +199,7 @@ def run_all(minutes: float, argv: Sequence[str]) -> int:
     end = time.monotonic() + 60 * minutes
     worst = 0
     for part in PARTS:
-        limit = _SHARES[part] * (end - time.monotonic())
+        limit = share_of(part) * (end - time.monotonic())
         start = time.monotonic()
         with subprocess.Popen([sys.executable, __file__, *argv, "--part", part]) as process:
             try:
@@ -112,8 +217,80 @@ def run_all(minutes: float, argv: Sequence[str]) -> int:
     return worst
 
 
-def correctness(device: torch.device, *files: Path) -> int:
-    """The tests that are marked gpu, one row each; those that a file imports, which a CPU runs too, come last."""
+def share_of(part: str) -> float:
+    """How much of the time that is left when its turn comes a part may take."""
+    names = list(PARTS)
+    rest = sum(_MINUTES[name] for name in names[names.index(part) :])
+    return min(1.0, _SLACK * _MINUTES[part] / rest)
+
+
+def kernels(device: torch.device, sizes: Sizes, *, apart: bool) -> int:
+    """A row for each worker; `apart` each is a process, and all of them run side by side."""
+    table = Table(results() / "gpu_compiled.csv", origin(device))
+    workers = [*(f"ops {d_ff}" for d_ff in sizes.d_ff), "values", "statistics", "sanitized"]
+
+    def work(worker: str) -> tuple[int, str, float]:
+        start = time.monotonic()
+        if apart:
+            options = ["--part", "kernels", "--shape", sizes.shape, "--worker", worker]
+            code, text = run_group([sys.executable, __file__, *options], _WORKER_SECONDS)
+        else:
+            compile_kernels(worker, device, sizes)
+            code, text = 0, ""
+        return code, text, time.monotonic() - start
+
+    wrong = 0
+    with ThreadPoolExecutor(len(workers) if apart else 1) as pool:
+        started = {pool.submit(work, worker): worker for worker in workers}
+        for done in as_completed(started):
+            code, text, seconds = done.result()
+            detail = text.strip()[-300:] if code else ""
+            table.add(
+                {
+                    "worker": started[done],
+                    "status": code,
+                    "seconds": seconds,
+                    "correct": yes(code == 0),
+                    "detail": detail,
+                }
+            )
+            say(f"kernels: {started[done]}: {seconds:.0f} s {detail}")
+            wrong += code != 0
+    return int(wrong > 0)
+
+
+def compile_kernels(worker: str, device: torch.device, sizes: Sizes) -> None:
+    """Run once what a part will run, and nothing of it for long."""
+    name, _, number = worker.partition(" ")
+    if name == "ops":
+        for case in cases(int(number), device, tokens=sizes.op_tokens, rows=sizes.op_rows):
+            case.runs[OURS]()
+            del case
+    elif name == "values":
+        prepared = prepare_values(device, sizes.shape, min(16, max(sizes.batches)))
+        from rome_fast.bench.throughput import warm_up
+
+        for count in sorted({1, len(prepared[1])}):
+            warm_up(prepared[0], prepared[1][:count])
+    elif name == "statistics":
+        model, tokenizer, _, layer = prepare_statistics(device, sizes.shape)
+        from random_checkpoint import drawn_texts
+        from rome_fast import collect_statistics
+
+        count = min(40_000, max(sizes.tokens))
+        collect_statistics(model, tokenizer, drawn_texts(count), [layer], count)
+    else:
+        sanitized.main(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def correctness(device: torch.device, tests: Sequence[str], processes: int = 0) -> int:
+    """The tests that are marked gpu, one row each; 1 also where none has passed.
+
+    `tests` are arguments of pytest, files relative to the repository. With fewer than two processes those tests that a
+    file imports, which a CPU runs too, come last; more of them need pytest-xdist, and are one where it is missing.
+    """
     import pytest
 
     table = Table(results() / "gpu_correctness.csv", origin(device))
@@ -131,32 +308,37 @@ def correctness(device: torch.device, *files: Path) -> int:
                 count[report.outcome] += 1
                 name = report.nodeid.partition("::")[2]
                 detail = "" if report.outcome == "passed" else str(report.longrepr)[-500:]
-                table.add({"check": name, "outcome": report.outcome, "seconds": report.duration, "detail": detail})
+                correct = yes(report.outcome == "passed") if report.outcome != "skipped" else ""
+                row = {"check": name, "outcome": report.outcome, "correct": correct, "seconds": report.duration}
+                table.add(row | {"detail": detail})
 
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default", "--tb=short", f"--rootdir={ROOT}"]
-    code = int(pytest.main([*options, *map(str, files or _GPU_TESTS)], plugins=[Rows()]))
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "--tb=short", f"--rootdir={ROOT}"]
+    if processes and importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(processes)]
+    where = [str(ROOT / name) if name.startswith("tests/") else name for name in tests]
+    code = int(pytest.main([*options, *where], plugins=[Rows()]))
     say(f"correctness: {count}")
-    return code
+    return code or int(count["passed"] == 0)
 
 
-def ops(device: torch.device, sizes: Sequence[int]) -> int:
+def ops(device: torch.device, sizes: Sizes) -> int:
     """Every case: check, then time, then one row per provider."""
     table = Table(results() / "gpu_ops.csv", origin(device))
     roofline = measure_roofline(device, torch.bfloat16)
     say(f"bf16 GEMM {roofline.matrix_rate / 1e12:.0f} TFLOP/s, copy {roofline.copy_bandwidth / 1e12:.2f} TB/s")
     wrong = 0
-    for d_ff in sizes:
-        for case in cases(d_ff, device):
-            wrong += measure_case(case, device, roofline, table)
+    for d_ff in sizes.d_ff:
+        for case in cases(d_ff, device, tokens=sizes.op_tokens, rows=sizes.op_rows):
+            wrong += measure_case(case, device, roofline, table, sizes.op_seconds)
             del case
             torch.cuda.empty_cache()
     return int(wrong > 0)
 
 
-def measure_case(case: Case, device: torch.device, roofline: Roofline, table: Table) -> int:
+def measure_case(case: Case, device: torch.device, roofline: Roofline, table: Table, seconds: float) -> int:
     """Rows of one case; how many of its providers are wrong. Those are not timed."""
     right = case.check()
-    times = side_by_side({name: run for name, run in case.runs.items() if right[name]}, device, _OP_SECONDS)
+    times = side_by_side({name: run for name, run in case.runs.items() if right[name]}, device, seconds)
     bound_ms = 1e3 * roofline.seconds(case.flops, case.moved_bytes)
     sizes = " ".join(f"{name}={size}" for name, size in case.sizes.items())
     dtype = str(case.dtype).removeprefix("torch.")
@@ -169,7 +351,7 @@ def measure_case(case: Case, device: torch.device, roofline: Roofline, table: Ta
             "d_ff": case.sizes["d_ff"],
             "sizes": sizes,
             "provider": name,
-            "right": right[name],
+            "correct": yes(right[name]),
             "error": case.errors[name],
             "ms": measured.median if measured else "",
             "ms_p20": measured.low if measured else "",
@@ -193,37 +375,71 @@ def measure_case(case: Case, device: torch.device, roofline: Roofline, table: Ta
     return sum(not ok for ok in right.values())
 
 
-def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
-    """Seconds per edit of keys, values and update for batches of a random model's edits."""
+RULES = ("default", "all steps")
+"""15 steps on 5 rows and one on all, as the default rule takes of a target that never leads; the released rule."""
+_DRAFTED_STEPS, _DRAFT_ROWS = 15, 5
+
+
+def prepare_values(device: torch.device, shape: str, count: int) -> tuple[Any, list[Any], str]:
+    """A random model set up for edits, so many of them, and what its tokenizer is."""
     from rome_fast.bench.command import REQUESTS
-    from rome_fast.bench.flops import FlopCounter
     from rome_fast.bench.shapes import repeated
-    from rome_fast.bench.throughput import Track, ideal, run_timed, shape_setup, warm_up
+    from rome_fast.bench.throughput import shape_setup
     from rome_fast.edits import load_edits
     from rome_fast.models.runner import Runner
     from rome_fast.search.requests import tokenise
 
-    table = Table(results() / "gpu_values.csv", origin(device))
     edits = load_edits(REQUESTS)
-    roofline = measure_roofline(device, torch.bfloat16)
-    torch.cuda.empty_cache()
     setup, tokenizer = shape_setup(shape, device, torch.bfloat16, edits)
     runner = Runner(setup.model)
-    weight_bytes = sum(p.nbytes for p in setup.model.parameters())
-    requests = [
-        tokenise(runner, setup.tokenizer, e, setup.contexts, setup.flow.method) for e in repeated(edits, max(batches))
-    ]
-    for batch in batches:
-        group = requests[:batch]
+    requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, setup.flow.method) for e in repeated(edits, count)]
+    return setup, requests, tokenizer
+
+
+def by_rule(settings: Any, rule: str) -> Any:
+    """The settings of a random model, which never stops early, by one of `RULES`."""
+    if rule == "all steps":
+        return settings
+    steps = min(settings.steps, _DRAFTED_STEPS + 1)
+    # Nor by chance: what leads for so many steps has taken all of them.
+    return replace(settings, stop="argmax", draft_rows=_DRAFT_ROWS, steps=steps, margin=steps)
+
+
+def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
+    """Seconds per edit of keys, values and update for batches of a random model's edits, by both rules.
+
+    Right is a batch whose loss before the first step is that of the plain model, row by row, for some of the edits, and
+    whose edits have taken all steps and end in numbers.
+    """
+    from rome_fast.bench.flops import FlopCounter
+    from rome_fast.bench.throughput import Track, ideal, run_timed, warm_up
+
+    table = Table(results() / "gpu_values.csv", origin(device))
+    roofline = measure_roofline(device, torch.bfloat16)
+    torch.cuda.empty_cache()
+    whole, requests, tokenizer = prepare_values(device, shape, max(batches))
+    weight_bytes = sum(p.nbytes for p in whole.model.parameters())
+    plain, allowed = zip(*(plain_loss(whole.model, request) for request in requests[:_CHECKED_EDITS]), strict=True)
+    wrong = 0
+    for batch, rule in product(batches, RULES):
+        group, setup = requests[:batch], replace(whole, settings=by_rule(whole.settings, rule))
         # This very group: every shape has a first use, which is slow.
         warm_up(setup, group)
-        torch.cuda.reset_peak_memory_stats(device)
+        found = replace(setup, settings=replace(setup.settings, steps=1)).flow.solve_each(group)
+        errors = [abs(record.loss - loss) for (_, record), loss in zip(found, plain, strict=False)]
+        del found
+        forget_peak(device)
         runs = []
         for _ in range(_REPEATS if batch <= _SHORT_BATCH else 1):
             track, flow = Track("rome_fast"), setup.flow
             runs.append((track, flow, run_timed(track, flow, group)))
         track, flow, made = sorted(runs, key=lambda run: run[0].wall_seconds)[len(runs) // 2]
-        peak = torch.cuda.max_memory_allocated(device)
+        peak = peak_bytes(device)
+        # A NaN compares as false.
+        correct = all(error <= most for error, most in zip(errors, allowed, strict=False))
+        correct &= all(record.steps == setup.settings.steps for _, record in made)
+        correct &= all(isfinite(record.loss) and isfinite(record.update_norm) for _, record in made)
+        wrong += not correct
         useful = ideal(setup, group, [record for _, record in made]) / batch
         counted: float | None = None
         if batch <= _SHORT_BATCH:
@@ -234,13 +450,17 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
         row = {
             "shape": shape,
             "dtype": "bfloat16",
+            "rule": rule,
             "batch": batch,
             "largest_batch": flow.search.largest_batch,
             "repeats": len(runs),
             "seconds_per_edit": seconds,
             "steps_per_edit": track.steps / batch,
+            "drafted_per_edit": sum(record.drafted for _, record in made) / batch,
             "rows_per_edit": len(group[0].rows),
             **{f"{stage}_seconds_per_edit": s / batch for stage, s in flow.search.clock.seconds.items()},
+            "loss_error": max(errors),
+            "correct": yes(correct),
             "ideal_tflop_per_edit": useful / 1e12,
             "counted_tflop_per_edit": "" if counted is None else counted / 1e12,
             "tflop_per_s": useful / seconds / 1e12,
@@ -253,41 +473,78 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
         }
         table.add(row)
         say(
-            f"batch {batch:4} (at once {flow.search.largest_batch}): {seconds:.3f} s per edit, "
+            f"batch {batch:4} (at once {flow.search.largest_batch}), {rule}: {seconds:.3f} s per edit, "
             f"{row['tflop_per_s']:.0f} TFLOP/s, {row['share_of_matrix_rate']:.0%} of the matrix rate, "
-            f"peak {row['peak_gib']:.1f} GiB"
+            f"peak {row['peak_gib']:.1f} GiB, first loss off by {max(errors):.1e}"
+            f"{'' if correct else ' WRONG'}"
         )
-    return 0
+    return int(wrong > 0)
+
+
+@torch.no_grad()
+def plain_loss(model: Any, request: Any) -> tuple[float, float]:
+    """The loss of an edit at δ = 0 by the model's own forward pass, a row at a time, and what two such may differ by.
+
+    That is four standard deviations of ten roundings a layer of logits of their spread, over independent rows.
+    """
+    losses, spread = [], 0.0
+    for row in (item.row for item in request.rows if item.row.labels):
+        logits = model(torch.tensor([row.inputs], device=model.device)).logits[0].float()
+        at = torch.arange(len(row.labels), device=model.device) + row.target - 1
+        labels = torch.tensor(row.labels, device=model.device)
+        losses.append(float(torch.nn.functional.cross_entropy(logits[at], labels)))
+        spread = max(spread, float(logits.std()))
+    roundings = 10 * model.config.num_hidden_layers
+    allowed = 4 * roundings**0.5 * torch.finfo(model.dtype).eps / 2 * spread / len(losses) ** 0.5
+    return sum(losses) / len(losses), allowed
+
+
+def prepare_statistics(device: torch.device, shape: str) -> tuple[Any, Any, str, int]:
+    """The layers of a random model that its statistics need, a tokenizer, what that is, and the edit layer."""
+    from random_checkpoint import sentences
+    from rome_fast.bench.shapes import random_model, shape_config, tokenizer_for
+    from rome_fast.opening.defaults import default_layer
+
+    whole = shape_config(shape)
+    layer = default_layer(whole)
+    tokenizer, what = tokenizer_for(whole.vocab_size, sentences())
+    return random_model(shape, device, torch.bfloat16, layers=layer + 1), tokenizer, what, layer
 
 
 def statistics(device: torch.device, shape: str, counts: Sequence[int]) -> int:
     """Seconds for the second moment of the edit layer's keys, of so many tokens, and how much of it its sum takes.
 
     No layers are made but those that are run. FLOPs are the products with weights of these, and d_ff² per token for the
-    lower triangle of the sum.
+    lower triangle of the sum. Right is what agrees with a sum in float64 of the same keys, in some of the columns.
     """
+    from random_checkpoint import drawn_texts
     from rome_fast import collect_statistics
     from rome_fast.bench.flops import Shape
-    from rome_fast.bench.shapes import random_model, shape_config, tokenizer_for
+    from rome_fast.bench.shapes import shape_config
     from rome_fast.models.runner import Runner
-    from rome_fast.opening.defaults import default_layer
 
     table = Table(results() / "gpu_statistics.csv", origin(device))
     roofline = measure_roofline(device, torch.bfloat16)
     torch.cuda.empty_cache()
-    whole = shape_config(shape)
-    layer = default_layer(whole)
-    model = random_model(shape, device, torch.bfloat16, layers=layer + 1)
-    tokenizer, what = tokenizer_for(whole.vocab_size, sentences())
+    model, tokenizer, what, layer = prepare_statistics(device, shape)
     runner = Runner(model)
     width = runner.weight(layer).shape[1]
     flops_per_token = 2.0 * (layer + 1) * Shape.of(runner).layer_weights + float(width) ** 2
+    picked = torch.linspace(0, width - 1, min(width, _SAMPLED), device=device).long()
+    wrong = 0
     for count in counts:
         texts = drawn_texts(count)
         reading = reading_seconds(tokenizer, texts, count, device)
         # All of it: what a first use compiles depends on the sizes of the batches.
-        collect_statistics(model, tokenizer, texts, [layer], count)
-        torch.cuda.reset_peak_memory_stats(device)
+        with summing_exactly(picked, width) as exact:
+            found = collect_statistics(model, tokenizer, texts, [layer], count).layers[layer]
+        got = found.moment.to(device)[picked].double() * found.tokens
+        error = float((got - exact).norm() / exact.norm())
+        # The op's promise of a corpus, and the rounding of C to fp32; a GPU's matrix unit cuts off instead of rounding.
+        correct = error <= 1e-6 + (matrix_unit_error(found.tokens) if device.type == "cuda" else 0.0)
+        wrong += not correct
+        del found, got
+        forget_peak(device)
         runs = []
         for _ in range(_REPEATS if count <= _SHORT_TOKENS else 1):
             with timing_second_moments(device) as calls:
@@ -301,9 +558,11 @@ def statistics(device: torch.device, shape: str, counts: Sequence[int]) -> int:
             "shape": shape,
             "dtype": "bfloat16",
             "layer": layer,
-            "layers_made": f"{layer + 1} of {whole.num_hidden_layers}, random weights",
+            "layers_made": f"{layer + 1} of {shape_config(shape).num_hidden_layers}, random weights",
             "tokens": seen,
             "repeats": len(runs),
+            "error": error,
+            "correct": yes(correct),
             "seconds": seconds,
             "tokens_per_s": seen / seconds,
             "gflop_per_token": flops_per_token / 1e9,
@@ -314,7 +573,7 @@ def statistics(device: torch.device, shape: str, counts: Sequence[int]) -> int:
             "second_moment_share": summing / seconds,
             "second_moment_tflop_per_s": float(width) ** 2 * seen / summing / 1e12,
             "reading_seconds": reading,
-            "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "peak_gib": peak_bytes(device) / 2**30,
             "weights_gib": sum(p.nbytes for p in model.parameters()) / 2**30,
             "texts": "built-in requests and contexts, drawn again and again",
             "tokenizer": what,
@@ -323,34 +582,30 @@ def statistics(device: torch.device, shape: str, counts: Sequence[int]) -> int:
         say(
             f"{seen} tokens: {seconds:.2f} s, {row['tokens_per_s']:,.0f} tokens/s, {row['tflop_per_s']:.0f} TFLOP/s, "
             f"{row['share_of_matrix_rate']:.0%} of the matrix rate; second_moment_ {row['second_moment_share']:.0%} of "
-            f"the time, reading alone {reading:.2f} s, peak {row['peak_gib']:.1f} GiB"
+            f"the time, reading alone {reading:.2f} s, peak {row['peak_gib']:.1f} GiB, error {error:.1e}"
+            f"{'' if correct else ' WRONG'}"
         )
-    return 0
+    return int(wrong > 0)
 
 
-def sentences() -> list[str]:
-    """All that the package brings along in plain words."""
-    from rome_fast.bench.command import REQUESTS
-    from rome_fast.bench.shapes import CONTEXTS
-    from rome_fast.edits import load_edits
+@contextmanager
+def summing_exactly(picked: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
+    """Rows `picked` (64,) of the second moment of all keys that are summed in the block: (64, width) float64."""
+    from rome_fast.kernels import second_moment_
 
-    out = [context.strip() for context in CONTEXTS]
-    for edit in load_edits(REQUESTS):
-        out += [
-            f"{edit.text}{edit.continuation(edit.text, edit.target)}.",
-            *edit.paraphrase_prompts,
-            *edit.neighborhood_prompts,
-        ]
-    return out
+    from rome_fast.statistics import collect
 
+    exact = torch.zeros(len(picked), width, dtype=torch.float64, device=picked.device)
 
-def drawn_texts(words: int, seed: int = 0) -> list[str]:
-    """Texts of 1 to 40 sentences drawn at random, of `words` words or some more; a word is a token at least."""
-    drawn, known, out = random.Random(seed), sentences(), list[str]()
-    while words > 0:
-        out.append(" ".join(drawn.choices(known, k=drawn.randint(1, 40))))
-        words -= out[-1].count(" ") + 1
-    return out
+    def noting(total: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        rows = x if mask is None else x[mask]
+        for part in rows.split(_EXACT_ROWS):
+            exact.addmm_(part[:, picked].double().T, part.double())
+        second_moment_(total, x, mask)
+        return total
+
+    with mock.patch.object(collect, "second_moment_", noting):
+        yield exact
 
 
 def reading_seconds(tokenizer: Any, texts: Sequence[str], tokens: int, device: torch.device) -> float:
@@ -383,47 +638,33 @@ def timing_second_moments(device: torch.device) -> Iterator[list[Callable[[], fl
 
 
 def sanitizer(device: torch.device) -> int:
-    """Every kernel once under compute-sanitizer; each allocation is the driver's own, so that its end is known."""
+    """Every kernel once under compute-sanitizer; each allocation is the driver's own, so that its end is known.
+
+    On a CPU the same program runs without it. A device that the tool does not know is left out, with a row.
+    """
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if program is None:
-        say("sanitizer: left out, there is no compute-sanitizer on this machine")
-        return 0
     table = Table(results() / "gpu_sanitizer.csv", origin(device))
     worst = 0
-    for tool in ("memcheck", "racecheck"):
-        command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "3", sys.executable]
+    for tool in ("memcheck", "racecheck") if device.type == "cuda" else ("none",):
+        options: list[str] = []
+        if tool != "none" and program is None:
+            what = "there is no compute-sanitizer on this machine"
+            table.add({"tool": tool, "status": "", "seconds": 0.0, "correct": "", "summary": what})
+            say(f"sanitizer: {tool}: left out, {what}")
+            continue
+        if tool != "none":
+            options = [str(program), "--tool", tool, "--error-exitcode", "9", "--print-limit", "3"]
         start = time.monotonic()
-        command.append(str(Path(__file__).with_name("sanitized.py")))
+        command = [*options, sys.executable, str(Path(__file__).with_name("sanitized.py")), device.type]
         code, text = run_group(command, _TOOL_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         summary = next((line for line in reversed(text.splitlines()) if "SUMMARY" in line), text.strip()[-300:])
-        table.add({"tool": tool, "status": code, "seconds": time.monotonic() - start, "summary": summary})
+        unknown = "Device not supported" in text
+        correct = "" if unknown else yes(code == 0)
+        seconds = time.monotonic() - start
+        table.add({"tool": tool, "status": code, "seconds": seconds, "correct": correct, "summary": summary})
         say(f"sanitizer: {tool}: status {code}, {summary}")
-        worst = max(worst, int(code == 9))
+        worst = max(worst, int(correct == "no"))
     return worst
-
-
-def run_group(command: Sequence[str], seconds: float, **environment: str) -> tuple[int, str]:
-    """Status and output of a command; after so many seconds it is killed, and all that it started: status 124.
-
-    A child that lives on, as that of compute-sanitizer does, would keep the GPU.
-    """
-    with subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            text, _ = process.communicate(timeout=seconds)
-        except BaseException as error:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return 124, f"stopped after {seconds:.0f} s"
-            raise
-        return process.returncode, text
 
 
 def plot() -> None:
@@ -455,7 +696,10 @@ def plot() -> None:
     if rows:
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), squeeze=False)
         for axis, name in zip(axes.flat, ("seconds_per_edit", "share_of_matrix_rate"), strict=True):
-            axis.plot([int(r["batch"]) for r in rows], [float(r[name]) for r in rows], marker="o")
+            for rule in dict.fromkeys(r.get("rule", "all steps") for r in rows):
+                mine = [r for r in rows if r.get("rule", "all steps") == rule]
+                axis.plot([int(r["batch"]) for r in mine], [float(r[name]) for r in mine], marker="o", label=rule)
+            axis.legend(frameon=False, fontsize=7)
             axis.set_xscale("log", base=2)
             axis.set_xlabel("edits in one call")
             axis.set_title(f"{rows[0]['shape']}, {rows[0]['dtype']}: {name.replace('_', ' ')}", fontsize=9)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import resource
 import statistics
 import subprocess
 import time
@@ -82,6 +83,24 @@ def side_by_side(
         for name, read in readers.items():
             seconds[name].append(read())
     return {name: Times.of(values) for name, values in seconds.items()}
+
+
+def forget_peak(device: torch.device) -> None:
+    """From now on `peak_bytes` means what comes; on a CPU it cannot be told to."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that torch held on a GPU, or this process in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def yes(holds: object) -> str:
+    """What the column `correct` says."""
+    return "yes" if holds else "no"
 
 
 class Table:

@@ -1,4 +1,9 @@
-"""Each kernel once at small odd sizes, for compute-sanitizer: nothing is compared, memory accesses are watched."""
+"""Each kernel once at small odd sizes, for compute-sanitizer: nothing is compared, memory accesses are watched.
+
+python benchmarks/sanitized.py [DEVICE]
+"""
+
+import sys
 
 import torch
 
@@ -8,8 +13,7 @@ import uninstalled  # noqa: F401  (it makes rome_fast importable)
 from rome_fast.kernels import low_rank_apply_, prefixed_solve, rank_update_, second_moment_, suffix_attention
 
 
-def main() -> None:
-    device = torch.device("cuda")
+def main(device: torch.device) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for n, d in ((70, 272), (33, 129)):
             x = torch.randn(n, d, device=device).to(dtype)
@@ -30,8 +34,9 @@ def main() -> None:
     keys = torch.randn(7, 75, device=device)
     prefixed_solve(keys, torch.zeros(7, dtype=torch.int64, device=device), 1, None, torch.eye(75, device=device))
     prefixed_solve(keys, torch.arange(7, device=device) % 3, 3, torch.eye(75, device=device))
-    torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
-    main()
+    main(torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda"))

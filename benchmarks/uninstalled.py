@@ -32,3 +32,9 @@ if importlib.util.find_spec("rome_fast") is None:
     sys.path.insert(0, str(ROOT))
 if KernelsFinder not in sys.meta_path:
     sys.meta_path.append(KernelsFinder)
+
+if __name__ == "__main__":
+    # `python benchmarks/uninstalled.py VERB …` is `python -m rome_fast VERB …`.
+    from rome_fast.cli import main
+
+    sys.exit(main())

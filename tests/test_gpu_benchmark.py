@@ -2,19 +2,24 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gpu
+import gpu_commands
+import gpu_streaming
+import groups
 import measure
 import op_cases
+import random_checkpoint
 from rome_fast import ValueSettings
 from rome_fast.bench import throughput
 from rome_fast.bench.roofline import Roofline
@@ -67,7 +72,7 @@ def test_a_part_that_takes_too_long_may_end_what_it_started_and_the_next_one_run
     script.write_text(PARTS)
     monkeypatch.setattr(gpu, "__file__", str(script))
     monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(parts))
-    monkeypatch.setattr(gpu, "_SHARES", dict.fromkeys(parts, 0.5))
+    monkeypatch.setattr(gpu, "share_of", lambda part: 0.5)
     monkeypatch.setattr(gpu, "_GRACE_SECONDS", 2.0)
     monkeypatch.setattr(gpu, "plot", lambda: None)
     start = time.monotonic()
@@ -77,14 +82,17 @@ def test_a_part_that_takes_too_long_may_end_what_it_started_and_the_next_one_run
     assert (tmp_path / "obeys").exists() == ("obeys" in parts)
 
 
-def test_the_shares_of_nine_minutes_leave_time_for_every_part(monkeypatch):
-    assert list(gpu._SHARES) == list(gpu.PARTS)
-    left = 540.0
-    for part, usual in {"correctness": 200, "ops": 90, "values": 100, "statistics": 50}.items():
-        assert gpu._SHARES[part] * left > usual
-        left -= usual
-    assert left >= gpu._TOOL_SECONDS
-    assert gpu._SHARES["sanitizer"] == 1
+def test_every_part_may_take_the_minutes_that_the_docstring_names():
+    """All parts in all that time, and each of them longer where those before it were quick."""
+    assert list(gpu._MINUTES) == list(gpu.PARTS)
+    said = dict(re.findall(r"^    ([a-z-]+) +(\d\.\d)  ", gpu.__doc__, re.MULTILINE))
+    assert {part: float(minutes) for part, minutes in said.items()} == gpu._MINUTES
+    assert sum(gpu._MINUTES.values()) <= 8
+    left = 8.0
+    for part, minutes in gpu._MINUTES.items():
+        assert gpu.share_of(part) * left >= minutes
+        left -= minutes
+    assert gpu.share_of("sanitizer") == 1
 
 
 REFERENCE = """
@@ -114,7 +122,7 @@ import sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import gpu, torch
 from pathlib import Path
-sys.exit(gpu.correctness(torch.device("cpu"), Path({str(tmp_path / "test_own.py")!r})))
+sys.exit(gpu.correctness(torch.device("cpu"), ["-m", "gpu", {str(tmp_path / "test_own.py")!r}]))
 """
     done = run("-c", code, OUT=str(tmp_path))
     rows = measure.read_rows(tmp_path / "gpu_correctness.csv")
@@ -130,11 +138,45 @@ sys.exit(gpu.correctness(torch.device("cpu"), Path({str(tmp_path / "test_own.py"
 
 
 def test_a_command_that_takes_too_long_is_killed_with_all_that_it_started(tmp_path):
-    assert gpu.run_group(["sh", "-c", "echo $WORD; echo error >&2; exit 9"], 60, WORD="said") == (9, "said\nerror\n")
+    assert groups.run_group(["sh", "-c", "echo $WORD; echo error >&2; exit 9"], 60, WORD="said") == (9, "said\nerror\n")
     number = tmp_path / "pid"
     command = ["sh", "-c", f"sleep 300 & echo $! > {number}; wait"]
-    code, text = gpu.run_group(command, 2)
+    code, text = groups.run_group(command, 2)
     assert (code, text) == (124, "stopped after 2 s")
+    pid = int(number.read_text())
+    try:
+        end = time.monotonic() + 10
+        while running(pid) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not running(pid)
+    finally:
+        if running(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+ENDED = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from groups import ending_in_order, run_group
+with ending_in_order():
+    command = ["sh", "-c", f"sleep 300 & echo $! > {sys.argv[2]}; wait"]
+    threads = [threading.Thread(target=run_group, args=(command, 250))]
+    threads[0].start()
+    print("started", flush=True)
+    threads[0].join()
+"""
+
+
+def test_what_threads_have_started_ends_with_a_part_that_is_asked_to_end(tmp_path):
+    number = tmp_path / "pid"
+    command = [sys.executable, "-c", ENDED, str(ROOT / "benchmarks"), str(number)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        end = time.monotonic() + 20
+        while not (number.exists() and number.read_text().strip()) and time.monotonic() < end:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(20) == 1
     pid = int(number.read_text())
     try:
         end = time.monotonic() + 10
@@ -191,39 +233,95 @@ def test_every_case_is_right_and_notices_what_is_wrong(number):
 
 
 @pytest.fixture
-def as_if_on_a_gpu(monkeypatch, tmp_path):
-    """The parts of the benchmark on the CPU: what they ask CUDA for is answered; results go to the returned folder."""
+def tiny(monkeypatch, tmp_path, empty_cache):
+    """A function that runs a part at tiny sizes on the CPU, in this process: its exit status and rows."""
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setattr(gpu, "measure_roofline", lambda device, dtype: Roofline(1e9, 64, "bfloat16", 1e9, 1024))
-    monkeypatch.setattr(gpu, "_OP_SECONDS", 0.0)
-    for name, answer in (("reset_peak_memory_stats", None), ("max_memory_allocated", 3 << 30), ("empty_cache", None)):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    return tmp_path / "out"
+    tables = {"kernels": "compiled", "end-to-end": "commands"}
+
+    def run_part(part, *options):
+        code = gpu.main(["--tiny", "--device", "cpu", "--part", part, *options])
+        rows = measure.read_rows(tmp_path / "out" / f"gpu_{tables.get(part, part)}.csv")
+        assert rows
+        assert {(row["device"], row["torch"]) for row in rows} == {("cpu", torch.__version__)}
+        return code, rows
+
+    return run_part
 
 
-def test_the_ops_part_writes_a_row_per_provider_and_times_no_wrong_one(as_if_on_a_gpu, monkeypatch, capsys):
+def test_on_a_cpu_nothing_of_full_size_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("without --tiny, left out on a CPU:")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_kernels_part_runs_a_worker_for_every_size(tiny, monkeypatch):
+    code, rows = tiny("kernels")
+    assert code == 0
+    assert [row["worker"] for row in rows] == ["ops 70", "values", "statistics", "sanitized"]
+    assert {(row["status"], row["correct"]) for row in rows} == {("0", "yes")}
+
+
+def test_a_worker_that_fails_is_told_and_the_others_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    script = tmp_path / "workers.py"
+    script.write_text("import sys\nprint('said')\nsys.exit(sys.argv[-1] == 'values')\n")
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    assert gpu.kernels(CPU, gpu.TINY, apart=True) == 1
+    rows = {row["worker"]: row for row in measure.read_rows(tmp_path / "gpu_compiled.csv")}
+    assert set(rows) == {"ops 70", "values", "statistics", "sanitized"}
+    assert {name: (row["status"], row["correct"], row["detail"]) for name, row in rows.items()} == {
+        name: ("1", "no", "said") if name == "values" else ("0", "yes", "") for name in rows
+    }
+
+
+def test_the_correctness_part_runs_tests_in_processes(tmp_path):
+    """In a process of its own, as pytest is: the tests of products, none of which needs a GPU."""
+    done = run(str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--part", "correctness", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = measure.read_rows(tmp_path / "gpu_correctness.csv")
+    assert len(rows) >= 10
+    assert {(row["outcome"], row["correct"]) for row in rows} == {("passed", "yes")}
+    assert "bringing up nodes" in done.stdout
+    assert f"'passed': {len(rows)}" in done.stdout
+
+
+def test_the_ops_part_writes_a_row_per_provider_and_times_no_wrong_one(tiny, monkeypatch, tmp_path, capsys):
     small = list(op_cases.cases(70, CPU, tokens=130, rows=64))
     spoiled = small[-1]
     ours = spoiled.runs[op_cases.OURS]
-    spoiled.runs[op_cases.OURS] = lambda: ours() * 2
-    monkeypatch.setattr(gpu, "cases", lambda d_ff, device: iter(small))
-    assert gpu.ops(CPU, [70]) == 1
-    rows = measure.read_rows(as_if_on_a_gpu / "gpu_ops.csv")
+    wrong = [False]
+    spoiled.runs[op_cases.OURS] = lambda: ours() * (1 + wrong[0])
+    monkeypatch.setattr(gpu, "cases", lambda d_ff, device, *, tokens, rows: iter(small))
+    code, rows = tiny("ops")
+    assert code == 0
     assert len(rows) == sum(len(case.runs) for case in small)
+    assert {row["op"] for row in rows} == {
+        "second_moment_",
+        "prefixed_solve",
+        "rank_update_",
+        "low_rank_apply_",
+        "suffix_attention",
+    }
+    assert {row["correct"] for row in rows} == {"yes"}
+    wrong[0] = True
+    code, rows = tiny("ops")
+    assert code == 1
     for row in rows:
-        wrong = (row["op"], row["provider"]) == (spoiled.op, op_cases.OURS)
-        assert row["right"] == str(not wrong)
-        assert (row["ms"] == "") == wrong
+        spoilt = (row["op"], row["provider"]) == (spoiled.op, op_cases.OURS)
+        assert row["correct"] == ("no" if spoilt else "yes")
+        assert (row["ms"] == "") == spoilt
         if row["ms"]:
             assert float(row["share_of_bound"]) == pytest.approx(float(row["bound_ms"]) / float(row["ms"]), rel=1e-3)
             assert float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
     assert "WRONG, not timed" in capsys.readouterr().out
     gpu.plot()
-    assert (as_if_on_a_gpu / "gpu_ops.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "gpu_ops.png").stat().st_size > 10_000
 
 
-def test_the_values_part_writes_a_row_per_batch(as_if_on_a_gpu, empty_cache, monkeypatch):
-    events, seconds = [], iter([3.0, 1.0, 2.0, 8.0])
+def test_the_values_part_writes_a_row_per_batch_and_rule(tiny, monkeypatch, tmp_path):
+    events, seconds = [], iter([3.0, 1.0, 2.0, 6.0, 5.0, 4.0, 8.0, 10.0])
     original, solve_each = throughput.run_timed, Flow.solve_each
 
     def noted(flow, group):
@@ -237,63 +335,95 @@ def test_the_values_part_writes_a_row_per_batch(as_if_on_a_gpu, empty_cache, mon
 
     monkeypatch.setattr(Flow, "solve_each", noted)
     monkeypatch.setattr(throughput, "run_timed", at_given_speed)
-    monkeypatch.setattr(throughput, "default_settings", lambda config: ValueSettings(steps=7))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: events.append("reset"))
-    monkeypatch.setattr(gpu, "_SHORT_BATCH", 1)
-    assert gpu.values(CPU, "tiny", [1, 2]) == 0
-    # Each group is warm before the peak is reset; a short one runs three times, and once more to count FLOPs.
-    assert events == [(1, 2), "reset", *[(1, 7)] * 4, (2, 2), "reset", (2, 7)]
-    rows = measure.read_rows(as_if_on_a_gpu / "gpu_values.csv")
-    assert [row["batch"] for row in rows] == ["1", "2"]
-    assert [(row["repeats"], float(row["seconds_per_edit"])) for row in rows] == [("3", 2.0), ("1", 4.0)]
+    monkeypatch.setattr(throughput, "default_settings", lambda config: ValueSettings(steps=20))
+    monkeypatch.setattr(gpu, "forget_peak", lambda device: events.append("reset"))
+    monkeypatch.setattr(gpu, "peak_bytes", lambda device: 3 << 30)
+    code, rows = tiny("values")
+    assert code == 0
+    # Each group is warm, and checked, before the peak is reset; a short one runs three times, and once more to count
+    # FLOPs.
+    expected = []
+    for batch in (1, 2):
+        for steps in (16, 20):
+            times = 4 if batch == 1 else 1
+            expected += [(batch, 2), (batch, 1), "reset", *[(batch, steps)] * times]
+    assert events == expected
+    assert [(row["batch"], row["rule"]) for row in rows] == [
+        (batch, rule) for batch in "12" for rule in ("default", "all steps")
+    ]
+    assert [(row["repeats"], float(row["seconds_per_edit"])) for row in rows] == [
+        ("3", 2.0),
+        ("3", 5.0),
+        ("1", 4.0),
+        ("1", 5.0),
+    ]
     for row in rows:
-        assert float(row["steps_per_edit"]) == 7
+        drafted = row["rule"] == "default"
+        assert (float(row["steps_per_edit"]), float(row["drafted_per_edit"])) == ((16, 15) if drafted else (20, 0))
+        assert row["correct"] == "yes"
         assert float(row["peak_gib"]) == 3
         rate = float(row["ideal_tflop_per_edit"]) / float(row["seconds_per_edit"])
         assert float(row["share_of_matrix_rate"]) == pytest.approx(rate * 1e12 / 1e9, rel=1e-3)
-    counted, ideal = (float(rows[0][f"{name}_tflop_per_edit"]) for name in ("counted", "ideal"))
-    assert 1 <= counted / ideal < 1.3
-    assert rows[1]["counted_tflop_per_edit"] == ""
+    for row in rows[:2]:
+        counted, ideal = (float(row[f"{name}_tflop_per_edit"]) for name in ("counted", "ideal"))
+        assert 1 <= counted / ideal < 1.3
+    assert {row["counted_tflop_per_edit"] for row in rows[2:]} == {""}
     gpu.plot()
-    assert (as_if_on_a_gpu / "gpu_values.png").stat().st_size > 5_000
+    assert (tmp_path / "out" / "gpu_values.png").stat().st_size > 5_000
 
 
-def test_the_statistics_part_says_what_a_collection_and_its_sum_took(as_if_on_a_gpu, empty_cache, monkeypatch):
+def test_the_values_part_notices_a_loss_that_is_another(tiny, monkeypatch):
+    """Off by more than rounding, as it would be if a row saw another context."""
+    monkeypatch.setattr(throughput, "default_settings", lambda config: ValueSettings(steps=2))
+    plain = gpu.plain_loss
+
+    def off(model, request):
+        loss, allowed = plain(model, request)
+        return loss + 1.5 * allowed, allowed
+
+    monkeypatch.setattr(gpu, "plain_loss", off)
+    code, rows = tiny("values", "--batches", "1")
+    assert code == 1
+    assert {row["correct"] for row in rows} == {"no"}
+
+
+def test_the_statistics_part_says_what_a_collection_and_its_sum_took(tiny, monkeypatch):
     events, own = [], collect.second_moment_
 
     def slow(total, x, mask=None):
         time.sleep(0.02)
         return own(total, x, mask)
 
-    original = gpu.timing_second_moments
+    def noting(name):
+        original = getattr(gpu, name)
 
-    def noted(device):
-        events.append("timed")
-        return original(device)
+        def noted(*arguments):
+            events.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(gpu, name, noted)
 
     monkeypatch.setattr("rome_fast.kernels.second_moment_", slow)
-    monkeypatch.setattr(gpu, "timing_second_moments", noted)
+    for name in ("summing_exactly", "forget_peak", "timing_second_moments"):
+        noting(name)
+    monkeypatch.setattr(gpu, "peak_bytes", lambda device: 3 << 30)
     monkeypatch.setattr(gpu, "_SHORT_TOKENS", 500)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: events.append("reset"))
-    monkeypatch.setattr(collect, "second_moment_", lambda *arguments: events.append("untimed") or own(*arguments))
-    assert gpu.statistics(CPU, "tiny", [300, 9000]) == 0
-    assert collect.second_moment_(torch.zeros(2, 2), torch.ones(1, 2)) is not None
-    assert events.pop() == "untimed", "the wrapper is still there"
-    # The same collection once before the clock runs.
-    batches = events.index("reset")
-    assert 0 < batches < events.index("reset", batches + 1)
-    assert [e for e, before in pairwise([*events, ""]) if e != before] == (
-        ["untimed", "reset", "timed", "untimed", "reset", "timed"]
-    )
-    rows = measure.read_rows(as_if_on_a_gpu / "gpu_statistics.csv")
+    code, rows = tiny("statistics", "--tokens", "300", "9000")
+    assert code == 0
+    assert collect.second_moment_ is own, "the wrapper is still there"
+    # The same collection once, and checked, before the clock runs.
+    timed = "timing_second_moments"
+    assert events == ["summing_exactly", "forget_peak", timed, timed, timed, "summing_exactly", "forget_peak", timed]
     assert [(row["tokens"], row["repeats"]) for row in rows] == [("300", "3"), ("9000", "1")]
-    assert events.count("timed") == 4
     # Two layers of 2 · 64² + 2 · 64 · 32 weights for attention and 3 · 64 · 160 below it, and 160² for the sum.
     flops = 2 * 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 160) + 160**2
     for row in rows:
         figures = {name: float(row[name]) for name in row if name.endswith(("seconds", "_s", "share", "token", "rate"))}
         assert row["layer"] == "1"
         assert row["layers_made"] == "2 of 4, random weights"
+        assert row["correct"] == "yes"
+        # The promise of the op.
+        assert float(row["error"]) <= 1e-6
         assert figures["gflop_per_token"] == pytest.approx(flops / 1e9, rel=1e-4)
         assert figures["tokens_per_s"] == pytest.approx(int(row["tokens"]) / figures["seconds"], rel=1e-3)
         assert figures["share_of_matrix_rate"] == pytest.approx(figures["tokens_per_s"] * flops / 1e9, rel=1e-3)
@@ -304,7 +434,90 @@ def test_the_statistics_part_says_what_a_collection_and_its_sum_took(as_if_on_a_
         assert float(row["peak_gib"]) == 3
         assert "requests and contexts" in row["texts"]
         assert "trained on the requests" in row["tokenizer"]
-        assert row["device"] == "cpu"
+
+
+def test_the_statistics_part_notices_a_sum_that_is_wrong(tiny, monkeypatch):
+    own = collect.second_moment_
+    monkeypatch.setattr("rome_fast.kernels.second_moment_", lambda total, x, mask=None: own(total, 1.01 * x, mask))
+    code, rows = tiny("statistics")
+    assert code == 1
+    assert [row["correct"] for row in rows] == ["no"]
+
+
+def test_the_streaming_part_sets_an_edit_under_a_budget_against_one_in_memory(tiny):
+    code, rows = tiny("streaming")
+    assert code == 0
+    found = {row["what"]: row for row in rows}
+    assert list(found) == ["save", "read, page cache", "copy, pinned", "resident", "streamed"]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    resident, streamed = found["resident"], found["streamed"]
+    assert (resident["correct"], streamed["correct"]) == ("yes", "yes")
+    assert (resident["budget_gib"], float(resident["gb"])) == ("", 0)
+    assert float(streamed["difference"]) == 0
+    # Two edits of three evaluations, each of which needs more than is kept of it.
+    assert float(streamed["gb"]) > 2 * 3 * (float(found["save"]["gb"]) - 300 * 1024 / 1e9)
+    for share, other in (("share_of_copy", "copy, pinned"), ("share_of_page_cache", "read, page cache")):
+        ratio = float(streamed["gb_per_s"]) / float(found[other]["gb_per_s"])
+        assert float(streamed[share]) == pytest.approx(ratio, rel=1e-3)
+
+
+def test_the_streaming_part_notices_other_bytes(tiny, monkeypatch):
+    original = gpu_streaming._Run.edited
+
+    def spoiled(self, memory, out, on_read):
+        result = original(self, memory, out, on_read)
+        if memory is not None:
+            (name,) = result.delta.updates
+            for shard in out.glob("*.safetensors"):
+                tensors = load_file(shard)
+                if name in tensors:
+                    tensors[name][3, 5] *= 2
+                    save_file(tensors, shard, {"format": "pt"})
+        return result
+
+    monkeypatch.setattr(gpu_streaming._Run, "edited", spoiled)
+    code, rows = tiny("streaming")
+    assert code == 1
+    assert [row["correct"] for row in rows[-2:]] == ["yes", "no"]
+    assert float(rows[-1]["difference"]) > 0
+
+
+def test_the_end_to_end_part_runs_every_command(tiny):
+    code, rows = tiny("end-to-end")
+    assert code == 0, rows[-1]["detail"]
+    assert [row["command"] for row in rows] == ["statistics", "edit", "evaluate", "study", "revert", "profile"]
+    assert {(row["dtype"], row["status"], row["correct"]) for row in rows} == {("float16", "0", "yes")}
+    assert all(float(row["seconds"]) > 0 for row in rows)
+
+
+def test_the_end_to_end_part_notices_what_fails_and_what_is_left_wrong(tiny, monkeypatch):
+    def spoiled(arguments):
+        if arguments[0] == "statistics":
+            return gpu_commands.here(arguments)
+        return (0, "said nothing") if arguments[0] == "edit" else (2, "not asked for")
+
+    original = gpu_commands.rows
+    monkeypatch.setattr(gpu_commands, "rows", lambda *arguments: original(*arguments[:-1], spoiled))
+    code, rows = tiny("end-to-end")
+    assert code == 1
+    assert [(row["command"], row["status"], row["correct"]) for row in rows] == [
+        ("statistics", "0", "yes"),
+        ("edit", "0", "no"),
+    ]
+    assert "what it left is wrong" in rows[-1]["detail"]
+
+
+def test_a_command_in_a_process_of_its_own():
+    run_command = gpu_commands.in_a_process(60)
+    code, text = run_command(["revert"])
+    assert code == 2
+    assert "the following arguments are required: directory" in text
+
+
+def test_the_sanitizer_part_runs_the_kernels_on_a_cpu_without_it(tiny, monkeypatch):
+    code, rows = tiny("sanitizer")
+    assert code == 0
+    assert [(row["tool"], row["status"], row["correct"]) for row in rows] == [("none", "0", "yes")]
 
 
 SANITIZER = """#!/bin/sh
@@ -313,31 +526,52 @@ echo "========= ERROR SUMMARY: 1 error"
 [ "$2" = memcheck ] && exit 9
 sleep 60
 """
+REFUSING = """#!/bin/sh
+echo "========= Error: Device not supported. Please refer to the documentation"
+exit 1
+"""
 
 
-def test_the_sanitizer_part_writes_a_row_per_tool_and_stops_one_that_hangs(as_if_on_a_gpu, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "status", "wanted"),
+    [
+        (
+            SANITIZER,
+            1,
+            [
+                ("memcheck", "9", "no", "========= ERROR SUMMARY: 1 error"),
+                ("racecheck", "124", "no", "stopped after 1 s"),
+            ],
+        ),
+        (REFUSING, 0, [("memcheck", "1", "", None), ("racecheck", "1", "", None)]),
+    ],
+)
+def test_the_sanitizer_part_writes_a_row_per_tool_and_stops_one_that_hangs(
+    script, status, wanted, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OUT", str(tmp_path))
     program = tmp_path / "compute-sanitizer"
-    program.write_text(SANITIZER)
+    program.write_text(script)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(gpu, "_TOOL_SECONDS", 2.0)
-    assert gpu.sanitizer(CPU) == 1
-    rows = measure.read_rows(as_if_on_a_gpu / "gpu_sanitizer.csv")
-    assert [(row["tool"], row["status"], row["summary"]) for row in rows] == [
-        ("memcheck", "9", "========= ERROR SUMMARY: 1 error"),
-        ("racecheck", "124", "stopped after 2 s"),
-    ]
-    assert all(float(row["seconds"]) < 30 for row in rows)
+    monkeypatch.setattr(gpu, "_TOOL_SECONDS", 1.0)
+    monkeypatch.setattr(gpu, "origin", lambda device: {"device": "none"})
+    assert gpu.sanitizer(torch.device("cuda")) == status
+    rows = measure.read_rows(tmp_path / "gpu_sanitizer.csv")
+    for row, (tool, code, correct, summary) in zip(rows, wanted, strict=True):
+        assert (row["tool"], row["status"], row["correct"]) == (tool, code, correct)
+        assert summary is None or row["summary"] == summary
+        assert float(row["seconds"]) < 30
 
 
 def test_texts_are_drawn_of_the_built_in_ones_and_long_enough(empty_cache):
-    texts = gpu.drawn_texts(3000)
-    assert texts == gpu.drawn_texts(3000) != gpu.drawn_texts(3000, seed=1)
-    words = {word for sentence in gpu.sentences() for word in sentence.split()}
+    texts = random_checkpoint.drawn_texts(3000)
+    assert texts == random_checkpoint.drawn_texts(3000) != random_checkpoint.drawn_texts(3000, seed=1)
+    words = {word for sentence in random_checkpoint.sentences() for word in sentence.split()}
     assert {word for text in texts for word in text.split()} <= words
     assert 3000 <= sum(len(text.split()) for text in texts) < 4000
     assert len({len(text) for text in texts}) > len(texts) / 2
-    tokenizer, _ = tokenizer_for(1024, gpu.sentences())
+    tokenizer, _ = tokenizer_for(1024, random_checkpoint.sentences())
     assert sum(len(row.ids) for row in encode(tokenizer, texts)) >= 3000
 
 
