@@ -14,7 +14,7 @@ In their order, with the minutes assumed on one H200 with 16 cores, eight in all
                       a random model goes, 15 steps on 5 rows and one on all, and with all steps on all rows
     statistics   0.4  tokens per second of second moments, the same shape
     streaming    1.0  a checkpoint of the same shape edited under 6 GiB, its bytes and its rate
-    end-to-end   0.9  the command line on a small checkpoint, in three dtypes
+    end-to-end   0.9  the command line on a small checkpoint, in three dtypes, and a profile of 32 edits of llama-2-7b
     sanitizer    0.7  compute-sanitizer on small sizes
 
 A part that takes longer than its share of the time is stopped; one that takes less leaves the rest to the others. The
@@ -92,6 +92,7 @@ class Sizes:
     command_shape: str = "tiny"
     command_tokens: int = 20_000
     command_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    profiled: int = 32  # edits of `shape`
     processes: int = 12  # of the tests
     tests: tuple[str, ...] = ("-m", "gpu", "tests/test_kernels_gpu.py", "tests/test_products.py")
 
@@ -108,6 +109,7 @@ TINY = Sizes(
     copied_bytes=1 << 20,
     command_tokens=400,
     command_dtypes=(torch.float16,),
+    profiled=2,
     processes=1,
     tests=("-m", "not gpu", "tests/test_products.py", "-k", "result_in_fp32 or dtype_chosen"),
 )
@@ -189,8 +191,9 @@ def run_part(part: str, device: torch.device, sizes: Sizes, tiny: bool, folder: 
     if part == "end-to-end":
         from gpu_commands import end_to_end
 
-        tokens, dtypes = sizes.command_tokens, sizes.command_dtypes
-        return end_to_end(device, sizes.command_shape, tokens, _COMMAND_SECONDS, dtypes, apart=not tiny)
+        dtypes, profiled = sizes.command_dtypes, (sizes.shape, sizes.profiled)
+        tokens, shape = sizes.command_tokens, sizes.command_shape
+        return end_to_end(device, shape, tokens, _COMMAND_SECONDS, dtypes, profiled, apart=not tiny)
     return sanitizer(device)
 
 

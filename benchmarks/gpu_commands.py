@@ -38,19 +38,34 @@ _making = threading.Lock()
 
 
 def end_to_end(
-    device: torch.device, shape: str, tokens: int, seconds: float, dtypes: Sequence[torch.dtype], *, apart: bool
+    device: torch.device,
+    shape: str,
+    tokens: int,
+    seconds: float,
+    dtypes: Sequence[torch.dtype],
+    profiled: tuple[str, int],
+    *,
+    apart: bool,
 ) -> int:
     """A row for each command and dtype; 1 where one fails or leaves what is wrong.
 
-    `apart`: every command is a process of its own, of `seconds` at most, and the dtypes run side by side; otherwise
-    all are called here, one after the other.
+    Last of all `profiled`, a shape and how many edits of it, is profiled in bfloat16. `apart`: every command is a
+    process of its own, of `seconds` at most, and the dtypes run side by side, as does the shape; otherwise all are
+    called here, one after the other.
     """
     table, lock = Table(results() / "gpu_commands.csv", origin(device)), threading.Lock()
+    run = in_a_process(seconds) if apart else here
 
-    def chain(dtype: torch.dtype) -> bool:
-        """Whether all of a dtype's commands are right; those behind one that is not are left out."""
-        with tempfile.TemporaryDirectory(prefix="rome-fast-commands-") as folder:
-            for row in rows(Path(folder), dtype, device, shape, tokens, in_a_process(seconds) if apart else here):
+    def chain(dtype: torch.dtype | None) -> bool:
+        """Whether all commands of a dtype (None: of the shape) are right; those behind one that is not are left out."""
+        with tempfile.TemporaryDirectory(prefix="rome-fast-commands-") as name:
+            folder = Path(name)
+            found = (
+                profile_of_shape(folder, device, *profiled, run)
+                if dtype is None
+                else rows(folder, dtype, device, shape, tokens, run)
+            )
+            for row in found:
                 with lock:
                     table.add(row)
                 print(f"{row['dtype']}: {row['command']}: {row['seconds']:.1f} s {row['detail']}", flush=True)
@@ -58,12 +73,20 @@ def end_to_end(
                     return False
         return True
 
+    chains = [*dtypes, None]
     if apart:
-        with ThreadPoolExecutor(len(dtypes)) as pool:
-            right = list(pool.map(chain, dtypes))
+        with ThreadPoolExecutor(len(chains)) as pool:
+            right = list(pool.map(chain, chains))
     else:
-        right = [chain(dtype) for dtype in dtypes]
+        right = [chain(dtype) for dtype in chains]
     return int(not all(right))
+
+
+def profile_of_shape(folder: Path, device: torch.device, shape: str, count: int, run: Run) -> Iterator[dict[str, Any]]:
+    """The row of a profile of a whole model's edits, which has to end in the time that a command may take."""
+    out = folder / "profile"
+    arguments = ["--shape", shape, "--dtype", "bfloat16", "--count", str(count), "--threads", "1", "--out", str(out)]
+    yield _row(folder, "profile", arguments, lambda report: _profiled(report, out), torch.bfloat16, device, shape, run)
 
 
 def rows(
@@ -77,20 +100,40 @@ def rows(
     edits = [{k: v for k, v in _record(edit).items() if v} for edit in requests(_EDITS)]
     (folder / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits), encoding="utf-8")
     for name, arguments, check in _commands(folder, tokens):
-        report = folder / f"{name}.json"
-        start = time.perf_counter()
-        status, text = run([name, *arguments, *_device_of(name, device), "--json", str(report)])
-        seconds = time.perf_counter() - start
-        fault = f"status {status}" if status else _fault(check, report)
-        yield {
-            "command": name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": shape,
-            "status": status,
-            "seconds": seconds,
-            "correct": yes(not fault),
-            "detail": fault and f"{fault}: {text.strip()[-_DETAIL:]}",
-        }
+        yield _row(folder, name, arguments, check, dtype, device, shape, run)
+
+
+def _row(
+    folder: Path,
+    name: str,
+    arguments: Sequence[str],
+    check: Callable[[dict[str, Any]], bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: str,
+    run: Run,
+) -> dict[str, Any]:
+    """What a command did; its report goes to `folder`."""
+    report = folder / f"{name}.json"
+    start = time.perf_counter()
+    status, text = run([name, *arguments, *_device_of(name, device), "--json", str(report)])
+    seconds = time.perf_counter() - start
+    fault = f"status {status}" if status else _fault(check, report)
+    return {
+        "command": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": shape,
+        "status": status,
+        "seconds": seconds,
+        "correct": yes(not fault),
+        "detail": fault and f"{fault}: {text.strip()[-_DETAIL:]}",
+    }
+
+
+def _profiled(report: dict[str, Any], out: Path) -> bool:
+    """Whether a profile has tables and a trace."""
+    timed = min(row["seconds"] for row in report["stages"].values()) > 0
+    return bool(report["operators"]) and timed and (out / "trace.json.gz").exists()
 
 
 def _record(edit: Any) -> dict[str, Any]:
@@ -110,10 +153,6 @@ def _commands(folder: Path, tokens: int) -> list[tuple[str, list[str], Callable[
 
     def changed(report: dict[str, Any]) -> bool:
         return len(report["edits"]) == _EDITS and not same_bytes(folder / "model", folder / "edited")
-
-    def profiled(report: dict[str, Any]) -> bool:
-        trace = folder / "profile" / "trace.json.gz"
-        return bool(report["operators"]) and min(r["seconds"] for r in report["stages"].values()) > 0 and trace.exists()
 
     sampled = ["--corpus", str(folder / "corpus.txt"), "--tokens", str(tokens), "--ridge", "0.01"]
     asked = ["--edits", edits]
@@ -137,7 +176,11 @@ def _commands(folder: Path, tokens: int) -> list[tuple[str, list[str], Callable[
             lambda report: len(report["edits"]) > 0 and math.isfinite(report["perplexity_before"]),
         ),
         ("revert", [edited], reverted),
-        ("profile", [model, *asked, "--statistics", statistics, *profiling], profiled),
+        (
+            "profile",
+            [model, *asked, "--statistics", statistics, *profiling],
+            lambda report: _profiled(report, folder / "profile"),
+        ),
     ]
 
 

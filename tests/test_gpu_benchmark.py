@@ -485,26 +485,32 @@ def test_the_streaming_part_notices_other_bytes(tiny, monkeypatch):
 def test_the_end_to_end_part_runs_every_command(tiny):
     code, rows = tiny("end-to-end")
     assert code == 0, rows[-1]["detail"]
-    assert [row["command"] for row in rows] == ["statistics", "edit", "evaluate", "study", "revert", "profile"]
-    assert {(row["dtype"], row["status"], row["correct"]) for row in rows} == {("float16", "0", "yes")}
+    commands = ["statistics", "edit", "evaluate", "study", "revert", "profile"]
+    assert [(row["command"], row["dtype"]) for row in rows] == [
+        *((command, "float16") for command in commands),
+        ("profile", "bfloat16"),
+    ]
+    assert {(row["status"], row["correct"]) for row in rows} == {("0", "yes")}
     assert all(float(row["seconds"]) > 0 for row in rows)
 
 
 def test_the_end_to_end_part_notices_what_fails_and_what_is_left_wrong(tiny, monkeypatch):
     def spoiled(arguments):
         if arguments[0] == "statistics":
-            return gpu_commands.here(arguments)
+            return own(arguments)
         return (0, "said nothing") if arguments[0] == "edit" else (2, "not asked for")
 
-    original = gpu_commands.rows
-    monkeypatch.setattr(gpu_commands, "rows", lambda *arguments: original(*arguments[:-1], spoiled))
+    own = gpu_commands.here
+    monkeypatch.setattr(gpu_commands, "here", spoiled)
     code, rows = tiny("end-to-end")
     assert code == 1
     assert [(row["command"], row["status"], row["correct"]) for row in rows] == [
         ("statistics", "0", "yes"),
         ("edit", "0", "no"),
+        ("profile", "2", "no"),
     ]
-    assert "what it left is wrong" in rows[-1]["detail"]
+    assert rows[1]["detail"].startswith("what it left is wrong")
+    assert rows[2]["detail"] == "status 2: not asked for"
 
 
 def test_a_command_in_a_process_of_its_own():
