@@ -405,7 +405,7 @@ def by_rule(settings: Any, rule: str) -> Any:
         return settings
     steps = min(settings.steps, _DRAFTED_STEPS + 1)
     # Nor by chance: what leads for so many steps has taken all of them.
-    return replace(settings, stop="argmax", draft_rows=_DRAFT_ROWS, steps=steps, margin=steps)
+    return replace(settings, stop="argmax", draft_rows=_DRAFT_ROWS, steps=steps, margin=steps, extra_steps=0)
 
 
 def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
@@ -428,7 +428,7 @@ def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
         group, setup = requests[:batch], replace(whole, settings=by_rule(whole.settings, rule))
         # This very group: every shape has a first use, which is slow.
         warm_up(setup, group)
-        found = replace(setup, settings=replace(setup.settings, steps=1)).flow.solve_each(group)
+        found = replace(setup, settings=replace(setup.settings, steps=1, extra_steps=0)).flow.solve_each(group)
         errors = [abs(record.loss - loss) for (_, record), loss in zip(found, plain, strict=False)]
         del found
         forget_peak(device)

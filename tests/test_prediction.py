@@ -22,6 +22,7 @@ from rome_fast.models import batches
 
 META = torch.device("meta")
 GIB = 1 << 30
+FREE = batches.free_memory
 H200 = gpu_named("h200")
 DEFAULT, FULL = Rule(16, 15), Rule(25, 0)
 
@@ -197,8 +198,7 @@ def test_nothing_is_made_but_shapes(monkeypatch):
 
 def measured(monkeypatch, count: int, planned_bytes: int, at_once: list[int]):
     """The call as it was made on the GPU: keys gathered and joined, attention by the library."""
-    own = batches.free_memory
-    monkeypatch.setattr(batches, "free_memory", lambda device: min(own(device), planned_bytes / batches._SHARE))
+    monkeypatch.setattr(batches, "free_memory", lambda device: min(FREE(device), planned_bytes / batches._SHARE))
     monkeypatch.setattr(batches, "_PLANNED", 256 if planned_bytes > 10 * GIB else 64)
     call = call_of("llama-2-7b", count, apart=False)
     assert [batch.edits for batch in call.batches] == at_once

@@ -144,7 +144,7 @@ def profile(setup: Setup, requests: list[Request], out: Path, extra: dict[str, A
 
     part = requests[: min(_PART_EDITS, timed.search.largest_batch)]
     steps = min(_PART_STEPS, setup.settings.steps)
-    small = replace(setup, settings=replace(setup.settings, steps=steps))
+    small = replace(setup, settings=replace(setup.settings, steps=steps, extra_steps=0))
     warm_up(small, part)
     alone = small.flow
     alone.solve_each(part)

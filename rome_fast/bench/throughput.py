@@ -312,7 +312,7 @@ def warm_up(setup: Setup, requests: Sequence[Request]) -> None:
 
 
 def _short(settings: ValueSettings) -> ValueSettings:
-    return replace(settings, steps=min(2, settings.steps))
+    return replace(settings, steps=min(2, settings.steps), extra_steps=0)
 
 
 def is_gpu(device: torch.device) -> bool:
