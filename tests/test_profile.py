@@ -53,7 +53,7 @@ def test_a_profile_of_a_toy(toy, toy_tokenizers, capsys, monkeypatch):
     # Counted by stage, by operator and by another counter: the same work.
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     contexts = sample_contexts(model, tokenizer)
-    setup = Setup(model, tokenizer, contexts, {LAYER: Geometry()}, "c-rome", ValueSettings(steps=3), [])
+    setup = Setup(model, tokenizer, contexts, {LAYER: Geometry()}, "c-rome", ValueSettings(steps=3, extra_steps=0), [])
     requests = [
         tokenise(Runner(model), tokenizer, edit, contexts, setup.flow.method) for edit in load_edits("edits.jsonl")[:1]
     ]
