@@ -150,7 +150,7 @@ class Bench:
             "compute_dtype": str(compute_dtype(self.runner, self.settings)).removeprefix("torch."),
             "device": "cpu",
             "threads": torch.get_num_threads(),
-            "statistics": f"{TOKENS} tokens",
+            "statistics": f"{self.statistics.layers[variant.layers[-1]].tokens} tokens",
             "torch": torch.__version__,
         }
 
