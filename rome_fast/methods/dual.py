@@ -10,7 +10,8 @@ is many times as long as others, and spread it disturbs the layers between: it i
 
 A ridge keeps near keys of many edits from being told apart at the price of a large update, and more edits need more of
 it. It is the same for all keys, not a share of each one's own uᵀ k, so that it leaves off most where a value is
-dearest: at keys of small uᵀ k, which lie where the model's own keys do.
+dearest: at keys of small uᵀ k, which lie where the model's own keys do. Its growth with the number of edits, and where
+that ends, were found by trying (see docs/methods.md): fewer edits are better off with less.
 
 Damage grows with the square of what one layer has to carry, hence several of them (as MEMIT does, Meng et al. 2023).
 What the ridge leaves off would add up at the last of them, so that those before it are asked for more than even shares.
@@ -24,7 +25,7 @@ METHOD = Method(
     columns=(Column(left="contexts", at="contexts"), Column(left="unprefixed", at="unprefixed")),
     bare=True,
     ridge=0.003,
-    ridge_per_edit=2e-3,
+    ridge_per_edit=1 / 420,
     largest_ridge=0.75,
     spread=True,
     sharing=0.75,

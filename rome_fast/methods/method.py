@@ -42,7 +42,7 @@ class Method:
     # Whether the unprefixed key of a first-token subject has a value of its own, which columns there then add.
     bare: bool = False
     # S = ridge · the mean of diag(Uᵀ K) over the columns solved with the same matrix: `ridge` or, where that is more,
-    # so much per edit of those made together, up to `largest_ridge`.
+    # (n · ridge_per_edit)^1.5 for n edits made together, up to `largest_ridge`.
     ridge: float = 0.0
     ridge_per_edit: float = 0.0
     largest_ridge: float = math.inf
@@ -70,7 +70,7 @@ class Method:
 
     def ridge_of(self, edits: int) -> float:
         """Of so many edits made together."""
-        return max(self.ridge, min(edits * self.ridge_per_edit, self.largest_ridge))
+        return max(self.ridge, min((edits * self.ridge_per_edit) ** 1.5, self.largest_ridge))
 
     @property
     def base(self) -> Keys:
