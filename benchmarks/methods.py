@@ -173,6 +173,8 @@ def single(bench: Bench) -> None:
         base = sentence_perplexity(bench.runner, bench.tokenizer, few)
         ratios = [p / base for p in edited_perplexities(bench.runner, bench.tokenizer, few, updates)]
         for name, some in (("first token", range(bench.first)), ("other", range(bench.first, len(bench.edits)))):
+            if not some:
+                continue
             chosen = [figures[i] for i in some]
 
             def mean(field: str, chosen: Sequence[Any] = chosen) -> float:
@@ -234,7 +236,7 @@ def joint(bench: Bench, counts: Sequence[int]) -> None:
                 "missed": round(sum(closed.missed) / len(closed.missed), 3),
                 "closing_seconds": round(seconds, 1),
             }
-            write(JOINT, row | bench.conditions(variant, count))
+            write(JOINT, row | bench.conditions(variant, count) | {"evaluated": len(sample)})
 
 
 def write(file: Path, row: dict[str, Any]) -> None:

@@ -417,7 +417,7 @@ def test_the_loss_rule_stops_below_its_loss(toy_tokenizers):
     assert losses[3.0][1] < 3.0
 
 
-HARD = replace(ARGMAX, steps=1)
+HARD = replace(ARGMAX, steps=1, extra_steps=0)
 
 
 def test_an_edit_that_does_not_converge_is_left_out_by_default(toy_tokenizers):
