@@ -10,11 +10,13 @@ from rome_fast.models import attention
 from rome_fast.models.attention import NAME, attending_apart
 from rome_fast.models.past import ContextPast, Contexts, FrozenPast, Recorder
 from rome_fast.models.runner import Runner
+from rome_fast.models.verification import reads_past_apart
 from toys import toy_model
 from zoo import zoo_model
 
 EDITS = [Edit("The city of {}", "Chicago", "Rome"), Edit("{} lies in", "The old port of Istanbul", "France and Turkey")]
 CONTEXTS = ("The weather is nice. ", "What is that? ", "I think that he came late. ")
+F32, BF16 = torch.float32, torch.bfloat16
 SETTINGS = ValueSettings(steps=6, stop="loss", weight_decay=1e-3, clamp=3.0)
 
 # Grouped heads; all heads alike, learned positions; caps, windows and a layer that is run again; side by side.
@@ -52,6 +54,7 @@ def test_values_are_those_of_joined_keys(kind, toy_tokenizers, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "suffix_attention", counted)
+        patch.setattr(attention, "pays", lambda *_: True)
         assert verify(model, 1).attends_apart
         calls.clear()
         apart = edited(model, toy_tokenizers[False])
@@ -75,6 +78,14 @@ def test_values_are_those_of_joined_keys(kind, toy_tokenizers, monkeypatch):
     change, wanted = (result.delta.updates[name] for result in (apart, joined))
     wanted = wanted.left.double() @ wanted.right.double()
     assert torch.dist(change.left.double() @ change.right.double(), wanted) <= 2e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "apart"), [("gpt2", F32, False), ("gpt2", BF16, True), ("llama", F32, True)])
+def test_keys_are_joined_where_that_is_faster(kind, dtype, apart):
+    """On a CPU in fp32, if no heads share them."""
+    model = toy_model(kind, dtype=dtype)
+    assert verify(model, 1).attends_apart
+    assert reads_past_apart(Runner(model), 1) == apart
 
 
 @pytest.mark.parametrize("kind", JOINED)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
@@ -96,3 +97,13 @@ def _attend(
 
 
 AttentionInterface.register(NAME, _attend)
+
+
+def pays(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a past is better read where it lies than joined to the keys of every row.
+
+    Not on a CPU in fp32 where every head has keys of its own: edits of GPT-2's size then took 4 to 7 % longer.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    return device.type != "cpu" or dtype.itemsize != 4 or shared != heads

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from . import attention
 from .batches import is_out_of_memory
 from .past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
 from .runner import Runner, any_shape, evaluating
@@ -107,6 +108,12 @@ def verified_each(runner: Runner, layers: Sequence[int]) -> list[Verified]:
         )
         for layer, weight in zip(layers, weights, strict=True)
     ]
+
+
+def reads_past_apart(runner: Runner, layer: int) -> bool:
+    """Whether attention is to read a shared past where it lies: it can, and is none the slower for it."""
+    config = runner.model.config.get_text_config()
+    return verified(runner, layer).attends_apart and attention.pays(config, runner.device, runner.dtype)
 
 
 def shared_out(runner: Runner, layers: tuple[int, ...]) -> tuple[int, ...]:

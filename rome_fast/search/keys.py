@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models.past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
 from ..models.rows import Row
 from ..models.runner import Runner
-from ..models.verification import verified
+from ..models.verification import reads_past_apart, verified
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def run_to_layer(
     not depend on the others, up to the rounding of differently shaped products.
     """
     layer = layers[-1]
-    found = verified(runner, layer)
-    again = not found.adds_unchanged
+    again = not verified(runner, layer).adds_unchanged
     if contexts is None:
         return _run_whole(runner, rows, layers, again)
     device = runner.device
@@ -141,7 +140,8 @@ def run_to_layer(
         )
     if again:
         recorder.keys[layer], recorder.values[layer] = own.keys[layer][:, :, :middle], own.values[layer][:, :, :middle]
-    past = FrozenPast(context_past, recorder.keys, recorder.values, start, subject, found.attends_apart)
+    apart = reads_past_apart(runner, layer)
+    past = FrozenPast(context_past, recorder.keys, recorder.values, start, subject, apart)
 
     width = max(len(r.row.inputs) - r.row.subject for r in rows)
     at = (subject.unsqueeze(1) + torch.arange(width, device=device)).clamp(max=time - 1)

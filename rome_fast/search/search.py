@@ -14,7 +14,7 @@ from ..methods import Method
 from ..models.batches import BatchSizer, in_batches, in_order
 from ..models.past import Contexts
 from ..models.runner import Runner
-from ..models.verification import verified
+from ..models.verification import reads_past_apart, verified
 from ..runs.processes import ALONE, Processes
 from .keys import Trail, run_to_layer
 from .requests import Request, bare_requests, by_head
@@ -160,7 +160,7 @@ class Search:
         self, contexts: Contexts | None, group: Sequence[Request], bases: Sequence[Tensor] | None
     ) -> list[Solved]:
         """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only."""
-        apart = verified(self.runner, self.layer).attends_apart
+        apart = reads_past_apart(self.runner, self.layer)
         sizer = BatchSizer(self.runner, self.layer, whole=contexts is None, apart=apart)
         solved: dict[int, Solved] = {}
         for places in in_batches(sizer, group):
