@@ -195,6 +195,7 @@ def copy_rate(device: torch.device, copied_bytes: int) -> float:
 def deterministic() -> Iterator[None]:
     """Sums in one order, as far as torch has such; where it has none it goes on."""
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # What is empty need not be filled, which takes time. (The types that torch ships do not have this switch.)
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -84,8 +84,9 @@ def test_values_are_those_of_joined_keys(kind, toy_tokenizers, monkeypatch):
 def test_keys_are_joined_where_that_is_faster(kind, dtype, apart):
     """On a CPU in fp32, if no heads share them."""
     model = toy_model(kind, dtype=dtype)
-    assert verify(model, 1).attends_apart
-    assert reads_past_apart(Runner(model), 1) == apart
+    found = verify(model, 1)
+    assert found.attends_apart
+    assert reads_past_apart(Runner(model), found) == apart
 
 
 @pytest.mark.parametrize("kind", JOINED)

@@ -143,15 +143,7 @@ def test_a_command_that_takes_too_long_is_killed_with_all_that_it_started(tmp_pa
     command = ["sh", "-c", f"sleep 300 & echo $! > {number}; wait"]
     code, text = groups.run_group(command, 2)
     assert (code, text) == (124, "stopped after 2 s")
-    pid = int(number.read_text())
-    try:
-        end = time.monotonic() + 10
-        while running(pid) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not running(pid)
-    finally:
-        if running(pid):
-            os.kill(pid, signal.SIGKILL)
+    assert ends(int(number.read_text()))
 
 
 ENDED = """
@@ -177,15 +169,18 @@ def test_what_threads_have_started_ends_with_a_part_that_is_asked_to_end(tmp_pat
             time.sleep(0.02)
         process.terminate()
         assert process.wait(20) == 1
-    pid = int(number.read_text())
-    try:
-        end = time.monotonic() + 10
-        while running(pid) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not running(pid)
-    finally:
-        if running(pid):
+    assert ends(int(number.read_text()))
+
+
+def ends(pid):
+    """Whether a process ends within ten seconds; it is killed if it does not."""
+    end = time.monotonic() + 10
+    while running(pid):
+        if time.monotonic() > end:
             os.kill(pid, signal.SIGKILL)
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def running(pid):

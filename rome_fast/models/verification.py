@@ -48,7 +48,7 @@ class Verified:
     def __str__(self) -> str:
         past = "not possible" if self.past_error is None else f"off by {self.past_error:.1e}"
         rows = "rows go on from the past of a context" if self.shares_past else "every row is run as a whole"
-        rows += ", which attention reads where it lies" if self.attends_apart else ""
+        rows += ", which attention can read where it lies" if self.attends_apart else ""
         value = "δ is added to the layer's output" if self.adds_unchanged else "the layer is run again with δ"
         return (
             f"{self.model}, layer {self.layer}, {self.weight}\n"
@@ -110,10 +110,10 @@ def verified_each(runner: Runner, layers: Sequence[int]) -> list[Verified]:
     ]
 
 
-def reads_past_apart(runner: Runner, layer: int) -> bool:
+def reads_past_apart(runner: Runner, found: Verified) -> bool:
     """Whether attention is to read a shared past where it lies: it can, and is none the slower for it."""
     config = runner.model.config.get_text_config()
-    return verified(runner, layer).attends_apart and attention.pays(config, runner.device, runner.dtype)
+    return found.attends_apart and attention.pays(config, runner.device, runner.dtype)
 
 
 def shared_out(runner: Runner, layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -87,7 +87,8 @@ def run_to_layer(
     not depend on the others, up to the rounding of differently shaped products.
     """
     layer = layers[-1]
-    again = not verified(runner, layer).adds_unchanged
+    found = verified(runner, layer)
+    again = not found.adds_unchanged
     if contexts is None:
         return _run_whole(runner, rows, layers, again)
     device = runner.device
@@ -140,7 +141,7 @@ def run_to_layer(
         )
     if again:
         recorder.keys[layer], recorder.values[layer] = own.keys[layer][:, :, :middle], own.values[layer][:, :, :middle]
-    apart = reads_past_apart(runner, layer)
+    apart = reads_past_apart(runner, found)
     past = FrozenPast(context_past, recorder.keys, recorder.values, start, subject, apart)
 
     width = max(len(r.row.inputs) - r.row.subject for r in rows)

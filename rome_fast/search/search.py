@@ -160,7 +160,7 @@ class Search:
         self, contexts: Contexts | None, group: Sequence[Request], bases: Sequence[Tensor] | None
     ) -> list[Solved]:
         """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only."""
-        apart = reads_past_apart(self.runner, self.layer)
+        apart = reads_past_apart(self.runner, verified(self.runner, self.layer))
         sizer = BatchSizer(self.runner, self.layer, whole=contexts is None, apart=apart)
         solved: dict[int, Solved] = {}
         for places in in_batches(sizer, group):
