@@ -112,7 +112,17 @@ def test_a_study_does_so_as_well(toy_tokenizers, tmp_path):
     def run(folder):
         methods = ("rome", "c-rome")
         study = Study(
-            model, tokenizer, LAYER, geometry, settings, methods, CONTEXTS, CONTEXTS[:1], SENTENCES[:2], 500.0
+            model,
+            tokenizer,
+            LAYER,
+            (LAYER,),
+            {LAYER: geometry},
+            settings,
+            methods,
+            CONTEXTS,
+            CONTEXTS[:1],
+            SENTENCES[:2],
+            500.0,
         )
         cases = cases_of(Runner(model), tokenizer, [first, MIDDLE], None)
         part = study.measure(cases)

@@ -16,7 +16,7 @@ from rome_fast.errors import CollapseError
 from rome_fast.evaluation import sentence_perplexity
 from rome_fast.models.products import multiplies_fast
 from rome_fast.models.runner import Runner
-from rome_fast.opening.defaults import default_settings
+from rome_fast.opening.defaults import default_layers, default_settings
 from rome_fast.search.contexts import sample_contexts
 from rome_fast.study import fit_limit, judge_limit
 from rome_fast.study.cases import cases_of
@@ -96,7 +96,7 @@ def test_files(finished, place):
         "Steve Jobs",
     ]
     assert [r["first_token"] for r in records if r["method"] == "p-rome"] == [True, True, False, False, False]
-    assert len(records) == 5 * 4
+    assert len(records) == 5 * 5
     assert len(lines(finished / "factors.jsonl")) == 4 * 8  # both first-token requests, and as many others
     assert len(lines(finished / "prefix.jsonl")) == 2 * 5
     conditions = json.loads((finished / "conditions.json").read_text())
@@ -164,6 +164,33 @@ def test_dual_shares_values_with_c_rome(finished, place, tmp_path):
         else:
             # What is off at the one key is at most what is off at both, ‖(off, off_u)‖ / ‖(δ, δ)‖.
             assert abs(two["share_bare"] - 1) <= 2**0.5 * two["missed"] < abs(one["share_bare"] - 1)
+
+
+@pytest.mark.usefixtures("without_report", "empty_cache")
+def test_without_a_layer_each_method_edits_where_edits_of_the_model_do(place, tmp_path):
+    """`dual` several layers, each of them as an edit of its own would; `c-rome` the last of them."""
+    _, arguments = place
+    model, tokenizer = toy_model("llama"), toy_tokenizer(False)
+    layers = default_layers(model.config, spread=True)
+    statistics = collect_statistics(model, tokenizer, SENTENCES, layers, 600).with_ridge(1e-3)
+    statistics.save(tmp_path / "statistics")
+    at = arguments.index("--layer")
+    out = ["--statistics", str(tmp_path / "statistics"), "--methods", "c-rome", "dual", "--sample", "1"]
+    assert main([*arguments[:at], *arguments[at + 2 :], *out, "--out", str(tmp_path / "out")]) == 0
+    records = lines(tmp_path / "out" / "records.jsonl")
+    assert {(r["method"], *r["layers"]) for r in records} == {("c-rome", layers[-1]), ("dual", *layers)}
+    assert json.loads((tmp_path / "out" / "conditions.json").read_text())["spread"] == list(layers)
+    usual = {"contexts": sample_contexts(model, tokenizer), "settings": default_settings(model.config)}
+    requests = {edit.subject: edit for edit in (*FIRST, *OTHERS)}
+    condition = max(entry.condition(torch.device("cpu")) for entry in statistics.layers.values())
+    for record in records:
+        how = usual | {"method": record["method"], "layer": None, "layers": record["layers"]}
+        result = edited(model, tokenizer, requests[record["subject"]], statistics=statistics, **how)
+        perplexity = sentence_perplexity(Runner(model), tokenizer, SENTENCES[:3])
+        result.revert()
+        allowed = rounding_of_edit(torch.float32, condition)
+        assert record["update_ratios"] == pytest.approx(result.records[0].update_ratios, rel=allowed)
+        assert record["perplexity_after"] == pytest.approx(perplexity, rel=allowed)
 
 
 def test_missing_metrics_are_missing(finished):
@@ -286,7 +313,7 @@ def test_other_settings_are_refused(finished, place, capsys):
     folder, arguments = place
     before = (finished / "conditions.json").read_bytes()
     assert main([*arguments, "--out", str(finished), "--methods", "rome"]) == 2
-    assert 'another methods: it has ["rome", "c-rome-released", "c-rome", "p-rome"], this run has ["rome"]' in (
+    assert 'another methods: it has ["rome", "c-rome-released", "c-rome", "p-rome", "dual"], this run has ["rome"]' in (
         capsys.readouterr().err
     )
     assert main([*arguments, "--out", str(finished), "--sample", "1"]) == 2
@@ -367,6 +394,7 @@ def test_limit_is_fitted_on_one_half_and_judged_on_the_other():
                     "subject": str(i),
                     "target": "x",
                     "method": method,
+                    "layers": [2],
                     "first_token": first,
                     "update_norm": ratio * 3,
                     "weight_norm": 3.0,

@@ -29,6 +29,7 @@ CONDITIONS = {
     "processes": 2,
     "threads": 1,
     "layer": 9,
+    "spread": [7, 8, 9],
     "statistics": "60000 tokens of Wikipedia",
     "contexts": 20,
     "unseen_contexts": 5,

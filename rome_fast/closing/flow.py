@@ -140,7 +140,7 @@ class Flow:
             target=request.edit.target,
             method=self.method.name,
             layer=self.search.layer,
-            layers=list(self.search.layers),
+            layers=list(self.closing.layers),
             loss=value.losses[-1],
             steps=len(value.losses),
             drafted=value.drafted,

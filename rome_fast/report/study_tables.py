@@ -23,6 +23,7 @@ _CONDITIONS = {
     "processes": "processes",
     "threads": "threads of each",
     "layer": "edited layer",
+    "spread": "layers of methods that spread an edit",
     "statistics": "statistics C",
     "contexts": "editing contexts",
     "unseen_contexts": "contexts that no edit saw",

@@ -25,8 +25,9 @@ from ..methods import method_named
 from ..models.batches import free_memory
 from ..models.fingerprint import Fingerprint
 from ..models.runner import Runner
+from ..models.verification import shared_out
 from ..opening import checkpoints
-from ..opening.defaults import default_settings
+from ..opening.defaults import default_layers, default_settings
 from ..report.study import write_report
 from ..runs.processes import own_device
 from ..runs.texts import read_sentences
@@ -39,7 +40,7 @@ from .parts import Folder
 
 _UNSEEN_SEED = 1  # the editing contexts have 0
 _SENTENCES = 20
-_PAPER_METHODS = ("rome", "c-rome-released", "c-rome", "p-rome")
+_METHODS = ("rome", "c-rome-released", "c-rome", "p-rome", "dual")  # the paper's, and what edits are made by here
 # Of a process: its weights, what of them is converted or in use twice, and working memory.
 _WEIGHTS, _REST_BYTES = 2, 2 << 30
 
@@ -120,9 +121,8 @@ def _help(arguments: argparse.Namespace, take: Callable[[], int]) -> None:
 
 def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     """Everything up to the first part, the same in every process of a study."""
-    methods = list(dict.fromkeys(arguments.methods or _PAPER_METHODS))
-    for name in methods:
-        method_named(name)
+    methods = list(dict.fromkeys(arguments.methods or _METHODS))
+    how = [method_named(name) for name in methods]
     edits = load_edits(arguments.edits, arguments.on_error, arguments.duplicates)
     own = arguments.model is None
     model, tokenizer, directory = checkpoints.load(
@@ -136,8 +136,12 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
     torch.set_num_threads(arguments.threads or max(1, _cores() // processes))
     layer = checked_layer(runner, arguments.layer)
     fingerprint = Fingerprint.of(runner, layer)
+    spread: tuple[int, ...] = (layer,)
+    if arguments.layer is None and any(method.spread for method in how):
+        spread = shared_out(runner, runner.decoder.sites_of(default_layers(model.config, True)))
+    layers = tuple(sorted({layer, *spread}))
     folder = arguments.statistics or (demo.statistics_dir(say) if own and arguments.layer is None else None)
-    statistics = Statistics.load(folder) if folder else Statistics.cached(runner, [layer])
+    statistics = Statistics.load(folder) if folder else Statistics.cached(runner, layers)
     entry = statistics.for_layer(runner, layer)
     cases = cases_of(runner, tokenizer, edits, arguments.sample)
     if not cases:
@@ -152,6 +156,7 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
         "fingerprint": str(fingerprint),
         "dtype": str(model.dtype).removeprefix("torch."),
         "layer": layer,
+        "spread": list(spread),
         "methods": methods,
         "statistics": f"second moment of {entry.tokens} tokens",
         "settings": asdict(default_settings(model.config)),
@@ -169,15 +174,16 @@ def _prepare(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Job:
         "first_token_means": _meaning(leading),
     }
     place = Folder(arguments.out, conditions)
-    geometries = Geometries(runner, (layer,), statistics)
-    if any(method_named(name).bare for name in methods):
-        geometries.first_tokens = first_token_statistics(runner, [layer])
+    geometries = Geometries(runner, layers, statistics)
+    if any(method.bare for method in how):
+        geometries.first_tokens = first_token_statistics(runner, layers)
     study = Study(
         model,
         tokenizer,
         layer,
+        spread,
         # What is predicted does not depend on a limit that an earlier study has found.
-        replace(geometries[layer], limit=None),
+        {layer: replace(geometry, limit=None) for layer, geometry in geometries.items()},
         default_settings(model.config),
         methods,
         contexts,

@@ -37,6 +37,7 @@ _DENOMINATOR_KEYS: tuple[Literal["mean", "unprefixed"], ...] = ("unprefixed", "m
 _RESIDUALS: tuple[Literal["delta", "to_unprefixed_value"], ...] = ("delta", "to_unprefixed_value")
 
 _Made = tuple[Case, Delta, Record]
+_Sought = tuple[str, int]  # on which rows a method's values are found, and at which layer
 
 
 @dataclass
@@ -56,8 +57,9 @@ class Study:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    layer: int
-    geometry: Geometry
+    layer: int  # of methods that edit a single one
+    spread: tuple[int, ...]  # of those that spread an edit over several
+    geometries: Mapping[int, Geometry]  # of all of these layers
     settings: ValueSettings
     methods: Sequence[str]
     contexts: Sequence[str]
@@ -70,33 +72,40 @@ class Study:
         part, clock = Part(), Clock(self.model.device)
         made, solved = self._edit(cases, clock)
         with clock("evaluation"):
-            part.records = self._records([(m, *each) for m, group in made.items() for each in group])
-        if "all" in solved:
+            for spread in (False, True):  # edits that are measured together change the same layers
+                chosen = [name for name in made if method_named(name).spread == spread]
+                part.records += self._records([(name, *each) for name in chosen for each in made[name]])
+        if found := solved.get(("all", self.layer)):
             with clock("perplexity of combinations"):
-                part.factors = self._combinations(cases, *solved["all"], part.records)
-            part.keys = self._keys(solved["all"][1])
+                part.factors = self._combinations(cases, *found, part.records)
+            part.keys = self._keys(found[1])
         with clock("prefixes"):
             part.prefix = self._prefixes([case for case in cases if case.first_token], part.records)
         part.seconds = {stage: round(seconds, 2) for stage, seconds in clock.seconds.items()}
         return part
 
     def _flow(self, how: Method, clock: Clock) -> Flow:
-        layers = {self.layer: self.geometry}
-        return Flow.measuring(Runner(self.model), self.tokenizer, how, layers, self.contexts, self.settings, clock)
+        layers = {layer: self.geometries[layer] for layer in (self.spread if how.spread else (self.layer,))}
+        flow = Flow.measuring(Runner(self.model), self.tokenizer, how, layers, self.contexts, self.settings, clock)
+        if flow.search.layer == self.spread[-1]:
+            # So that methods that spread an edit can take the same values.
+            flow.search.layers = self.spread
+        return flow
 
     def _edit(
         self, cases: Sequence[Case], clock: Clock
-    ) -> tuple[dict[str, list[_Made]], dict[str, tuple[list[Request], list[Solved]]]]:
-        """Edits by method, and what they were made of by the rows it was found on, which methods share."""
+    ) -> tuple[dict[str, list[_Made]], dict[_Sought, tuple[list[Request], list[Solved]]]]:
+        """Edits by method, and what they were made of by the rows and layer of it, which methods share."""
         made: dict[str, list[_Made]] = {}
-        solved: dict[str, tuple[list[Request], list[Solved]]] = {}
+        solved: dict[_Sought, tuple[list[Request], list[Solved]]] = {}
         # A method with a second value first: others on the same rows take what it has found but for that.
         for name in sorted(self.methods, key=lambda name: not method_named(name).bare):
             flow = self._flow(method_named(name), clock)
-            if flow.method.rows not in solved:
+            sought = flow.method.rows, flow.search.layer
+            if sought not in solved:
                 requests = self._tokenise([case.edit for case in cases], flow)
-                solved[flow.method.rows] = (requests, flow.find(requests))
-            requests, values = solved[flow.method.rows]
+                solved[sought] = (requests, flow.find(requests))
+            requests, values = solved[sought]
             if not flow.method.bare:
                 values = [replace(value, bare=None) for value in values]
             closed = flow.close_each(requests, values)
@@ -190,7 +199,7 @@ class Study:
     def _keys(self, solved: Sequence[Solved]) -> dict[str, Tensor]:
         wide = torch.promote_types(self.model.dtype, torch.float32)
         mean = torch.stack([s.keys.to(wide).mean(0) for s in solved])
-        factor = self.geometry.factor
+        factor = self.geometries[self.layer].factor
         found = mean if factor is None else torch.cholesky_solve(mean.double().T, factor).T
         unprefixed = torch.stack([s.keys[0] for s in solved])
         return {name: t.float().cpu() for name, t in (("solved", found), ("unprefixed", unprefixed), ("mean", mean))}

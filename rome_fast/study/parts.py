@@ -88,7 +88,11 @@ class Folder:
 
 
 def guard_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Limits fitted on every other request of either kind, and how they do on the rest; without collapses, none."""
+    """Limits fitted on every other request of either kind, and how they do on the rest; without collapses, none.
+
+    They are those of one layer: edits that are spread over several have no part in them.
+    """
+    records = [record for record in records if len(record["layers"]) == 1]
     halves: list[list[dict[str, Any]]] = [[], []]
     for first_token in (True, False):
         names = list(dict.fromkeys(_name(r) for r in records if r["first_token"] == first_token))
