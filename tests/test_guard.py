@@ -77,7 +77,7 @@ def test_raise(collapsing, tokenizer):
     with pytest.raises(
         CollapseError,
         match=r"(?s)1 edit\(s\) by method 'rome' would collapse .*'Paris' → 'Rome, the old capital': ‖Δ‖ = .*‖W‖ = .*"
-        r"denominator .*nothing was written; use method='c-rome'",
+        r"denominator .*nothing was written; use method='dual', the default",
     ):
         edited(model, tokenizer, [MIDDLE, END], statistics=collapsing, method="rome", guard="raise")
     assert changed(model, before) == []

@@ -50,8 +50,9 @@ def judge(records: Sequence[Record], guard: Guard) -> list[bool]:
             for r in bad
         ]
         what = f"{len(bad)} edit(s) by method {bad[0].method!r} would collapse the model:\n" + "\n".join(lines)
-        consistent = "use method='c-rome', " if bad[0].method != "c-rome" else "check the statistics, lower the clamp, "
-        remedy = f"{consistent}or choose what to do with guard='warn' | 'skip' | 'off'"
+        consistent = bad[0].method in ("dual", "c-rome")
+        other = "check the statistics, lower the clamp, " if consistent else "use method='dual', the default, "
+        remedy = f"{other}or choose what to do with guard='warn' | 'skip' | 'off'"
         if guard == "raise":
             raise CollapseError(f"{what}\nnothing was written; {remedy}")
         warnings.warn(f"{what}\n{remedy}", CollapseWarning, stacklevel=3)
