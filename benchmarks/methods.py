@@ -27,7 +27,7 @@ from rome_fast.assets import demo_texts, model_dir
 from rome_fast.closing.flow import Flow
 from rome_fast.closing.geometry import Geometries
 from rome_fast.demo import held_out_sentences
-from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, sentence_perplexity
+from rome_fast.evaluation import UNSEEN, RowUpdates, edited_perplexities, evaluate, sentence_perplexity
 from rome_fast.methods import Method, method_named
 from rome_fast.models.runner import Runner
 from rome_fast.opening import checkpoints
@@ -42,11 +42,6 @@ from rome_fast.study.cases import cases_of
 RESULTS = Path(__file__).parent / "results"
 SINGLE, JOINT = RESULTS / "methods_single.csv", RESULTS / "methods_joint.csv"
 FIGURE = JOINT.with_suffix(".png")
-UNSEEN = (
-    "My neighbour told me a story about it. ",
-    "According to the newspaper of last Tuesday, ",
-    "She looked out of the window for a while. ",
-)
 TOKENS = 60_000  # of the statistics
 FOUND_AT_ONCE = 50
 FEW = 50  # sentences for the perplexity of every single edit

@@ -20,7 +20,7 @@ from rome_fast import Statistics, apply_edits, load_edits, methods
 from rome_fast.cli import main
 from rome_fast.cli.shared import METHODS, read_contexts
 from rome_fast.errors import CheckpointError
-from rome_fast.evaluation import evaluate, sentence_perplexity, summarise
+from rome_fast.evaluation import UNSEEN, distractors, evaluate, sentence_perplexity, summarise
 from rome_fast.models.runner import Runner
 from rome_fast.opening.defaults import default_settings
 from toys import D_FF, SENTENCES, save_toy, toy_model
@@ -124,7 +124,9 @@ def test_from_statistics_to_revert(toy, capsys):
 
     run("evaluate", "edited", "--edits", "edits.jsonl", "--perplexity", "sentences.txt", "--json", "scores.json")
     scores = read(toy / "scores.json")
-    metrics = evaluate(model, tokenizer, load_edits("edits.jsonl"), result.contexts)
+    edits = load_edits("edits.jsonl")
+    behind = {"unseen_contexts": UNSEEN, "distracting": distractors(edits)}
+    metrics = evaluate(model, tokenizer, edits, result.contexts, **behind)
     assert scores["edits"] == [m.to_json() for m in metrics]
     assert scores["summary"] == pytest.approx(summarise(metrics))
     perplexity = sentence_perplexity(Runner(model), tokenizer, SENTENCES[:3])
@@ -689,10 +691,49 @@ def test_every_verb_runs_on_a_gpu_where_there_is_one(verb, toy, capsys, monkeypa
     assert sorted(path.name for path in toy.iterdir()) == ["corpus.txt", "edits.jsonl", "model", "sentences.txt"]
 
 
+def test_an_interrupted_evaluation_goes_on(toy, capsys, monkeypatch):
+    edits = [
+        EDIT | {"subject": name} for name in ("Chicago", "Berlin", "Vienna", "Paris", "Rome", "Oslo", "Bern", "Kiel")
+    ]
+    (toy / "many.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [*edits, EDIT | {"prompt": "Near {} is"}]))
+    arguments = ("evaluate", "model", "--edits", "many.jsonl")
+    run(*arguments, "--json", "wanted.json")
+    wanted = read(toy / "wanted.json")
+    assert wanted["intervals"].keys() == wanted["summary"].keys()
+    low, high = wanted["intervals"]["probability"]
+    assert low < wanted["summary"]["probability"] < high
+
+    calls = []
+
+    def killed(model, tokenizer, edits, *rest, **named):
+        calls.append(len(edits))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(model, tokenizer, edits, *rest, **named)
+
+    monkeypatch.setattr("rome_fast.evaluation.command.evaluate", killed)
+    main([*arguments, "--out", "run"])
+    assert calls == [8, 1]
+    run(*arguments, "--out", "run")
+    assert calls == [8, 1, 1]
+    assert read(toy / "run" / "evaluate.json") == wanted
+    # Figures of other weights, or of other requests, are not mixed in.
+    model = AutoModelForCausalLM.from_pretrained("model")
+    model.get_parameter("transformer.h.1.mlp.c_proj.weight").data[0, 0] += 1
+    model.save_pretrained("other")
+    AutoTokenizer.from_pretrained("model").save_pretrained("other")
+    message = fails(capsys, "evaluate", "other", "--edits", "many.jsonl", "--out", "run")
+    assert "out: run is of a run of rome-fast evaluate with other weights_sha256" in message
+    assert "with other requests, edits_sha256" in fails(capsys, *arguments[:3], "edits.jsonl", "--out", "run")
+    assert calls == [8, 1, 1]
+
+
 def test_evaluate_in_another_dtype(toy):
     run("evaluate", "model", "--edits", "edits.jsonl", "--dtype", "bfloat16", "--json", "scores.json")
     model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16)
-    wanted = evaluate(model, AutoTokenizer.from_pretrained("model"), load_edits("edits.jsonl"))
+    edits = load_edits("edits.jsonl")
+    behind = {"unseen_contexts": UNSEEN, "distracting": distractors(edits)}
+    wanted = evaluate(model, AutoTokenizer.from_pretrained("model"), edits, **behind)
     assert read(toy / "scores.json")["edits"] == [m.to_json() for m in wanted]
 
 

@@ -11,7 +11,16 @@ import oracle
 from helpers import CONTEXTS, END, MIDDLE, START, edited, merging_tokenizer, rounding_of_log_p
 from rome_fast import Edit, Probe
 from rome_fast.errors import ArgumentError, EditError, RomeFastError
-from rome_fast.evaluation import evaluate, greedy_completion, score, sentence_perplexity, summarise
+from rome_fast.evaluation import (
+    bootstrap,
+    distractors,
+    evaluate,
+    greedy_completion,
+    intervals,
+    score,
+    sentence_perplexity,
+    summarise,
+)
 from rome_fast.models.runner import Runner
 from toys import KINDS, SENTENCES, toy_model
 
@@ -239,6 +248,59 @@ def test_metrics_by_hand(kind, bos, toy_tokenizers):
     assert got.argmax_prefixed == sum(decoded(c + CASE.text).strip() == "Rome" for c in CONTEXTS) / len(CONTEXTS)
 
 
+def test_distractors_name_the_true_answer_and_another_subject():
+    twin = replace(CASE, subject="Chicago ", target_true=None)
+    other = replace(CASE, subject="Berlin", target_true=" Oslo ")
+    frame = "People were just talking about {}. ".format
+    assert distractors([CASE, twin, other]) == [
+        [frame("Paris"), frame("Berlin")],
+        [frame("Berlin")],
+        [frame("Oslo"), frame("Chicago")],
+    ]
+    assert distractors([twin]) == [[]]
+    assert distractors([]) == []
+
+
+def test_distracting_texts_are_each_requests_own(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    own = [["Paris is nice. ", "It rained. "], []]
+    got, alone = evaluate(model, tokenizer, [CASE, START], CONTEXTS[:1], distracting=own)
+    texts = [text + CASE.text for text in own[0]]
+    found = [math.exp(mean_log(oracle.target_probability(model, tokenizer, text, "Rome"))) for text in texts]
+    assert got.probability_distracted == pytest.approx(sum(found) / 2, rel=ALLOWED)
+    true = [math.exp(mean_log(oracle.target_probability(model, tokenizer, text, "Paris"))) for text in texts]
+    assert got.efficacy_distracted == sum(a > b for a, b in zip(found, true, strict=True)) / 2
+    said = tokenizer.decode(naive_greedy(model, tokenizer(texts[0])["input_ids"], 1)).strip()
+    assert got.decoded_right_distracted == (said == "Rome")
+    assert alone.probability_distracted is None
+    assert [got, alone] != evaluate(model, tokenizer, [CASE, START], CONTEXTS[:1])
+    # The others are as they are without.
+    with_none = evaluate(model, tokenizer, [CASE, START], CONTEXTS[:1], distracting=[[], []])
+    assert with_none == evaluate(model, tokenizer, [CASE, START], CONTEXTS[:1])
+
+
+def test_an_interval_is_that_of_the_means_of_resampled_requests():
+    """Of n draws with share p it deviates by √(p (1 - p) / n), of which 1.96 on either side are 95 %."""
+    mean, low, high = bootstrap([1.0] * 60 + [0.0] * 140)
+    assert mean == pytest.approx(0.3)
+    width = 1.96 * math.sqrt(0.3 * 0.7 / 200)
+    # The 2.5 % quantile of 4000 draws deviates by √(0.025 · 0.975 / 4000) / 0.058 = 4 % of that, and means lie 1 / 200
+    # apart.
+    allowed = 3 * 0.04 * width / 1.96 + 1 / 200
+    assert (low, high) == (pytest.approx(0.3 - width, abs=allowed), pytest.approx(0.3 + width, abs=allowed))
+    assert bootstrap([0.25]) == (0.25, 0.25, 0.25)
+    assert bootstrap([1.0, 0.0]) == bootstrap([1.0, 0.0])
+    with pytest.raises(ValueError, match="values: got none"):
+        bootstrap([])
+
+
+def test_many_values_are_resampled_in_bounded_memory(monkeypatch):
+    values = [i / 7 for i in range(50)]
+    wanted = bootstrap(values)
+    monkeypatch.setattr("rome_fast.evaluation.resampling._ELEMENTS", 1000)
+    assert bootstrap(values) == wanted
+
+
 def test_shares_are_shares(toy_tokenizers):
     """Of four paraphrases with known winners."""
     model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
@@ -327,6 +389,8 @@ def test_a_target_that_the_tokenizer_writes_as_unknown_is_not_measured():
         ({"contexts": "It rained. "}, "contexts: got 'It rained. ', wanted a list of texts"),
         ({"contexts": None}, "contexts: got None, wanted a list of texts"),
         ({"unseen_contexts": ["It rained. ", 7]}, r"unseen_contexts: got \['It rained. ', 7\], wanted a list of texts"),
+        ({"distracting": [["a "], ["b "]]}, "distracting: got 2 for 1 edits, wanted one each"),
+        ({"distracting": ["It rained. "]}, "distracting: got 'It rained. ', wanted a list of texts"),
         ({"answer_tokens": -1}, "answer_tokens: got -1, wanted a number of tokens"),
         ({"answer_tokens": "16"}, "answer_tokens: got '16', wanted a number of tokens"),
     ],
@@ -368,7 +432,8 @@ def test_what_cannot_be_measured_is_none(toy_tokenizers):
     assert means["efficacy"] == alone.efficacy
     assert means["probability"] == pytest.approx((bare.probability + alone.probability) / 2)
     assert {"paraphrase", "neighborhood", "subject", "decoded", *prefixed}.isdisjoint(means)
-    assert summarise([]) == {}
+    assert summarise([]) == intervals([]) == {}
+    assert {name: interval.mean for name, interval in intervals([bare, alone]).items()} == pytest.approx(means)
 
 
 def test_metrics_of_an_edit_do_not_depend_on_the_others(toy_tokenizers):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +14,15 @@ from ..models.runner import Runner
 from ..opening.admission import admit_model, admit_tokenizer, plain_modes
 from ..updates.delta import Delta
 from .isolated import RowUpdates
+from .resampling import Interval, bootstrap
 from .scoring import Completion, Score, complete, score
+
+UNSEEN = (
+    "My neighbour told me a story about it. ",
+    "According to the newspaper of last Tuesday, ",
+    "She looked out of the window for a while. ",
+)
+"""Texts that no edit was made with, but by chance."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,11 @@ class EditMetrics:
     decoded_right_unseen: float | None = None
     efficacy_unseen: float | None = None
     paraphrase_unseen: float | None = None
+    probability_distracted: float | None = None  # the same behind texts that lead away, as `distractors` makes them
+    argmax_distracted: float | None = None
+    decoded_right_distracted: float | None = None
+    efficacy_distracted: float | None = None
+    paraphrase_distracted: float | None = None
     portability: float | None = None  # probes with an answer, in any spelling, whose every token leads, teacher forced
 
     def to_json(self) -> dict[str, Any]:
@@ -55,16 +69,18 @@ def evaluate(
     contexts: Sequence[str] = (),
     *,
     unseen_contexts: Sequence[str] = (),
+    distracting: Sequence[Sequence[str]] | None = None,
     deltas: Sequence[Delta] | None = None,
     answer_tokens: int = 16,
 ) -> list[EditMetrics]:
     """Measure each request, on the model as it is, or with `deltas` as `deltas[i]` alone would leave it for request i.
 
     `contexts`, those of the edit, are put before prompts for the prefixed figures, `unseen_contexts` for the unseen
-    ones. Every text is that of the edit to the character, its target's end included. The model may say `answer_tokens`
-    more than the target has before it stops by itself; with 0 it is not asked to. Raises EditError for a request that
-    cannot be scored, ArgumentError for other arguments than these and for Deltas that are not one per request, all of
-    the same layer.
+    ones, and `distracting[i]` before those of request i for the distracted ones. Every text is that of the edit to the
+    character, its target's end included. The model may say `answer_tokens` more than the target has before it stops by
+    itself; with 0 it is not asked to. Raises EditError for a request that cannot be scored, ArgumentError for other
+    arguments than these and for distracting texts and Deltas that are not one per request, the latter all of the same
+    layers.
     """
     admit_model(model)
     admit_tokenizer(tokenizer)
@@ -72,17 +88,20 @@ def evaluate(
     contexts, unseen_contexts = _texts("contexts", contexts), _texts("unseen_contexts", unseen_contexts)
     if not isinstance(answer_tokens, int) or answer_tokens < 0:
         raise ArgumentError(f"answer_tokens: got {answer_tokens!r}, wanted a number of tokens, 0 for none")
-    if deltas is not None and len(deltas) != len(edits):
-        raise ArgumentError(f"deltas: got {len(deltas)} for {len(edits)} edits, wanted one each")
+    groups = [{"prefixed": contexts, "unseen": unseen_contexts} for _ in edits]
+    for name, given in (("distracting", distracting), ("deltas", deltas)):
+        if given is not None and len(given) != len(edits):
+            raise ArgumentError(f"{name}: got {len(given)} for {len(edits)} edits, wanted one each")
+    if distracting is not None:
+        groups = [g | {"distracted": _texts("distracting", d)} for g, d in zip(groups, distracting, strict=True)]
     runner = Runner(model)
     updates = RowUpdates.of(runner, deltas) if deltas else None
     model_of = [-1] * len(edits) if updates is None else list(range(len(edits)))
-    every = ("", *contexts, *unseen_contexts)
     # Every text is scored once under an edit, however many figures use it.
     questions = [
         (which, question)
-        for edit, which in zip(edits, model_of, strict=True)
-        for question in _questions(tokenizer, edit, every)
+        for edit, which, behind in zip(edits, model_of, groups, strict=True)
+        for question in _questions(tokenizer, edit, ["", *chain.from_iterable(behind.values())])
     ]
     questions = list(dict.fromkeys(questions))
     found = score(runner, tokenizer, [q for _, q in questions], updates, [which for which, _ in questions])
@@ -90,28 +109,41 @@ def evaluate(
     for (which, question), one in zip(questions, found, strict=True):
         scores.setdefault(which, {})[question] = one
 
-    decoding = ("", *contexts[:1], *unseen_contexts[:1])
-    texts = [asked(tokenizer, edit, prefix) for edit in edits for prefix in decoding]
+    decoding = [
+        (i, prefix)
+        for i, g in enumerate(groups)
+        for prefix in dict.fromkeys(["", *(p for ps in g.values() for p in ps[:1])])
+    ]
+    texts = [asked(tokenizer, edits[i], prefix) for i, prefix in decoding]
     targets = [answer for _, answer in answered(tokenizer, texts)]
     for question, ids in zip(texts, targets, strict=True):
         check_known(tokenizer, "target", question.answer, ids)
-    more = [0 if prefix else answer_tokens for _ in edits for prefix in decoding]
-    models = [which for which in model_of for _ in decoding]
+    more = [0 if prefix else answer_tokens for _, prefix in decoding]
+    models = [model_of[i] for i, _ in decoding]
     said = complete(runner, tokenizer, texts, [len(ids) for ids in targets], more, updates, models)
-    wanted = tokenizer.batch_decode(targets)
-    decoded = iter(zip(said, wanted, strict=True))
+    decoded: list[dict[str, tuple[Completion, str]]] = [{} for _ in edits]
+    for (i, prefix), completion, wanted in zip(decoding, said, tokenizer.batch_decode(targets), strict=True):
+        decoded[i][prefix] = completion, wanted
     return [
-        _metrics(
-            tokenizer,
-            edit,
-            scores[which],
-            contexts,
-            unseen_contexts,
-            {prefix: next(decoded) for prefix in decoding},
-            answer_tokens > 0,
-        )
-        for edit, which in zip(edits, model_of, strict=True)
+        _metrics(tokenizer, edit, scores[which], behind, own, answer_tokens > 0)
+        for edit, which, behind, own in zip(edits, model_of, groups, decoded, strict=True)
     ]
+
+
+def distractors(edits: Sequence[Edit]) -> list[list[str]]:
+    """For every request, texts that lead away from it: that name its true answer, and the next other subject.
+
+    A model whose edit is a reflex to nearby words answers with what it has just read. (After CHED, Park et al. 2025,
+    where contexts are written around the old answer.)
+    """
+    found = []
+    for i, edit in enumerate(edits):
+        others = (
+            other.subject for other in (*edits[i + 1 :], *edits[:i]) if other.subject.strip() != edit.subject.strip()
+        )
+        names = (edit.target_true, next(others, None))
+        found.append([f"People were just talking about {name.strip()}. " for name in names if name and name.strip()])
+    return found
 
 
 def _texts(name: str, given: Sequence[str]) -> list[str]:
@@ -124,13 +156,22 @@ def _texts(name: str, given: Sequence[str]) -> list[str]:
 
 def summarise(metrics: Sequence[EditMetrics]) -> dict[str, float]:
     """Mean of every figure over the edits that have it."""
-    out = {}
+    return {name: sum(numbers) / len(numbers) for name, numbers in _numbers(metrics).items()}
+
+
+def intervals(metrics: Sequence[EditMetrics]) -> dict[str, Interval]:
+    """The same with the 95 % interval that other edits of their kind would leave the mean in."""
+    return {name: bootstrap(numbers) for name, numbers in _numbers(metrics).items()}
+
+
+def _numbers(metrics: Sequence[EditMetrics]) -> dict[str, list[float]]:
+    """By figure, those of the edits that have it."""
+    found: dict[str, list[float]] = {}
     for field in fields(EditMetrics):
         values = [getattr(m, field.name) for m in metrics]
-        numbers = [float(v) for v in values if v is not None and not isinstance(v, str)]
-        if numbers:
-            out[field.name] = sum(numbers) / len(numbers)
-    return out
+        if numbers := [float(v) for v in values if v is not None and not isinstance(v, str)]:
+            found[field.name] = numbers
+    return found
 
 
 def _questions(tokenizer: PreTrainedTokenizerBase, edit: Edit, prefixes: Sequence[str]) -> list[Asked]:
@@ -158,12 +199,12 @@ def _metrics(
     tokenizer: PreTrainedTokenizerBase,
     edit: Edit,
     scores: dict[Asked, Score],
-    contexts: Sequence[str],
-    unseen_contexts: Sequence[str],
+    behind: dict[str, list[str]],
     decoded: dict[str, tuple[Completion, str]],
     answers: bool,
 ) -> EditMetrics:
-    """`decoded` has, by prefix, what the model says and the target as the tokenizer spells it."""
+    """`behind` has the prefixes of each group of figures, `decoded` by prefix what the model says and the target as the
+    tokenizer spells it."""
 
     def log_p(text: str, target: str, prefix: str = "") -> float:
         return scores[asked(tokenizer, edit, prefix, text=text, target=target)].log_probability
@@ -178,7 +219,7 @@ def _metrics(
         completion, wanted = decoded[prefix]
         return completion.forced.strip() == wanted.strip()
 
-    def behind(prefixes: Sequence[str], suffix: str) -> dict[str, Any]:
+    def figures_behind(prefixes: Sequence[str], suffix: str) -> dict[str, Any]:
         found = [scores[asked(tokenizer, edit, prefix)] for prefix in prefixes]
         return {
             f"probability_{suffix}": _mean([s.probability for s in found]),
@@ -201,6 +242,9 @@ def _metrics(
         any(scores[asked(tokenizer, edit, text=probe.prompt, target=spelling)].is_argmax for spelling in probe.answers)
         for probe in edit.portability
     ]
+    figures: dict[str, Any] = {}
+    for suffix, prefixes in behind.items():
+        figures |= figures_behind(prefixes, suffix)
     return EditMetrics(
         subject=edit.subject,
         target=edit.target,
@@ -214,8 +258,7 @@ def _metrics(
         paraphrase=wins(edit.paraphrase_prompts),
         neighborhood=_mean(held),
         portability=_mean(follows),
-        **behind(contexts, "prefixed"),
-        **behind(unseen_contexts, "unseen"),
+        **figures,
     )
 
 

@@ -1,11 +1,11 @@
 """Tables for the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from ..evaluation import EditMetrics
+from ..evaluation import EditMetrics, Interval
 from ..records import MUCH_MISSED, Record
 from ..runs.terminal import one_line
 
@@ -62,6 +62,14 @@ def metrics_table(metrics: Sequence[EditMetrics]) -> Table:
             number(m.neighborhood),
             number(m.probability_prefixed),
         )
+    return table
+
+
+def summary_table(figures: Mapping[str, Interval], count: int) -> Table:
+    """A row for each figure over `count` edits, with the 95 % interval of its mean."""
+    table = _table(["figure", f"mean of {count}", "95 %"])
+    for name, (mean, low, high) in figures.items():
+        table.add_row(name, number(mean), f"{number(low)} … {number(high)}")
     return table
 
 

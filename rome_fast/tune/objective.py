@@ -14,15 +14,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+from ..evaluation.resampling import bootstrap
 
 PERPLEXITY_LIMIT = 1.01
 """Mean ratio of perplexity, with one edit over without, up to which a layer is eligible."""
 
 SCORED = ("probability", "probability_behind", "paraphrase", "neighborhood")
-
-_RESAMPLES = 4000
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,4 @@ class Difference:
 
 def compare(better: Sequence[Figures], other: Sequence[Figures]) -> Difference:
     """Score of `better` less that of `other`, request by request, with a bootstrap interval (seeded)."""
-    differences = torch.tensor([a.score - b.score for a, b in zip(better, other, strict=True)], dtype=torch.float64)
-    generator = torch.Generator("cpu").manual_seed(0)
-    chosen = torch.randint(len(differences), (_RESAMPLES, len(differences)), generator=generator, device="cpu")
-    means = differences[chosen].mean(1)
-    tail = (1 - _LEVEL) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Difference(float(differences.mean()), low, high)
+    return Difference(*bootstrap([a.score - b.score for a, b in zip(better, other, strict=True)]))
