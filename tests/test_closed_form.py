@@ -100,3 +100,39 @@ def test_keys_on_both_sides_may_differ():
         max(independent, 0.5 * exact.joint_norm), rel=SEARCHED + allowed(keys, left)
     )
     assert held.joint_norm < 0.95 * exact.joint_norm
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Edits are taken for so many that singular values would take too long, and products for as large."""
+    monkeypatch.setattr("rome_fast.methods.closed_form._SMALL", 0)
+    monkeypatch.setattr("rome_fast.methods.closed_form._BLOCK", 3)
+    monkeypatch.setattr("rome_fast.methods.closed_form._TOGETHER", 2)
+
+
+@pytest.mark.parametrize(("columns", "own"), [(1, 0.5), (2, 0.5), (1, 0.02)])
+def test_many_edits_are_closed_as_few_are(columns, own, request):
+    keys, residuals = keys_and_residuals(10, own)
+    left = keys + 0.1 * keys_and_residuals(10, own, seed=1)[0]
+    arguments = {"columns": columns, "penalty": 0.1}
+    few = close(left, keys, residuals, **arguments)
+    request.getfixturevalue("large")
+    many = close(left, keys, residuals, **arguments)
+    bound = allowed(keys, left)
+    assert relative_error(dense(many), dense(few)) < bound
+    for name in ("update_norms", "missed", "denominators", "numerator_norms"):
+        assert getattr(many, name) == pytest.approx(getattr(few, name), rel=bound, abs=bound)
+    assert many.joint_norm == pytest.approx(few.joint_norm, rel=bound)
+    assert float(dense(many).norm()) == pytest.approx(many.joint_norm, rel=bound)
+    # Four vectors find both ends of ten singular values within 5 % in twelve steps, from within.
+    assert 0.95 * few.condition < many.condition <= few.condition * (1 + bound)
+
+
+@pytest.mark.usefixtures("large")
+def test_dependent_keys_are_found_among_many_edits_as_well():
+    keys, residuals = keys_and_residuals(9, 0.5)
+    both = close(torch.cat([keys, keys[:1]]), torch.cat([keys, keys[:1]]), torch.cat([residuals, -residuals[:1]]))
+    assert both.condition > 1e6
+    alone = close(keys, keys, torch.cat([0 * residuals[:1], residuals[1:]]))
+    assert relative_error(dense(both), dense(alone)) < allowed(keys)
+    assert both.missed[0] == pytest.approx(1, rel=allowed(keys))

@@ -7,6 +7,7 @@ Several:     Δ = R (Uᵀ K + S)⁻¹ Uᵀ,         U = C⁻¹ K_left     (S = 0
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,10 @@ FIRST_TOKEN_WEIGHT = 0.3
 # Of the edits' keys, beyond which they are linearly dependent, and what tells them apart is rounding.
 _WORST_CONDITION = 1e6
 _HALVINGS = 40  # of the search for a limit on ‖Δ‖: to rounding
+_SMALL = 512  # columns, up to which the condition is taken from singular values
+_VECTORS, _POWERS = 4, 12  # of iterations for an estimate of it
+_TOGETHER = 256  # edits whose own updates are measured at a time
+_BLOCK = 1024  # rows of products (columns, columns) that are only summed
 
 
 @dataclass(frozen=True)
@@ -103,50 +108,93 @@ def close(
     own = len(u) - earlier
     edits = own // columns
     gram = u @ keys.T
-    denominators = gram.diagonal()
-    if not bool(torch.isfinite(gram).all()) or bool((denominators == 0).any()):
+    denominators = gram.diagonal().clone()
+    # The sum of finite numbers, and of no others, is finite: nothing of the matrix's size is made to see it.
+    if not bool(torch.isfinite(gram.sum())) or bool((denominators == 0).any()):
         raise EditError("the denominator uᵀk of an edit is zero or not finite; check the statistics")
     scale = denominators.abs().rsqrt()
-    scaled = scale[:, None] * gram * scale
-    penalties = torch.as_tensor(penalty, dtype=torch.float64, device=gram.device).expand(len(gram))
-    scaled.diagonal().add_(penalties * scale**2)
+    scaled = gram.mul_(scale[:, None]).mul_(scale)
+    penalties = torch.as_tensor(penalty, dtype=torch.float64, device=scaled.device).expand(len(scaled))
+    added = penalties * scale**2
+    scaled.diagonal().add_(added)
     # Σ_i left_i (u_i · k_j) = r_j for every j, i.e. Gᵀ left = r; the unit diagonal keeps the solve well conditioned.
-    condition = float(torch.linalg.cond(scaled)) if len(gram) > 1 else 1.0
-    wanted, directions = scale[:, None] * r, scale[:, None] * u
-    if condition < _WORST_CONDITION:
-        left = torch.linalg.solve(scaled.T, wanted)
-    else:
-        left = torch.linalg.pinv(scaled.T, rtol=1 / _WORST_CONDITION) @ wanted
+    wanted = scale[:, None] * r
+    left, condition = _solved(scaled.T, wanted)
     numerators = r[:edits].norm(dim=1) * u[:edits].norm(dim=1)
     if columns == 1:
         update_norms = numerators / (denominators[:edits].abs() + penalties[:edits])
     else:
-        update_norms = _alone(scaled[:own, :own], wanted[:own], directions[:own], columns)
+        update_norms = _alone(scaled, wanted, u, scale, edits, columns)
     most = max(harmless, float(update_norms.norm()))
-    if len(gram) > 1 and _norm(left, directions) > most:
-        left = _held(scaled.T, wanted, directions, most)
-    left = scale[:, None] * left
-    off = (gram.T @ left - r)[:own].norm(dim=1)
+    norm = _norm(scale[:, None] * left, u)
+    if len(scaled) > 1 and norm > most:
+        left = _held(scaled.T, wanted, scale[:, None] * u, most)
+        norm = _norm(scale[:, None] * left, u)
+    off = ((scaled.T @ left - added[:, None] * left) / scale[:, None] - r)[:own].norm(dim=1)
     asked = r[:own].norm(dim=1)
     if columns > 1:
         off, asked = (t.reshape(columns, edits).norm(dim=0) for t in (off, asked))
     missed = torch.where(asked > 0, off / asked, 0.0)
-    return Factors(left.T, u, denominators[:edits], numerators, update_norms, missed, _norm(left, u), condition)
+    left = scale[:, None] * left
+    return Factors(left.T, u, denominators[:edits], numerators, update_norms, missed, norm, condition)
 
 
-def _alone(gram: Tensor, wanted: Tensor, directions: Tensor, columns: int) -> Tensor:
+def _solved(gram: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
+    """x of gram x = wanted, of least norm where rows are dependent, and the condition of gram."""
+    if len(gram) <= _SMALL:
+        condition = float(torch.linalg.cond(gram)) if len(gram) > 1 else 1.0
+        if condition < _WORST_CONDITION:
+            return torch.linalg.solve(gram, wanted), condition
+    else:
+        # Singular values take thirty times as long as the solution.
+        lower_upper, pivots, info = torch.linalg.lu_factor_ex(gram)
+        condition = math.inf if int(info) else _estimated_condition(gram, lower_upper, pivots)
+        if condition < _WORST_CONDITION:
+            return torch.linalg.lu_solve(lower_upper, pivots, wanted), condition
+    return torch.linalg.pinv(gram, rtol=1 / _WORST_CONDITION) @ wanted, condition
+
+
+def _estimated_condition(gram: Tensor, lower_upper: Tensor, pivots: Tensor) -> float:
+    """σ₁ / σₙ by power iterations with GᵀG and its inverse, each from below (Golub & Van Loan, section 8.2)."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(len(gram), _VECTORS, generator=generator, dtype=gram.dtype, device="cpu").to(gram.device)
+
+    def largest(apply: Callable[[Tensor], Tensor]) -> float:
+        basis = torch.linalg.qr(start).Q
+        for _ in range(_POWERS):
+            image = apply(basis)
+            if not bool(torch.isfinite(image).all()):
+                return math.inf
+            basis = torch.linalg.qr(image).Q
+        return float(torch.linalg.matrix_norm(apply(basis), 2))
+
+    def inverse(x: Tensor) -> Tensor:
+        return torch.linalg.lu_solve(lower_upper, pivots, torch.linalg.lu_solve(lower_upper, pivots, x, adjoint=True))
+
+    return math.sqrt(largest(lambda x: gram.T @ (gram @ x)) * largest(inverse))
+
+
+def _alone(gram: Tensor, wanted: Tensor, u: Tensor, scale: Tensor, edits: int, columns: int) -> Tensor:
     """(edits,) ‖Δ‖ of every edit alone, made of its own columns."""
-    edits = len(gram) // columns
-    places = torch.arange(len(gram), device=gram.device).reshape(columns, edits).T
-    own = gram[places.unsqueeze(2), places.unsqueeze(1)]
-    left = torch.linalg.pinv(own.mT, rtol=1 / _WORST_CONDITION) @ wanted[places]
-    products = (left @ left.mT) * (directions[places] @ directions[places].mT)
-    return products.sum((1, 2)).clamp(min=0).sqrt()
+    places = torch.arange(columns * edits, device=gram.device).reshape(columns, edits).T
+    norms = []
+    for some in places.split(_TOGETHER):
+        own = gram[some.unsqueeze(2), some.unsqueeze(1)]
+        left = torch.linalg.pinv(own.mT, rtol=1 / _WORST_CONDITION) @ wanted[some]
+        directions = scale[some].unsqueeze(2) * u[some]
+        products = (left @ left.mT) * (directions @ directions.mT)
+        norms.append(products.sum((1, 2)).clamp(min=0).sqrt())
+    return torch.cat(norms)
 
 
 def _norm(left: Tensor, right: Tensor) -> float:
-    """‖leftᵀ right‖ of factors (r, d) and (r, d_ff)."""
-    return float(((left @ left.T) * (right @ right.T)).sum().clamp(min=0).sqrt())
+    """‖leftᵀ right‖ of factors (r, d) and (r, d_ff): the sum of a symmetric matrix (r, r), of which blocks are made."""
+    total = left.new_zeros(())
+    for start in range(0, len(left), _BLOCK):
+        own, others = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+        total += ((left[own] @ left[own].T) * (right[own] @ right[own].T)).sum()
+        total += 2 * ((left[own] @ left[others].T) * (right[own] @ right[others].T)).sum()
+    return float(total.clamp(min=0).sqrt())
 
 
 def _held(gram: Tensor, wanted: Tensor, directions: Tensor, most: float) -> Tensor:
