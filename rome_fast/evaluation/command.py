@@ -11,7 +11,7 @@ from typing import Any
 from ..edits import Edit
 from ..models.runner import Runner
 from ..opening import checkpoints
-from ..report import metrics_table, summary_table
+from ..report import metrics_table, summary_table, tasks_table
 from ..runs.parts import Parts
 from ..runs.processes import own_device
 from ..runs.terminal import say, show
@@ -19,6 +19,7 @@ from ..runs.texts import read_sentences
 from ..updates import chains
 from ..updates.chains import tensor_sha256
 from ..updates.delta import Delta
+from .harness import Scores, known_tasks, task_changes, task_scores
 from .metrics import UNSEEN, EditMetrics, distractors, evaluate, intervals, summarise
 from .perplexity import sentence_perplexity
 
@@ -30,6 +31,8 @@ Advance = Callable[[int, int], None]
 def run_evaluate(arguments: argparse.Namespace, edits: Sequence[Edit], advance: Advance) -> dict[str, Any]:
     """Measure requests, in parts where there is an --out to go on from; returns the report."""
     sentences = read_sentences(arguments.perplexity) if arguments.perplexity else []
+    if arguments.tasks:
+        known_tasks(arguments.tasks, arguments.task_files)
     model, tokenizer, directory = checkpoints.load(
         arguments.model,
         device=own_device(arguments.device),
@@ -38,8 +41,14 @@ def run_evaluate(arguments: argparse.Namespace, edits: Sequence[Edit], advance: 
     )
     # Those of the last edit.
     contexts: list[str] = next((r.get("contexts", []) for r in reversed(chains.records(directory))), [])
+
+    def scores_of_tasks() -> Scores:
+        return task_scores(model, tokenizer, arguments.tasks, task_files=arguments.task_files, limit=arguments.limit)
+
+    before: Scores | None = None
     if arguments.delta:
         delta = Delta.load(arguments.delta)
+        before = scores_of_tasks() if arguments.tasks else None
         delta.apply(model, force=arguments.force)
         contexts = json.loads(delta.metadata.get("contexts", "[]"))
     runner = Runner(model)
@@ -72,10 +81,15 @@ def run_evaluate(arguments: argparse.Namespace, edits: Sequence[Edit], advance: 
     }
     if arguments.perplexity:
         report["perplexity"] = sentence_perplexity(runner, tokenizer, sentences)
+    if arguments.tasks:
+        changes = task_changes(scores_of_tasks(), before)
+        report["tasks"] = [change.to_json() for change in changes]
     show(metrics_table(metrics))
     show(summary_table(of_all, len(metrics)))
     if "perplexity" in report:
         say(f"perplexity {report['perplexity']:.2f}")
+    if arguments.tasks:
+        show(tasks_table(changes))
     if place is not None:
         say(f"wrote {place.write('evaluate.json', report)}")
     return report

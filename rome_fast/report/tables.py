@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from ..evaluation import EditMetrics, Interval
+from ..evaluation.harness import TaskChange
 from ..records import MUCH_MISSED, Record
 from ..runs.terminal import one_line
 
@@ -71,6 +72,23 @@ def summary_table(figures: Mapping[str, Interval], count: int) -> Table:
     for name, (mean, low, high) in figures.items():
         table.add_row(name, number(mean), f"{number(low)} … {number(high)}")
     return table
+
+
+def tasks_table(changes: Sequence[TaskChange]) -> Table:
+    """A row for each metric of a task, with standard errors."""
+    compared = any(change.before is not None for change in changes)
+    table = _table(["task", "metric", *(["before"] if compared else []), "now", *(["difference"] if compared else [])])
+    for change in changes:
+        cells = [one_line(change.task), one_line(change.metric), _with_error(change.after.value, change.after.error)]
+        if change.before is not None:
+            cells.insert(2, _with_error(change.before.value, change.before.error))
+            cells.append(_with_error(change.difference, change.error))
+        table.add_row(*cells)
+    return table
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return number(value) if error is None else f"{number(value)} ± {number(error)}"
 
 
 def verdict(record: Record) -> str:
