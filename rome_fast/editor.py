@@ -164,17 +164,14 @@ def apply_edits(
             opened = open_model(model, tokenizer, destination, memory=memory, device=device, dtype=wanted_dtype)
         runner, tokenizer = opened.runner, opened.tokenizer
         admit_tokenizer(tokenizer, runner.model, [f"{edit.text} {edit.target}" for edit in edits])
-        chosen = _selected(runner, how, given, settings, statistics)
-        check_weights(runner, chosen.layers)
-        chosen = _verified(runner, chosen, given)
-        geometries = Geometries(runner, chosen.layers, _checked_statistics(runner, chosen.layers, statistics))
+        chosen = chosen_for(runner, how, given, settings, statistics)
+        geometries = Geometries(runner, chosen.layers, checked_statistics(runner, chosen.layers, statistics))
         geometries.check()
 
         clock = Clock(runner.device)
         stack.enter_context(evaluating(runner.model))
         with clock("contexts"):
-            texts = tuple(sample_contexts(runner.model, tokenizer, seed=seed) if contexts is None else contexts)
-            _check_contexts(texts)
+            texts = contexts_for(runner.model, tokenizer, contexts, seed)
         if distributed:
             mine = (Fingerprint.of(runner, chosen.layer).to_json(), edits, method, schedule, chosen, texts)
             processes.agree("model, edits, options", repr(mine))
@@ -251,6 +248,19 @@ def checked_layer(runner: Runner, layer: int | None) -> int:
     return checked
 
 
+def chosen_for(
+    runner: Runner,
+    how: Method,
+    given: tuple[int, ...] | None,
+    settings: ValueSettings | Mapping[str, Any] | None,
+    statistics: Statistics | str | None,
+) -> Selection:
+    """Layers and settings for this very model, whose weights and layers have been checked."""
+    chosen = _selected(runner, how, given, settings, statistics)
+    check_weights(runner, chosen.layers)
+    return _verified(runner, chosen, given)
+
+
 def _selected(
     runner: Runner,
     how: Method,
@@ -258,7 +268,6 @@ def _selected(
     settings: ValueSettings | Mapping[str, Any] | None,
     statistics: Statistics | str | None,
 ) -> Selection:
-    """Layers and settings for this very model."""
     given = None if given is None else checked_layers(given, len(runner.layers))
     config = runner.model.config
     chosen = select(config, given, settings, tuned_choice(runner, statistics), spread=how.spread)
@@ -293,7 +302,7 @@ def _checked_edits(given: object) -> list[Edit]:
     return edits
 
 
-def _checked_statistics(
+def checked_statistics(
     runner: Runner, layers: tuple[int, ...], statistics: Statistics | str | None
 ) -> Statistics | None:
     """Those of this model's layers, from the cache where none are given; None for C = I."""
@@ -311,12 +320,17 @@ def _checked_statistics(
     return statistics
 
 
-def _check_contexts(contexts: Sequence[str]) -> None:
+def contexts_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Sequence[str] | None, seed: int
+) -> tuple[str, ...]:
+    """The prefix contexts given, checked, or else sampled ones."""
+    contexts = tuple(sample_contexts(model, tokenizer, seed=seed) if given is None else given)
     bad = [c for c in contexts if not isinstance(c, str) or not c.strip() or not c[-1].isspace()]
     if not contexts or bad:
         raise ArgumentError(
             f"contexts: got {bad or 'none'}, wanted texts that are not empty and end in a space, as 'It rained. '"
         )
+    return contexts
 
 
 def _batches(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:

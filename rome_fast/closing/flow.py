@@ -65,7 +65,10 @@ class Flow:
 
         Raises CollapseError or ConvergenceError where the guard or `unconverged` says so.
         """
-        solved = self.find(group)
+        return self.close(group, self.find(group))
+
+    def close(self, group: Sequence[Request], solved: Sequence[Solved]) -> tuple[Delta | None, list[Record]]:
+        """The same for keys and values that are found already; of the requests, their rows are not looked at."""
         with self.search.clock("update"):
             # Keys and values of the others may be numbers as well, but one that is none would spoil the closed form.
             finite = [i for i, s in enumerate(solved) if s.finite]

@@ -55,5 +55,5 @@ def judge(records: Sequence[Record], guard: Guard) -> list[bool]:
         remedy = f"{other}or choose what to do with guard='warn' | 'skip' | 'off'"
         if guard == "raise":
             raise CollapseError(f"{what}\nnothing was written; {remedy}")
-        warnings.warn(f"{what}\n{remedy}", CollapseWarning, stacklevel=3)
+        warnings.warn(f"{what}\n{remedy}", CollapseWarning, stacklevel=4)
     return [guard != "skip" or not record.collapsed for record in records]

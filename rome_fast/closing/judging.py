@@ -37,7 +37,7 @@ def judge_convergence(records: Sequence[Record], unconverged: Unconverged, total
     for record in missed:
         record.applied, record.left_out = False, "did not converge"
     rest = "; write those that are finite with unconverged='write'" if missed else ""
-    warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=4)
+    warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=5)
 
 
 def tell_missed(records: Sequence[Record], *, ridge: bool) -> None:
@@ -68,7 +68,7 @@ def tell_missed(records: Sequence[Record], *, ridge: bool) -> None:
     )
     listed = "\n".join(named)
     warnings.warn(
-        f"{len(missed)} edit(s) are met in part, {reason}:\n{listed}\n{remedy}", SharedKeyWarning, stacklevel=4
+        f"{len(missed)} edit(s) are met in part, {reason}:\n{listed}\n{remedy}", SharedKeyWarning, stacklevel=5
     )
 
 
