@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .edits import Edit, Probe, load_edits
     from .errors import RomeFastError
     from .evaluation import evaluate
+    from .ledger import Ledger
     from .planning import Plan, plan
     from .records import Record
     from .result import EditResult
@@ -24,6 +25,7 @@ __all__ = [
     "Delta",
     "Edit",
     "EditResult",
+    "Ledger",
     "Plan",
     "Probe",
     "Record",
@@ -43,6 +45,7 @@ _HOMES = {
     "Delta": "updates.delta",
     "Edit": "edits",
     "EditResult": "result",
+    "Ledger": "ledger",
     "Plan": "planning",
     "Probe": "edits",
     "Record": "records",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ from .closing.effect import Effect, judge_drift
 from .closing.flow import Flow
 from .closing.geometry import Geometries
 from .closing.guard import Guard, check_guard
-from .closing.judging import Unconverged, unconverged_error
+from .closing.judging import Unconverged, check_unconverged, unconverged_error
 from .edits import Edit, checked_edits, find_conflicts
 from .errors import ArgumentError, ModelError, StatisticsError
 from .methods import DEFAULT_METHOD, Method, method_named
@@ -288,8 +288,7 @@ def _verified(runner: Runner, chosen: Selection, given: tuple[int, ...] | None) 
 def _check_choices(schedule: str, unconverged: str, batch_size: int) -> None:
     if schedule not in ("joint", "sequential"):
         raise ArgumentError(f"schedule: got {schedule!r}, wanted 'joint' or 'sequential'")
-    if unconverged not in get_args(Unconverged):
-        raise ArgumentError(f"unconverged: got {unconverged!r}, wanted one of {', '.join(get_args(Unconverged))}")
+    check_unconverged(unconverged)
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
 

@@ -2,9 +2,9 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
-from ..errors import ConvergenceError
+from ..errors import ArgumentError, ConvergenceError
 from ..records import MUCH_MISSED, MUCH_MISSED_BY_RIDGE, Record
 
 Unconverged = Literal["skip", "write", "raise"]
@@ -18,6 +18,11 @@ class SharedKeyWarning(UserWarning):
 
 class ConvergenceWarning(UserWarning):
     """An edit was left out because its value was not found."""
+
+
+def check_unconverged(unconverged: str) -> None:
+    if unconverged not in get_args(Unconverged):
+        raise ArgumentError(f"unconverged: got {unconverged!r}, wanted one of {', '.join(get_args(Unconverged))}")
 
 
 def judge_convergence(records: Sequence[Record], unconverged: Unconverged, total: int) -> None:

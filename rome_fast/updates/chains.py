@@ -186,6 +186,27 @@ def write(
         write_edited(source, out, edited, extra_files, link, remove=remove)
 
 
+def write_last(source: Path, edited: Mapping[str, Tensor], step: Step, *, replaces: bool) -> None:
+    """Make `step` the last edit of a checkpoint, with the tensors `edited`; where it `replaces` it, of the present one.
+
+    Inside `changing_in_place(source)`: all of it or nothing. Raises CheckpointError where the weights before that edit
+    are not those that `step` began with.
+    """
+    check_continues(source)
+    edits, checkpoint = edits_of(source), Checkpoint.open(source)
+    originals, faults = edits[-1].checked_originals() if replaces else ({}, [])
+    for name, hashes in step.sha256.items():
+        before = originals[name] if name in originals else checkpoint.read(name)
+        if tensor_sha256(before) != hashes["original"]:
+            faults.append(f"{source}: {name} is not what the edit began with")
+    if faults:
+        raise CheckpointError(f"{'; '.join(faults)}; nothing was changed")
+    if replaces:
+        change(source, {**originals, **edited}, extra_files=step.files(_number(edits[-1])))
+    else:
+        write(source, None, edited, [step])
+
+
 def write_whole(out: str | Path, save: Callable[[Path], None], steps: Sequence[Step], needed_bytes: int) -> None:
     """Make the checkpoint `out` of what `save` writes into a folder, edited by `steps`: complete, or not at all.
 

@@ -86,6 +86,27 @@ def save_edited(
     _save_copy(model, _history(model, delta), source, out, link)
 
 
+def save_in_place(model: PreTrainedModel, delta: Delta, source: Path, *, replaces: bool) -> None:
+    """Change the checkpoint `source` of a model in memory, which `delta` was applied to last, to hold that edit.
+
+    With `replaces`, in place of the last edit recorded there. Inside `chains.changing_in_place(source)`: all of it or
+    nothing. Raises CheckpointError where its weights were not those of the model before `delta`.
+    """
+    history, checkpoint = _history(model, delta), Checkpoint.open(source)
+    stored = {name: stored_name(checkpoint, name, model) for name in sorted(delta.updates)}
+    step = _step(history, len(history.edits) - 1, stored, {"weights": "source"})
+    edited = {name: model.get_parameter(own).detach().cpu() for own, name in stored.items()}
+    chains.write_last(source, edited, step, replaces=replaces)
+
+
+def check_unedited(model: PreTrainedModel, sha256: Mapping[str, str], source: Path) -> None:
+    """Raise CheckpointError unless a checkpoint has these weights, by their names in `model`."""
+    checkpoint = Checkpoint.open(source)
+    stored = {name: stored_name(checkpoint, name, model) for name in sha256}
+    if changed := [n for n, name in stored.items() if tensor_sha256(checkpoint.read(name)) != sha256[n]]:
+        raise CheckpointError(f"{source}: {', '.join(changed)} are not those of the base; give its own checkpoint")
+
+
 def _history(model: PreTrainedModel, delta: Delta) -> History:
     if not delta.is_applied:
         raise ArgumentError("out: the edit was reverted; put it into the model again by result.delta.apply(model)")

@@ -1,0 +1,626 @@
+"""Ledger: edits as data. A folder that keeps requests and the values found for them, and closes them ever anew."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..closing.guard import Guard, check_guard
+from ..closing.judging import Unconverged, check_unconverged
+from ..editor import checked_statistics, chosen_for, contexts_for
+from ..edits import Edit, checked_edits, find_conflicts
+from ..errors import ArgumentError, CheckpointError, EditError
+from ..methods import DEFAULT_METHOD, Method, method_named
+from ..models.runner import evaluating
+from ..opening.admission import admit_tokenizer, plain_modes
+from ..opening.opening import Destination, given_layers, open_model
+from ..search.search import Progress, Solved
+from ..search.values import ValueSettings
+from ..statistics import Statistics
+from ..updates import chains, saving
+from ..updates.delta import Delta
+from ..weights import Link, check_link
+from ..weights.files import check_writable, locked, os_errors, partial, rename_new, sha256_file, sync, write_file
+from .base import Base
+from .entries import (
+    Entry,
+    Event,
+    Kind,
+    State,
+    check_encodable,
+    checked_tags,
+    events_of,
+    listed,
+    request_id,
+)
+from .log import Log
+from .values import read_values, save_values
+from .working import Working
+
+_BASE, _LOG, _VALUES = "ledger.json", "log.jsonl", "values"
+
+
+class LedgerWarning(UserWarning):
+    """A ledger does less than it was asked for, or will."""
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What two states have that the other one has not; `differing` are pairs that ask the same with other targets."""
+
+    only_here: list[Entry]
+    only_there: list[Entry]
+    differing: list[tuple[Entry, Entry]]
+
+
+class Ledger:
+    """A folder of edits to one base model, which go in and come out singly and are always made together.
+
+    What takes long, the search for values, is done once for every edit, on the base model. `close` makes one update of
+    all that is in, in seconds: that of one call of `apply_edits` for all of them, to rounding, and the same bytes
+    whatever was added, replaced or removed in between. Events are appended and values never change, so that every
+    earlier state can be closed again.
+
+    A process killed at any moment leaves the state before a change or the one after. There is one writer at a time,
+    and another one is refused; readers need not wait. Made by `create` and `open`. Without a model everything can be
+    done but `add`, `replace` and what closes.
+    """
+
+    def __init__(self, folder: Path, base: Base, working: Working | None) -> None:
+        self.folder, self.base = folder, base
+        self._working = working
+        self._log = Log(folder / _LOG)
+        self._sound: set[Path] = set()  # files of values that were found to be as they were written
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        statistics: Statistics | Literal["identity"] | None = None,
+        method: str | Method = DEFAULT_METHOD,
+        layer: int | None = None,
+        layers: Sequence[int] | None = None,
+        contexts: Sequence[str] | None = None,
+        settings: ValueSettings | Mapping[str, Any] | None = None,
+        guard: Guard = "raise",
+        unconverged: Unconverged = "skip",
+        seed: int = 0,
+    ) -> "Ledger":
+        """Make an empty ledger for a model in memory, its base. How edits are made is settled here once for all.
+
+        The arguments are those of `apply_edits`, and so are the errors; ArgumentError where `folder` exists.
+        """
+        folder = Path(folder)
+        if os.path.lexists(folder):
+            raise ArgumentError(f"folder: {folder} exists already; open a ledger by Ledger.open, or choose a new name")
+        check_writable(folder.absolute().parent)
+        how = method_named(method)
+        check_guard(guard)
+        check_unconverged(unconverged)
+        given = given_layers(layer, layers)
+        with plain_modes():
+            opened = open_model(model, tokenizer, Destination(), memory=None, device=None, dtype=None)
+            runner = opened.runner
+            admit_tokenizer(tokenizer, model)
+            chosen = chosen_for(runner, how, given, settings, statistics)
+            checked = checked_statistics(runner, chosen.layers, statistics)
+            if checked is not None:
+                for each in chosen.layers:
+                    checked.for_layer(runner, each)
+            with evaluating(model):
+                texts = contexts_for(model, tokenizer, contexts, seed)
+            base = Base.of(
+                runner,
+                chosen.layers,
+                checked,
+                method=how,
+                layer_source=chosen.layer_source,
+                settings=chosen.settings,
+                contexts=texts,
+                guard=guard,
+                unconverged=unconverged,
+            )
+            with os_errors(f"writing {folder}"), partial(folder.absolute()) as work:
+                write_file(work / _BASE, base.to_bytes())
+                write_file(work / _LOG, b"")
+                (work / _VALUES).mkdir()
+                sync(work)
+                try:
+                    rename_new(work, folder.absolute())
+                except FileExistsError:
+                    raise ArgumentError(f"folder: {folder} appeared meanwhile; choose a new name") from None
+                sync(folder.absolute().parent)
+            return cls(folder, base, Working(base, model, tokenizer, statistics))
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        statistics: Statistics | Literal["identity"] | None = None,
+    ) -> "Ledger":
+        """Open a ledger, with its base model for what needs that.
+
+        `statistics` are those that it was made with; None looks for them in the cache. Raises CheckpointError for a
+        folder that is no ledger, or a damaged one, ModelError for a model that cannot be edited, ArgumentError for
+        another model than the base, and for one with edits in it.
+        """
+        folder = Path(folder)
+        if not (folder / _BASE).is_file():
+            raise CheckpointError(f"{folder}: it is no ledger, as it has no {_BASE}; make one by Ledger.create")
+        base = Base.read(folder / _BASE)
+        working = None
+        if model is not None:
+            with plain_modes():
+                working = Working(base, model, tokenizer, statistics)
+        ledger = cls(folder, base, working)
+        ledger.log()
+        return ledger
+
+    def __len__(self) -> int:
+        return len(State(self.log()))
+
+    def __repr__(self) -> str:
+        return f"Ledger({str(self.folder)!r}, {len(self)} edits of {self.base.model or self.base.fingerprint})"
+
+    def entries(
+        self,
+        *,
+        text: str | None = None,
+        subject: str | None = None,
+        tags: Sequence[str] | None = None,
+        at: int | None = None,
+    ) -> list[Entry]:
+        """What is in it, or was after event `at`, in the order of the ids; of that, what meets every condition given.
+
+        text: a part of the prompt, its subject filled in, or of the target.
+        subject: the whole subject.
+        tags: at least one of them.
+
+        Raises ArgumentError for an event that there was not, and for tags that no entry has.
+        """
+        return self._state(at).matching(text=text, subject=subject, tags=tags)
+
+    def entry(self, id: str, *, at: int | None = None) -> Entry:
+        """The entry of an id, or of its first characters; ArgumentError where there is none, or more than one."""
+        return self._state(at).named(id)
+
+    def log(self) -> list[Event]:
+        """All events since the ledger was made or compacted, the oldest first: who, when, why, and what."""
+        return events_of(self._log.read(), self._log.file)
+
+    def add(
+        self,
+        edits: Sequence[Edit] | Edit,
+        *,
+        tags: Sequence[str] = (),
+        who: str | None = None,
+        why: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Find the values of new edits, on the base model, and put them in; returns the ids of all, in their order.
+
+        What is in already gets the tags only, with a LedgerWarning where it has them. Raises EditError where the same
+        prompt and subject is there with another target, ArgumentError, ModelError and CheckpointError; the ledger is
+        then as it was.
+        """
+        edits, tags = _checked(edits), checked_tags(tags)
+        with self._writing(who, why) as events:
+            state = State(events)
+            pairs = [(state.asking(edit), edit) for edit in edits]
+            others = [(e, edit) for e, edit in pairs if e is not None and e.id != request_id(edit)]
+            if others:
+                told = listed([f"{e}, wanted {edit.target!r}" for e, edit in others])
+                raise EditError(f"edits: got {len(others)} that are there with another target; replace them:\n{told}")
+            kept = [e for e, _ in pairs if e is not None and set(tags) <= set(e.tags)]
+            if kept:
+                _warn(f"{len(kept)} of {len(edits)} edits are in the ledger already:\n{listed(kept)}")
+            wanted = {
+                request_id(edit): (edit, tags if e is None else checked_tags([*e.tags, *tags]))
+                for e, edit in pairs
+                if e is None or e not in kept
+            }
+            if wanted:
+                self._put("add", events, wanted, [], who, why, progress)
+        return [request_id(edit) for edit in edits]
+
+    def replace(
+        self,
+        edits: Sequence[Edit] | Edit,
+        *,
+        tags: Sequence[str] | None = None,
+        who: str | None = None,
+        why: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Put edits in the place of those with the same prompt and subject; returns the ids of all, in their order.
+
+        Tags are those of what is replaced unless given. Raises EditError where there is nothing to replace; else as
+        `add`.
+        """
+        edits = _checked(edits)
+        given = None if tags is None else checked_tags(tags)
+        with self._writing(who, why) as events:
+            state = State(events)
+            pairs = [(state.asking(edit), edit) for edit in edits]
+            if absent := [f"{edit.text!r} → {edit.target!r}" for e, edit in pairs if e is None]:
+                raise EditError(f"edits: got {len(absent)} that replace nothing; add them:\n{listed(absent)}")
+            found = [(e, edit) for e, edit in pairs if e is not None]
+            same = [e for e, edit in found if e.id == request_id(edit) and (given is None or given == e.tags)]
+            if same:
+                _warn(f"{len(same)} of {len(edits)} edits are in the ledger as they are:\n{listed(same)}")
+            wanted = {
+                request_id(edit): (edit, e.tags if given is None else given) for e, edit in found if e not in same
+            }
+            gone = [e.id for e, edit in found if e.id != request_id(edit)]
+            if wanted:
+                self._put("replace", events, wanted, gone, who, why, progress)
+        return [request_id(edit) for edit in edits]
+
+    def remove(
+        self,
+        ids: Sequence[str] | str | None = None,
+        *,
+        text: str | None = None,
+        subject: str | None = None,
+        tags: Sequence[str] | None = None,
+        who: str | None = None,
+        why: str | None = None,
+    ) -> list[Entry]:
+        """Take out the entries of these ids, or those that meet the conditions, as of `entries`; returns them.
+
+        Raises ArgumentError where an id is in doubt, neither or both are given, or nothing meets the conditions.
+        """
+        asked = any(condition is not None for condition in (text, subject, tags))
+        if asked == (ids is not None):
+            raise ArgumentError("ids: got none or conditions as well, wanted ids, or some of text, subject and tags")
+        with self._writing(who, why) as events:
+            state = State(events)
+            if ids is None:
+                found = state.matching(text=text, subject=subject, tags=tags)
+            else:
+                found = [state.named(id) for id in ([ids] if isinstance(ids, str) else ids)]
+            found = list({entry.id: entry for entry in found}.values())
+            if not found:
+                raise ArgumentError("ids: got conditions that no entry meets, or none; see what is in by entries()")
+            self._append("remove", events, who, why, removed=[entry.id for entry in found])
+        return found
+
+    def merge(
+        self,
+        other: "Ledger | str | Path",
+        *,
+        prefer: Literal["mine", "theirs"] | None = None,
+        who: str | None = None,
+        why: str | None = None,
+    ) -> list[Entry]:
+        """Take over what another ledger of the same base has and this one has not; returns that.
+
+        Values come along. Of an edit that both have this one's value stays, with the tags of both. Raises ArgumentError
+        where the other one is of another base or made otherwise, and EditError where both ask the same with other
+        targets, unless it is said which to `prefer`; the ledger is then as it was.
+        """
+        if prefer not in ("mine", "theirs", None):
+            raise ArgumentError(f"prefer: got {prefer!r}, wanted 'mine', 'theirs' or None")
+        other = other if isinstance(other, Ledger) else Ledger.open(other)
+        if different := self.base.differences(other.base):
+            raise ArgumentError(
+                f"other: got {other.folder} of {other.base.fingerprint}, wanted a ledger of {self.base.fingerprint} "
+                f"that is made alike: {', '.join(different)} differ"
+            )
+        if other.folder.resolve() == self.folder.resolve():
+            raise ArgumentError(f"other: got {other.folder}, the ledger itself, wanted another one")
+        theirs = other.log()
+        with self._writing(who, why) as events:
+            diff = _compared(State(events), there := State(theirs))
+            if diff.differing and prefer is None:
+                told = listed([f"{a} ({_told(a)}) and → {b.edit.target!r} ({_told(b)})" for a, b in diff.differing])
+                raise EditError(
+                    f"other: both ledgers ask {len(diff.differing)} time(s) the same with other targets; replace one "
+                    f"of each, or say prefer='mine' or 'theirs':\n{told}"
+                )
+            taken = diff.only_there + ([b for _, b in diff.differing] if prefer == "theirs" else [])
+            removed = [a.id for a, _ in diff.differing] if prefer == "theirs" else []
+            tagged = [
+                replace(mine, tags=checked_tags([*mine.tags, *there[id].tags]))
+                for id, mine in State(events).items()
+                if id in there and not set(there[id].tags) <= set(mine.tags)
+            ]
+            new = {e.id for e in taken} - self._files(events).keys()
+            if taken or tagged:
+                values = read_values(other._checked_files(theirs), sorted(new))
+                self._append("merge", events, who, why, added=[*taken, *tagged], removed=removed, values=values)
+        return taken
+
+    def diff(self, other: "Ledger | str | Path | int", *, at: int | None = None) -> Diff:
+        """How this ledger, or what it was after event `at`, differs from another one, or from itself after an event.
+
+        Raises ArgumentError for an event that there was not, and a ledger of another base.
+        """
+        if isinstance(other, int):
+            return _compared(self._state(at), self._state(other))
+        other = other if isinstance(other, Ledger) else Ledger.open(other)
+        if not self.base.fingerprint.matches(other.base.fingerprint):
+            raise ArgumentError(
+                f"other: got {other.folder} of {other.base.fingerprint}, wanted a ledger of {self.base.fingerprint}"
+            )
+        return _compared(self._state(at), other._state(None))
+
+    def compact(self, *, who: str | None = None, why: str | None = None) -> None:
+        """Forget the past: events, and the values of what is no longer in. States of before cannot be closed again."""
+        with self._writing(who, why) as events:
+            if not events:
+                return
+            state = State(events)
+            self._append(
+                "compact",
+                events,
+                who,
+                why,
+                added=list(state.values()),
+                values=read_values(self._checked_files(events), state),
+                restart=True,
+            )
+            (last,) = self.log()
+            with os_errors(f"cleaning {self.folder}"):
+                for path in (self.folder / _VALUES).iterdir():
+                    if path.is_file() and f"{_VALUES}/{path.name}" != last.file:
+                        path.unlink()
+
+    def close(self, *, tags: Sequence[str] | None = None, at: int | None = None) -> Delta:
+        """One update of the base model for all that is in, or was after event `at`, or has one of these tags.
+
+        The same entries give the same bytes on the same machine and number of threads, whatever came in between.
+        `delta.report` says what became of each edit: one whose value was not found is left out, with a warning. An
+        empty ledger gives a Delta that changes nothing. Raises ArgumentError, CollapseError and ConvergenceError as
+        `apply_edits`, StatisticsError, and CheckpointError for damaged values; the model is as before in any case.
+        """
+        with self._model.unedited():
+            return self._closed(tags, at)
+
+    def apply(
+        self, model: PreTrainedModel | None = None, *, tags: Sequence[str] | None = None, at: int | None = None
+    ) -> Delta:
+        """Close, and put the update into the model, in place of the one that this ledger has put there before.
+
+        `model` is another copy of the base in memory, to which the update is added; by default it is the ledger's own,
+        for which CollapseError is raised, or a warning given, as its guard says, where it reads ordinary text much
+        worse with the update. Later calls of this ledger take the update out for as long as they need the base. Returns
+        the Delta, for `revert`. Errors as of `close`; the model is then as it was.
+        """
+        working = self._model
+        if model is not None and model is not working.model:
+            delta = self.close(tags=tags, at=at)
+            delta.apply(model)
+            return delta
+        with working.unedited():
+            delta = self._closed(tags, at)
+            if delta.updates:
+                working.put_in(delta)
+            working.applied = delta
+        return delta
+
+    def write(
+        self,
+        source: str | Path,
+        out: str | Path | None = None,
+        *,
+        in_place: bool = False,
+        tags: Sequence[str] | None = None,
+        at: int | None = None,
+        link: Link = "copy",
+    ) -> Delta:
+        """Close, and write the edited model: a checkpoint of the base as `out`, or the base's own directory changed.
+
+        With `in_place`, `source` is the base's checkpoint, or one that this ledger has written last: what that was
+        edited to before is replaced, all of it or nothing, also in case of a kill, and `rome-fast revert` leads back
+        to the base. An empty ledger then gives the base back. Returns the Delta. Raises what `apply` and
+        `EditResult.save` do, and CheckpointError for a `source` with other edits.
+        """
+        if (out is None) != in_place:
+            raise ArgumentError("out: got none or in_place as well, wanted a new directory or in_place=True")
+        check_link(link)
+        destination = Destination(out, in_place)
+        destination.check()
+        working = self._model
+        with working.unedited():
+            delta = self._closed(tags, at)
+            if not delta.updates:
+                if not in_place:
+                    raise ArgumentError("out: no edit is in the ledger's update, so there is nothing to write")
+                if self._is_last_of(source):
+                    chains.revert(source)
+                saving.check_unedited(working.model, self.base.weights, Path(source))
+                return delta
+            nll = working.put_in(delta)
+            try:
+                if nll is not None:
+                    delta.report["context_nll"] = vars(nll)
+                if out is not None:
+                    saving.save(working.model, delta, out, source, tokenizer=working.tokenizer, link=link)
+                else:
+                    with chains.changing_in_place(source):
+                        saving.save_in_place(working.model, delta, Path(source), replaces=self._is_last_of(source))
+            finally:
+                delta.revert(working.model)
+        return delta
+
+    def to_lora(self, directory: str | Path, *, tags: Sequence[str] | None = None, at: int | None = None) -> Delta:
+        """Close, and write the update as an adapter of PEFT for the base; errors as of `close` and `Delta.to_lora`."""
+        with self._model.unedited():
+            delta = self._closed(tags, at)
+            delta.to_lora(directory, self._model.model)
+        return delta
+
+    @property
+    def _model(self) -> Working:
+        if self._working is None:
+            raise ArgumentError("model: got None, wanted the base model: Ledger.open(folder, model, tokenizer)")
+        return self._working
+
+    def _state(self, at: int | None) -> State:
+        return State(self._until(at))
+
+    def _until(self, at: int | None) -> list[Event]:
+        """The events up to one; ArgumentError for one that there was not."""
+        events = self.log()
+        if at is None:
+            return events
+        # Before the first of them nothing was in, unless that one has put all in that was.
+        first = 0 if not events or events[0].kind != "compact" else events[0].number
+        last = events[-1].number if events else 0
+        if type(at) is not int or not first <= at <= last:
+            raise ArgumentError(f"at: got {at!r}, wanted the number of an event, one of {first} .. {last}")
+        return [event for event in events if event.number <= at]
+
+    def _closed(self, tags: Sequence[str] | None, at: int | None) -> Delta:
+        events = self._until(at)
+        entries = State(events).matching(tags=tags)
+        if not entries:
+            return Delta({})
+        values = read_values(self._checked_files(events), [entry.id for entry in entries])
+        result = self._model.close([entry.request for entry in entries], [values[entry.id] for entry in entries])
+        result.delta.report["ledger"] = {
+            "id": self.base.id,
+            "event": events[-1].number,
+            "tags": None if tags is None else list(checked_tags(tags)),
+            "entries": [entry.id for entry in entries],
+        }
+        return result.delta
+
+    def _is_last_of(self, checkpoint: str | Path) -> bool:
+        """Whether the last edit of a checkpoint is one of this ledger."""
+        recorded = chains.edits_of(checkpoint)
+        about = recorded[-1].document().get("ledger") if recorded else None
+        return isinstance(about, dict) and about.get("id") == self.base.id
+
+    @contextmanager
+    def _writing(self, who: str | None, why: str | None) -> Iterator[list[Event]]:
+        """The events so far, to which nobody else adds in this block; CheckpointError where somebody does already."""
+        check_encodable("who", who)
+        check_encodable("why", why)
+        check_writable(self.folder)
+        with locked(self.folder):
+            yield self.log()
+
+    def _put(
+        self,
+        kind: Kind,
+        events: Sequence[Event],
+        wanted: Mapping[str, tuple[Edit, tuple[str, ...]]],
+        removed: Sequence[str],
+        who: str | None,
+        why: str | None,
+        progress: Progress | None,
+    ) -> None:
+        """Put in edits with their tags by id, of which those values are searched that were not found before."""
+        before = {entry.id: entry for event in events for entry in event.added}
+        files = self._files(events)
+        new = [id for id in wanted if id not in files]
+        found: dict[str, Solved] = {}
+        if new:
+            with self._model.unedited():
+                requests, solved = self._model.find([wanted[id][0] for id in new], progress)
+            for id, request, each in zip(new, requests, solved, strict=True):
+                found[id] = each
+                before[id] = Entry(
+                    id,
+                    request.edit,
+                    (),
+                    request.needs_prefix,
+                    request.target_tokens,
+                    each.found,
+                    each.value.losses[-1],
+                    len(each.value.losses),
+                )
+        added = [
+            replace(before[id], edit=edit, tags=tags, time="", who=None, why=None)
+            for id, (edit, tags) in wanted.items()
+        ]
+        self._append(kind, events, who, why, added=added, removed=removed, values=found)
+        if missed := [entry for entry in added if not entry.converged]:
+            _warn(
+                f"of {len(missed)} edit(s) no value was found at which the target leads; they are in the ledger, and "
+                f"unless it was made with unconverged='write' they are left out of its update:\n{listed(missed)}"
+            )
+
+    def _append(
+        self,
+        kind: Kind,
+        events: Sequence[Event],
+        who: str | None,
+        why: str | None,
+        *,
+        added: Sequence[Entry] = (),
+        removed: Sequence[str] = (),
+        values: Mapping[str, Solved] | None = None,
+        restart: bool = False,
+    ) -> None:
+        """Add an event, its values first; with `restart`, in place of all events so far."""
+        number = events[-1].number + 1 if events else 1
+        file = sha256 = None
+        if values:
+            file = f"{_VALUES}/{number:06}.safetensors"
+            path = self.folder / file
+            with os_errors(f"writing {path}"):
+                path.parent.mkdir(exist_ok=True)
+            # One of the same name is of a writer who died before its event was.
+            save_values(path, values)
+            sha256 = sha256_file(path)
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        event = Event(number, kind, time, who, why, tuple(added), tuple(removed), file, sha256, tuple(values or ()))
+        write = self._log.restart if restart else self._log.append
+        write(event.to_json())
+
+    def _files(self, events: Sequence[Event]) -> dict[str, Path]:
+        """By id, the file that has the value."""
+        return {id: self.folder / event.file for event in events if event.file is not None for id in event.values}
+
+    def _checked_files(self, events: Sequence[Event]) -> dict[str, Path]:
+        """The same; CheckpointError where a file is not as it was written."""
+        for event in events:
+            path = self.folder / (event.file or "")
+            if event.file is not None and path not in self._sound:
+                if sha256_file(path) != event.sha256:
+                    raise CheckpointError(f"{path}: it was changed since it was written; restore it from a copy")
+                self._sound.add(path)
+        return self._files(events)
+
+
+def _checked(given: object) -> list[Edit]:
+    edits = checked_edits(given)
+    if not edits:
+        raise ArgumentError("edits: got none, wanted at least one")
+    find_conflicts(edits)
+    return edits
+
+
+def _compared(here: State, there: State) -> Diff:
+    only_here = [entry for id, entry in here.items() if id not in there]
+    only_there = [entry for id, entry in there.items() if id not in here]
+    pairs = [(entry, other) for entry in only_here if (other := there.asking(entry.edit)) is not None]
+    paired = {entry.id for pair in pairs for entry in pair}
+    return Diff(
+        [entry for entry in only_here if entry.id not in paired],
+        [entry for entry in only_there if entry.id not in paired],
+        pairs,
+    )
+
+
+def _told(entry: Entry) -> str:
+    return ", ".join(part for part in (entry.who, entry.time, entry.why) if part)
+
+
+def _warn(what: str) -> None:
+    warnings.warn(what, LedgerWarning, stacklevel=3)

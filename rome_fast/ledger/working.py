@@ -1,0 +1,145 @@
+"""A ledger's base model at work: it finds values, closes them, and holds the update, all beside its own weights."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..closing.closing import Closing
+from ..closing.effect import ContextNLL, Effect, judge_drift
+from ..closing.flow import Flow
+from ..closing.geometry import Geometries
+from ..editor import checked_statistics
+from ..edits import Edit
+from ..models.runner import evaluating
+from ..models.verification import verified
+from ..opening.admission import admit_tokenizer, plain_modes
+from ..opening.opening import Destination, check_weights, open_model
+from ..result import EditResult
+from ..search.requests import Request, tokenise
+from ..search.search import Clock, Progress, Search, Solved
+from ..statistics import Statistics, first_token_statistics
+from ..updates.delta import Delta
+from ..updates.samples import Sample
+from .base import Base
+
+
+class Working:
+    """The base model of a ledger. Raises what `apply_edits` does for one that cannot be edited."""
+
+    def __init__(
+        self,
+        base: Base,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        statistics: Statistics | Literal["identity"] | None,
+    ) -> None:
+        opened = open_model(model, tokenizer, Destination(), memory=None, device=None, dtype=None)
+        self.base, self.runner, self.tokenizer = base, opened.runner, opened.tokenizer
+        admit_tokenizer(self.tokenizer, self.model)
+        base.check_model(self.runner)
+        check_weights(self.runner, base.layers)
+        self.applied: Delta | None = None  # the one that the ledger has put into the model last
+        self._statistics = statistics
+        self._geometries: Geometries | None = None
+        # What the model made of the contexts is kept from one call to the next.
+        self._search: Search | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.runner.model
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """The model in this block as it was before the ledger's update, which is put back unless another one is there.
+
+        Raises ArgumentError where it is not the base then, as with another edit in it.
+        """
+        delta = self.applied if self.applied is not None and self.applied.is_applied else None
+        with plain_modes(), evaluating(self.model):
+            if delta is not None:
+                delta.revert(self.model)
+            try:
+                self.base.check_model(self.runner)
+                yield
+            finally:
+                if delta is not None and self.applied is delta:
+                    delta.apply(self.model)
+
+    def find(self, edits: Sequence[Edit], progress: Progress | None) -> tuple[list[Request], list[Solved]]:
+        """The value of every edit, on the base, as `apply_edits` finds them together; inside `unedited`."""
+        admit_tokenizer(self.tokenizer, self.model, [f"{edit.text} {edit.target}" for edit in edits])
+        requests = [tokenise(self.runner, self.tokenizer, e, self.base.contexts, self.base.method) for e in edits]
+        search = self._searching(Clock(self.runner.device))
+        search.progress, search.total, search.done = progress, len(edits), 0
+        return requests, search.find(requests)
+
+    def close(self, requests: Sequence[Request], solved: Sequence[Solved]) -> EditResult:
+        """The update for all of them, at least one, by the closing of `apply_edits`; inside `unedited`."""
+        base, clock = self.base, Clock(self.runner.device)
+        bare = any(each.bare is not None for each in solved)
+        closing = Closing(self.runner, base.method, self._closed_with(bare), base.guard)
+        flow = Flow(self._searching(clock), closing, base.guard, base.unconverged, len(requests))
+        made, records = flow.close(requests, [each.to(self.runner.device) for each in solved])
+        delta = Delta({}) if made is None else made
+        weights = {self.runner.weight_name(layer): self.runner.weight(layer) for layer in base.layers}
+        delta.samples = {n: Sample.of(weights[n], update.left, update.right) for n, update in delta.updates.items()}
+        delta.metadata.update(
+            method=base.method.name,
+            layers=json.dumps(base.layers),
+            model_type=self.model.config.model_type,
+            contexts=json.dumps(base.contexts, ensure_ascii=False),
+        )
+        return EditResult(
+            self.model,
+            delta,
+            records,
+            base.contexts,
+            "joint",
+            base.settings,
+            flow.condition,
+            base.layer_source,
+            clock.seconds,
+            self.tokenizer,
+        )
+
+    def put_in(self, delta: Delta) -> ContextNLL | None:
+        """Apply an update to the base; CollapseError or a warning, as the guard says, where it reads much worse then.
+
+        Inside `unedited`; after an error the model is as it was.
+        """
+        effect = Effect(self.runner, self.tokenizer, [], self.base.contexts)
+        effect.before()
+        delta.apply(self.model)
+        try:
+            nll = effect.after([])
+            judge_drift(nll, self.base.guard)
+        except BaseException:
+            delta.revert(self.model)
+            raise
+        return nll
+
+    def _searching(self, clock: Clock) -> Search:
+        if self._search is None:
+            base = self.base
+            verified(self.runner, base.layers[-1])
+            self._search = Search(
+                self.runner, self.tokenizer, base.layers, base.method, base.contexts, base.settings, clock
+            )
+        self._search.clock = clock
+        return self._search
+
+    def _closed_with(self, bare: bool) -> Geometries:
+        layers = self.base.layers
+        if self._geometries is None:
+            identity = self.base.statistics is None and self._statistics is None
+            statistics = checked_statistics(self.runner, layers, "identity" if identity else self._statistics)
+            geometries = Geometries(self.runner, layers, statistics)
+            self.base.check_statistics(statistics)
+            geometries.check()
+            self._geometries = geometries
+        if bare and not self._geometries.first_tokens:
+            self._geometries.first_tokens = first_token_statistics(self.runner, layers)
+        return self._geometries
