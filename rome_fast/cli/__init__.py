@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from ..errors import ArgumentError, RomeFastError
 from ..runs.terminal import patient_streams, tell, visible
-from . import bench, demo, edit, evaluate, profile, revert, statistics, study, trace, tune, verify
+from . import bench, demo, edit, evaluate, ledger, profile, revert, statistics, study, trace, tune, verify
 
-_VERBS = (demo, statistics, edit, evaluate, tune, trace, bench, study, profile, revert, verify)
+_VERBS = (demo, statistics, edit, ledger, evaluate, tune, trace, bench, study, profile, revert, verify)
 
 _EXAMPLES = """examples:
   rome-fast demo

@@ -1,21 +1,19 @@
 """Ledger: edits as data. A folder that keeps requests and the values found for them, and closes them ever anew."""
 
-import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..closing.guard import Guard, check_guard
 from ..closing.judging import Unconverged, check_unconverged
 from ..editor import checked_statistics, chosen_for, contexts_for
 from ..edits import Edit, checked_edits, find_conflicts
-from ..errors import ArgumentError, CheckpointError, EditError
+from ..errors import ArgumentError, EditError
 from ..methods import DEFAULT_METHOD, Method, method_named
 from ..models.runner import evaluating
 from ..opening.admission import admit_tokenizer, plain_modes
@@ -26,24 +24,18 @@ from ..statistics import Statistics
 from ..updates import chains, saving
 from ..updates.delta import Delta
 from ..weights import Link, check_link
-from ..weights.files import check_writable, locked, os_errors, partial, rename_new, sha256_file, sync, write_file
 from .base import Base
 from .entries import (
     Entry,
     Event,
     Kind,
     State,
-    check_encodable,
     checked_tags,
-    events_of,
     listed,
     request_id,
 )
-from .log import Log
-from .values import read_values, save_values
-from .working import Working
-
-_BASE, _LOG, _VALUES = "ledger.json", "log.jsonl", "values"
+from .store import Store, check_absent
+from .working import Working, last_written, load_base
 
 
 class LedgerWarning(UserWarning):
@@ -72,11 +64,9 @@ class Ledger:
     done but `add`, `replace` and what closes.
     """
 
-    def __init__(self, folder: Path, base: Base, working: Working | None) -> None:
-        self.folder, self.base = folder, base
-        self._working = working
-        self._log = Log(folder / _LOG)
-        self._sound: set[Path] = set()  # files of values that were found to be as they were written
+    def __init__(self, store: Store, base: Base, working: Working | None) -> None:
+        self.base = base
+        self._store, self._working = store, working
 
     @classmethod
     def create(
@@ -100,9 +90,7 @@ class Ledger:
         The arguments are those of `apply_edits`, and so are the errors; ArgumentError where `folder` exists.
         """
         folder = Path(folder)
-        if os.path.lexists(folder):
-            raise ArgumentError(f"folder: {folder} exists already; open a ledger by Ledger.open, or choose a new name")
-        check_writable(folder.absolute().parent)
+        check_absent(folder)
         how = method_named(method)
         check_guard(guard)
         check_unconverged(unconverged)
@@ -129,44 +117,50 @@ class Ledger:
                 guard=guard,
                 unconverged=unconverged,
             )
-            with os_errors(f"writing {folder}"), partial(folder.absolute()) as work:
-                write_file(work / _BASE, base.to_bytes())
-                write_file(work / _LOG, b"")
-                (work / _VALUES).mkdir()
-                sync(work)
-                try:
-                    rename_new(work, folder.absolute())
-                except FileExistsError:
-                    raise ArgumentError(f"folder: {folder} appeared meanwhile; choose a new name") from None
-                sync(folder.absolute().parent)
-            return cls(folder, base, Working(base, model, tokenizer, statistics))
+            working = Working(base, model, tokenizer, statistics)
+            return cls(Store.create(folder, base), base, working)
 
     @classmethod
     def open(
         cls,
         folder: str | Path,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         statistics: Statistics | Literal["identity"] | None = None,
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
     ) -> "Ledger":
         """Open a ledger, with its base model for what needs that.
 
-        `statistics` are those that it was made with; None looks for them in the cache. Raises CheckpointError for a
-        folder that is no ledger, or a damaged one, ModelError for a model that cannot be edited, ArgumentError for
-        another model than the base, and for one with edits in it.
+        Args:
+            folder: of the ledger.
+            model: the base in memory, or its checkpoint, in which this ledger's own edits may be: they are taken out of
+                what is loaded.
+            tokenizer: the model's; not needed for a checkpoint.
+            statistics: those that the ledger was made with; None looks for them in the cache.
+            device: of a checkpoint: where it runs, by default a GPU where torch finds one.
+            trust_remote_code: of a checkpoint: whether code in its directory may run.
+
+        Raises CheckpointError for a folder that is no ledger, or a damaged one, ModelError for a model that cannot be
+        edited, ArgumentError for another model than the base, and for one with edits in it.
         """
-        folder = Path(folder)
-        if not (folder / _BASE).is_file():
-            raise CheckpointError(f"{folder}: it is no ledger, as it has no {_BASE}; make one by Ledger.create")
-        base = Base.read(folder / _BASE)
+        store = Store(Path(folder))
+        base = store.base()
+        store.events()
         working = None
+        if isinstance(model, str | Path):
+            model, own = load_base(base, model, device, trust_remote_code)
+            tokenizer = tokenizer or own
         if model is not None:
             with plain_modes():
                 working = Working(base, model, tokenizer, statistics)
-        ledger = cls(folder, base, working)
-        ledger.log()
-        return ledger
+        return cls(store, base, working)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self._store.folder
 
     def __len__(self) -> int:
         return len(State(self.log()))
@@ -198,7 +192,7 @@ class Ledger:
 
     def log(self) -> list[Event]:
         """All events since the ledger was made or compacted, the oldest first: who, when, why, and what."""
-        return events_of(self._log.read(), self._log.file)
+        return self._store.events()
 
     def add(
         self,
@@ -216,7 +210,7 @@ class Ledger:
         then as it was.
         """
         edits, tags = _checked(edits), checked_tags(tags)
-        with self._writing(who, why) as events:
+        with self._store.writing(who, why) as events:
             state = State(events)
             pairs = [(state.asking(edit), edit) for edit in edits]
             others = [(e, edit) for e, edit in pairs if e is not None and e.id != request_id(edit)]
@@ -251,7 +245,7 @@ class Ledger:
         """
         edits = _checked(edits)
         given = None if tags is None else checked_tags(tags)
-        with self._writing(who, why) as events:
+        with self._store.writing(who, why) as events:
             state = State(events)
             pairs = [(state.asking(edit), edit) for edit in edits]
             if absent := [f"{edit.text!r} → {edit.target!r}" for e, edit in pairs if e is None]:
@@ -285,7 +279,7 @@ class Ledger:
         asked = any(condition is not None for condition in (text, subject, tags))
         if asked == (ids is not None):
             raise ArgumentError("ids: got none or conditions as well, wanted ids, or some of text, subject and tags")
-        with self._writing(who, why) as events:
+        with self._store.writing(who, why) as events:
             state = State(events)
             if ids is None:
                 found = state.matching(text=text, subject=subject, tags=tags)
@@ -294,7 +288,7 @@ class Ledger:
             found = list({entry.id: entry for entry in found}.values())
             if not found:
                 raise ArgumentError("ids: got conditions that no entry meets, or none; see what is in by entries()")
-            self._append("remove", events, who, why, removed=[entry.id for entry in found])
+            self._store.append("remove", events, who, why, removed=[entry.id for entry in found])
         return found
 
     def merge(
@@ -322,7 +316,7 @@ class Ledger:
         if other.folder.resolve() == self.folder.resolve():
             raise ArgumentError(f"other: got {other.folder}, the ledger itself, wanted another one")
         theirs = other.log()
-        with self._writing(who, why) as events:
+        with self._store.writing(who, why) as events:
             diff = _compared(State(events), there := State(theirs))
             if diff.differing and prefer is None:
                 told = listed([f"{a} ({_told(a)}) and → {b.edit.target!r} ({_told(b)})" for a, b in diff.differing])
@@ -337,10 +331,10 @@ class Ledger:
                 for id, mine in State(events).items()
                 if id in there and not set(there[id].tags) <= set(mine.tags)
             ]
-            new = {e.id for e in taken} - self._files(events).keys()
+            new = {e.id for e in taken} - self._store.files(events).keys()
             if taken or tagged:
-                values = read_values(other._checked_files(theirs), sorted(new))
-                self._append("merge", events, who, why, added=[*taken, *tagged], removed=removed, values=values)
+                values = other._store.values(theirs, sorted(new))
+                self._store.append("merge", events, who, why, added=[*taken, *tagged], removed=removed, values=values)
         return taken
 
     def diff(self, other: "Ledger | str | Path | int", *, at: int | None = None) -> Diff:
@@ -359,24 +353,18 @@ class Ledger:
 
     def compact(self, *, who: str | None = None, why: str | None = None) -> None:
         """Forget the past: events, and the values of what is no longer in. States of before cannot be closed again."""
-        with self._writing(who, why) as events:
+        with self._store.writing(who, why) as events:
             if not events:
                 return
             state = State(events)
-            self._append(
+            self._store.append(
                 "compact",
                 events,
                 who,
                 why,
                 added=list(state.values()),
-                values=read_values(self._checked_files(events), state),
-                restart=True,
+                values=self._store.values(events, state),
             )
-            (last,) = self.log()
-            with os_errors(f"cleaning {self.folder}"):
-                for path in (self.folder / _VALUES).iterdir():
-                    if path.is_file() and f"{_VALUES}/{path.name}" != last.file:
-                        path.unlink()
 
     def close(self, *, tags: Sequence[str] | None = None, at: int | None = None) -> Delta:
         """One update of the base model for all that is in, or was after event `at`, or has one of these tags.
@@ -439,7 +427,7 @@ class Ledger:
             if not delta.updates:
                 if not in_place:
                     raise ArgumentError("out: no edit is in the ledger's update, so there is nothing to write")
-                if self._is_last_of(source):
+                if last_written(self.base, source) is not None:
                     chains.revert(source)
                 saving.check_unedited(working.model, self.base.weights, Path(source))
                 return delta
@@ -451,7 +439,8 @@ class Ledger:
                     saving.save(working.model, delta, out, source, tokenizer=working.tokenizer, link=link)
                 else:
                     with chains.changing_in_place(source):
-                        saving.save_in_place(working.model, delta, Path(source), replaces=self._is_last_of(source))
+                        replaces = last_written(self.base, source) is not None
+                        saving.save_in_place(working.model, delta, Path(source), replaces=replaces)
             finally:
                 delta.revert(working.model)
         return delta
@@ -489,7 +478,7 @@ class Ledger:
         entries = State(events).matching(tags=tags)
         if not entries:
             return Delta({})
-        values = read_values(self._checked_files(events), [entry.id for entry in entries])
+        values = self._store.values(events, [entry.id for entry in entries])
         result = self._model.close([entry.request for entry in entries], [values[entry.id] for entry in entries])
         result.delta.report["ledger"] = {
             "id": self.base.id,
@@ -498,21 +487,6 @@ class Ledger:
             "entries": [entry.id for entry in entries],
         }
         return result.delta
-
-    def _is_last_of(self, checkpoint: str | Path) -> bool:
-        """Whether the last edit of a checkpoint is one of this ledger."""
-        recorded = chains.edits_of(checkpoint)
-        about = recorded[-1].document().get("ledger") if recorded else None
-        return isinstance(about, dict) and about.get("id") == self.base.id
-
-    @contextmanager
-    def _writing(self, who: str | None, why: str | None) -> Iterator[list[Event]]:
-        """The events so far, to which nobody else adds in this block; CheckpointError where somebody does already."""
-        check_encodable("who", who)
-        check_encodable("why", why)
-        check_writable(self.folder)
-        with locked(self.folder):
-            yield self.log()
 
     def _put(
         self,
@@ -526,7 +500,7 @@ class Ledger:
     ) -> None:
         """Put in edits with their tags by id, of which those values are searched that were not found before."""
         before = {entry.id: entry for event in events for entry in event.added}
-        files = self._files(events)
+        files = self._store.files(events)
         new = [id for id in wanted if id not in files]
         found: dict[str, Solved] = {}
         if new:
@@ -548,54 +522,12 @@ class Ledger:
             replace(before[id], edit=edit, tags=tags, time="", who=None, why=None)
             for id, (edit, tags) in wanted.items()
         ]
-        self._append(kind, events, who, why, added=added, removed=removed, values=found)
+        self._store.append(kind, events, who, why, added=added, removed=removed, values=found)
         if missed := [entry for entry in added if not entry.converged]:
             _warn(
                 f"of {len(missed)} edit(s) no value was found at which the target leads; they are in the ledger, and "
                 f"unless it was made with unconverged='write' they are left out of its update:\n{listed(missed)}"
             )
-
-    def _append(
-        self,
-        kind: Kind,
-        events: Sequence[Event],
-        who: str | None,
-        why: str | None,
-        *,
-        added: Sequence[Entry] = (),
-        removed: Sequence[str] = (),
-        values: Mapping[str, Solved] | None = None,
-        restart: bool = False,
-    ) -> None:
-        """Add an event, its values first; with `restart`, in place of all events so far."""
-        number = events[-1].number + 1 if events else 1
-        file = sha256 = None
-        if values:
-            file = f"{_VALUES}/{number:06}.safetensors"
-            path = self.folder / file
-            with os_errors(f"writing {path}"):
-                path.parent.mkdir(exist_ok=True)
-            # One of the same name is of a writer who died before its event was.
-            save_values(path, values)
-            sha256 = sha256_file(path)
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        event = Event(number, kind, time, who, why, tuple(added), tuple(removed), file, sha256, tuple(values or ()))
-        write = self._log.restart if restart else self._log.append
-        write(event.to_json())
-
-    def _files(self, events: Sequence[Event]) -> dict[str, Path]:
-        """By id, the file that has the value."""
-        return {id: self.folder / event.file for event in events if event.file is not None for id in event.values}
-
-    def _checked_files(self, events: Sequence[Event]) -> dict[str, Path]:
-        """The same; CheckpointError where a file is not as it was written."""
-        for event in events:
-            path = self.folder / (event.file or "")
-            if event.file is not None and path not in self._sound:
-                if sha256_file(path) != event.sha256:
-                    raise CheckpointError(f"{path}: it was changed since it was written; restore it from a copy")
-                self._sound.add(path)
-        return self._files(events)
 
 
 def _checked(given: object) -> list[Edit]:

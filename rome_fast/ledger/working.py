@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..closing.closing import Closing
@@ -13,17 +15,48 @@ from ..closing.flow import Flow
 from ..closing.geometry import Geometries
 from ..editor import checked_statistics
 from ..edits import Edit
+from ..errors import CheckpointError
 from ..models.runner import evaluating
 from ..models.verification import verified
+from ..opening import checkpoints
 from ..opening.admission import admit_tokenizer, plain_modes
 from ..opening.opening import Destination, check_weights, open_model
 from ..result import EditResult
+from ..runs.processes import own_device
 from ..search.requests import Request, tokenise
 from ..search.search import Clock, Progress, Search, Solved
 from ..statistics import Statistics, first_token_statistics
+from ..updates import chains
 from ..updates.delta import Delta
 from ..updates.samples import Sample
+from ..weights import Checkpoint, stored_name
 from .base import Base
+
+
+def load_base(
+    base: Base, source: str | Path, device: str | torch.device | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model from its checkpoint, without what the ledger has written there last; raises CheckpointError."""
+    model, tokenizer, directory = checkpoints.load(
+        source, device=own_device(device), dtype=base.dtype, trust_remote_code=trust_remote_code
+    )
+    last = last_written(base, directory)
+    if last is not None:
+        originals, faults = last.checked_originals()
+        if faults:
+            raise CheckpointError("; ".join(faults))
+        checkpoint = Checkpoint.open(directory)
+        for name in base.weights:
+            if (stored := stored_name(checkpoint, name, model)) in originals:
+                model.get_parameter(name).data.copy_(originals[stored])
+    return model, tokenizer
+
+
+def last_written(base: Base, checkpoint: str | Path) -> chains.Recorded | None:
+    """The last edit of a checkpoint, where it is one of the ledger."""
+    last = next(reversed(chains.edits_of(checkpoint)), None)
+    about = None if last is None else last.document().get("ledger")
+    return last if isinstance(about, dict) and about.get("id") == base.id else None
 
 
 class Working:
