@@ -112,9 +112,7 @@ class Base:
             own |= {"method": Method(**{**own["method"], "columns": columns})}
             return cls(**{**own, "settings": ValueSettings(**own["settings"])})
         except (ValueError, KeyError, TypeError, AttributeError, RomeFastError) as error:
-            raise CheckpointError(
-                f"{file}: it does not say what a ledger of this release is bound to ({error!r})"
-            ) from error
+            raise CheckpointError(f"{file}: it is not of a ledger of this release ({error!r})") from error
 
 
 def _weights_of(runner: Runner, layers: tuple[int, ...]) -> dict[str, str]:

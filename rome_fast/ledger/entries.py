@@ -117,9 +117,9 @@ class State(Mapping[str, Entry]):
 
     def named(self, id: str) -> Entry:
         """The entry whose id begins so; ArgumentError where none does, or more than one."""
-        found = (
-            [entry for own, entry in self._entries.items() if own.startswith(id)] if len(id) >= _LEAST_PREFIX else []
-        )
+        if not isinstance(id, str) or len(id) < _LEAST_PREFIX:
+            raise ArgumentError(f"ids: got {id!r}, wanted an id, or at least its first {_LEAST_PREFIX} characters")
+        found = [entry for own, entry in self._entries.items() if own.startswith(id)]
         if len(found) != 1:
             problem = f"with which {len(found)} entries begin" if found else "which no entry has"
             raise ArgumentError(f"ids: got {id!r}, {problem}; see the ids by entries()")

@@ -13,7 +13,7 @@ from ..closing.guard import Guard, check_guard
 from ..closing.judging import Unconverged, check_unconverged
 from ..editor import checked_statistics, chosen_for, contexts_for
 from ..edits import Edit, checked_edits, find_conflicts
-from ..errors import ArgumentError, EditError
+from ..errors import ArgumentError, ConvergenceError, EditError
 from ..methods import DEFAULT_METHOD, Method, method_named
 from ..models.runner import evaluating
 from ..opening.admission import admit_tokenizer, plain_modes
@@ -205,9 +205,10 @@ class Ledger:
     ) -> list[str]:
         """Find the values of new edits, on the base model, and put them in; returns the ids of all, in their order.
 
-        What is in already gets the tags only, with a LedgerWarning where it has them. Raises EditError where the same
-        prompt and subject is there with another target, ArgumentError, ModelError and CheckpointError; the ledger is
-        then as it was.
+        What is in already gets the tags only, with a LedgerWarning where it has them. One whose value was not found is
+        put in with a LedgerWarning, or as `unconverged` of `create` says. Raises EditError where the same prompt and
+        subject is there with another target, ArgumentError, ModelError, ConvergenceError and CheckpointError; the
+        ledger is then as it was.
         """
         edits, tags = _checked(edits), checked_tags(tags)
         with self._store.writing(who, why) as events:
@@ -522,12 +523,13 @@ class Ledger:
             replace(before[id], edit=edit, tags=tags, time="", who=None, why=None)
             for id, (edit, tags) in wanted.items()
         ]
+        missed = [] if self.base.unconverged == "write" else [entry for entry in added if not entry.converged]
+        what = f"of {len(missed)} edit(s) no value was found at which the target leads"
+        if missed and self.base.unconverged == "raise":
+            raise ConvergenceError(f"{what}:\n{listed(missed)}\nnothing was put in")
         self._store.append(kind, events, who, why, added=added, removed=removed, values=found)
-        if missed := [entry for entry in added if not entry.converged]:
-            _warn(
-                f"of {len(missed)} edit(s) no value was found at which the target leads; they are in the ledger, and "
-                f"unless it was made with unconverged='write' they are left out of its update:\n{listed(missed)}"
-            )
+        if missed:
+            _warn(f"{what}; they are in the ledger, but are left out of its update:\n{listed(missed)}")
 
 
 def _checked(given: object) -> list[Edit]:
