@@ -155,7 +155,6 @@ def test_from_the_command_line(toy, capsys):
     assert "ids: got none or conditions as well" in fails(capsys, "ledger", "remove", "facts")
     assert "there with another target" in fails(capsys, "ledger", "add", "facts", "--edits", "edits.jsonl")
     assert "that replace nothing" in fails(capsys, "ledger", "replace", "more", "--edits", "edits.jsonl")
-    assert "wanted the directory of a safetensors checkpoint" in fails(
-        capsys, "ledger", "add", "facts", "--edits", "edits.jsonl", "--model", "facts"
-    )
+    failed = fails(capsys, "ledger", "add", "facts", "--edits", "edits.jsonl", "--model", "facts")
+    assert "wanted the directory of a safetensors checkpoint" in failed
     assert "facts exists already" in fails(capsys, "ledger", "create", "facts", "model", *make)
