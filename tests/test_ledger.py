@@ -189,11 +189,11 @@ def test_what_was_removed_leaves_nothing_behind(how, make, no_search):
 
 
 def test_random_events_against_a_fresh_ledger(make, pool, model, tokenizer):
-    """60 events and restarts; a dictionary says what is in, a ledger that never had anything else what comes out."""
+    """40 events and restarts; a dictionary says what is in, a ledger that never had anything else what comes out."""
     rng, ledger, wanted = random.Random(0), pool, {edit.question: edit for edit in OTHERS}
     states = {len(pool.log()): dict(wanted)}
     known = {frozenset(requests(OTHERS)): bytes_of(fresh(make, pool, "others", OTHERS).close())}
-    for step in range(60):
+    for step in range(40):
         kind = rng.choice(["add", "add", "replace", "remove", "reopen"])
         present = [edit for edit in (*SEVERAL, *OTHERS) if wanted.get(edit.question) == edit]
         if kind == "add":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -94,8 +95,10 @@ class Base:
     def to_bytes(self) -> bytes:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         own |= {"fingerprint": json.loads(self.fingerprint.to_json())}
-        own |= {"method": asdict(self.method), "settings": asdict(self.settings)}
-        return (json.dumps({"format": _FORMAT, **own}, indent=2, ensure_ascii=False) + "\n").encode()
+        # JSON has no infinity.
+        method = {name: None if value == math.inf else value for name, value in asdict(self.method).items()}
+        own |= {"method": method, "settings": asdict(self.settings)}
+        return (json.dumps({"format": _FORMAT, **own}, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     @classmethod
     def read(cls, file: Path) -> "Base":
@@ -109,7 +112,8 @@ class Base:
             own |= {name: tuple(own[name]) for name in ("layers", "contexts")}
             own |= {"fingerprint": Fingerprint.from_json(json.dumps(own["fingerprint"]))}
             columns = tuple(Column(**column) for column in own["method"]["columns"])
-            own |= {"method": Method(**{**own["method"], "columns": columns})}
+            largest = math.inf if (ridge := own["method"]["largest_ridge"]) is None else ridge
+            own |= {"method": Method(**{**own["method"], "columns": columns, "largest_ridge": largest})}
             return cls(**{**own, "settings": ValueSettings(**own["settings"])})
         except (ValueError, KeyError, TypeError, AttributeError, RomeFastError) as error:
             raise CheckpointError(f"{file}: it is not of a ledger of this release ({error!r})") from error

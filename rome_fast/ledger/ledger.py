@@ -529,7 +529,7 @@ class Ledger:
             raise ConvergenceError(f"{what}:\n{listed(missed)}\nnothing was put in")
         self._store.append(kind, events, who, why, added=added, removed=removed, values=found)
         if missed:
-            _warn(f"{what}; they are in the ledger, but are left out of its update:\n{listed(missed)}")
+            _warn(f"{what}; they are in the ledger, but are left out of its update:\n{listed(missed)}", 4)
 
 
 def _checked(given: object) -> list[Edit]:
@@ -556,5 +556,5 @@ def _told(entry: Entry) -> str:
     return ", ".join(part for part in (entry.who, entry.time, entry.why) if part)
 
 
-def _warn(what: str) -> None:
-    warnings.warn(what, LedgerWarning, stacklevel=3)
+def _warn(what: str, stacklevel: int = 3) -> None:
+    warnings.warn(what, LedgerWarning, stacklevel=stacklevel)

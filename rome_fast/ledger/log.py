@@ -75,7 +75,7 @@ def _check(fields: Mapping[str, Any], before: str) -> str:
 
 def _dumped(fields: Mapping[str, Any]) -> str:
     # Sorted, so that what is read back gives the same text.
-    return json.dumps(fields, ensure_ascii=False, sort_keys=True)
+    return json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

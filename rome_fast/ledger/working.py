@@ -17,7 +17,6 @@ from ..editor import checked_statistics
 from ..edits import Edit
 from ..errors import CheckpointError
 from ..models.runner import evaluating
-from ..models.verification import verified
 from ..opening import checkpoints
 from ..opening.admission import admit_tokenizer, plain_modes
 from ..opening.opening import Destination, check_weights, open_model
@@ -157,7 +156,6 @@ class Working:
     def _searching(self, clock: Clock) -> Search:
         if self._search is None:
             base = self.base
-            verified(self.runner, base.layers[-1])
             self._search = Search(
                 self.runner, self.tokenizer, base.layers, base.method, base.contexts, base.settings, clock
             )
