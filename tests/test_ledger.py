@@ -516,7 +516,10 @@ def test_what_is_there_already_and_what_is_not(pool):
         pool.add(OTHERS[0])
     with pytest.warns(LedgerWarning, match="1 of 1 edits are in the ledger as they are"):
         pool.replace(OTHERS[0])
-    with pytest.raises(EditError, match=r"got 1 that are there with another target; replace them:\n.*'Melbourne'"):
+    with pytest.raises(
+        EditError,
+        match=r"got 1 that are there with another target .or separator, or end.; replace them:\n.*'Melbourne'",
+    ):
         pool.add([SEVERAL[0], Edit("{} is", "Rome", "Paris")])
     with pytest.raises(EditError, match=r"got 1 that replace nothing; add them:\n.*'Rome is' → 'Paris'"):
         pool.replace([SEVERAL[0], Edit("{} is", "Rome", "Paris")])

@@ -84,7 +84,10 @@ class Base:
         if _statistics_of(statistics, self.layers) != self.statistics:
             wanted = "'identity'" if self.statistics is None else "those that this ledger was made with"
             got = "'identity'" if statistics is None else "others"
-            raise ArgumentError(f"statistics: got {got}, wanted {wanted}: its edits would be closed to another update")
+            raise ArgumentError(
+                f"statistics: got {got}, wanted {wanted}: its edits would be closed to another update; give the "
+                "folder by Statistics.load, since the cache may have others by now"
+            )
 
     def differences(self, other: "Base") -> list[str]:
         """The names of what another ledger is bound to differently, as far as entries depend on it."""

@@ -217,7 +217,10 @@ class Ledger:
             others = [(e, edit) for e, edit in pairs if e is not None and e.id != request_id(edit)]
             if others:
                 told = listed([f"{e}, wanted {edit.target!r}" for e, edit in others])
-                raise EditError(f"edits: got {len(others)} that are there with another target; replace them:\n{told}")
+                raise EditError(
+                    f"edits: got {len(others)} that are there with another target (or separator, or end); replace "
+                    f"them:\n{told}"
+                )
             kept = [e for e, _ in pairs if e is not None and set(tags) <= set(e.tags)]
             if kept:
                 _warn(f"{len(kept)} of {len(edits)} edits are in the ledger already:\n{listed(kept)}")
