@@ -8,10 +8,13 @@ This package imports nothing from `rome_fast` and nothing heavy beyond torch.
 
 from .backends import Choice, explain
 from .ops import (
+    add_rms_norm,
+    gated_activation,
     low_rank_apply_,
     mirror_lower_,
     prefixed_solve,
     rank_update_,
+    rotate_heads,
     second_moment_,
     solve_residual,
     suffix_attention,
@@ -19,11 +22,14 @@ from .ops import (
 
 __all__ = [
     "Choice",
+    "add_rms_norm",
     "explain",
+    "gated_activation",
     "low_rank_apply_",
     "mirror_lower_",
     "prefixed_solve",
     "rank_update_",
+    "rotate_heads",
     "second_moment_",
     "solve_residual",
     "suffix_attention",

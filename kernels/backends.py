@@ -17,7 +17,10 @@ from . import native
 
 VARIABLE = "ROME_FAST_KERNELS"
 BACKENDS = ("reference", "native", "triton")
-TRITON_OPS = ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_", "suffix_attention")
+TRITON_OPS = (
+    *("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_", "suffix_attention"),
+    *("add_rms_norm", "rotate_heads", "gated_activation"),
+)
 
 
 class Choice(NamedTuple):

@@ -63,6 +63,13 @@ SUFFIX_HEAD_BYTES = 512
 """Largest head, padded to a power of two, that does not spill; above half of that with twice the warps."""
 
 
+# Between the products of a layer: what a program takes at once, in elements.
+NORM_WIDTH = 16384
+"""Widest row that one program takes."""
+ROTATED_BLOCK = 1024
+GATED_BLOCK = 1024
+
+
 def architecture(device: torch.device) -> int:
     """The key of `SECOND_MOMENT` for a device; OTHER for a CPU, where only the interpreter runs."""
     if device.type != "cuda":

@@ -1,9 +1,9 @@
 """The ops as torch operators, `torch.ops.rome_fast.…`: each picks a backend and runs it on arguments taken as valid.
 
 As operators they carry a name in a profile, and torch.compile takes each as one step instead of breaking its graph.
-Registered by hand: `torch.library.custom_op` costs 45 µs a call, this 6 µs (torch 2.13, one CPU thread). Only
-`suffix_attention` has a gradient, by an operator of its own. What the others change comes first in the schema and is
-not returned, which torch asks of operators.
+Registered by hand: `torch.library.custom_op` costs 45 µs a call, this 6 µs (torch 2.13, one CPU thread). Those of a
+layer have a gradient, by operators of their own. What the others change comes first in the schema and is not returned,
+which torch asks of operators.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import native, reference
 from .backends import choose, launching_on
-from .configs import SUFFIX_HEAD_BYTES
+from .configs import NORM_WIDTH, SUFFIX_HEAD_BYTES
 
 # In the root of a checkout this folder can be imported as `kernels` too, and transformers, looking for a package of
 # that name, does so. That copy must not take the names of the real one.
@@ -151,7 +151,136 @@ def _suffix_attention_gradients(
 
 
 def _no_second_gradient(_ctx: Any, *_: Tensor | None) -> None:
-    raise RuntimeError("suffix_attention has no second derivative; take its gradient without create_graph=True")
+    raise RuntimeError("ops of rome_fast have no second derivative; take their gradients without create_graph=True")
+
+
+def _add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + update and what is normed; without an update the first is x, and an empty tensor takes its place."""
+    if _layer_op_on_triton("add_rms_norm", x):
+        from .layer import add_rms_norm_triton
+
+        with launching_on(x.device):
+            return add_rms_norm_triton(x, update, weight, eps)
+    hidden, normed = reference.add_rms_norm_ref(x, update, weight, eps)
+    # Whatever the layout of the arguments: a fake result has to have the strides of the true one.
+    return hidden.contiguous(), normed.contiguous()
+
+
+def _fake_add_rms_norm(x: Tensor, update: Tensor | None, _weight: Tensor, _eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0) if update is None else x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _add_rms_norm_backward(
+    gradient: Tensor, residual: Tensor | None, hidden: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    if _layer_op_on_triton("add_rms_norm", hidden):
+        from .layer import add_rms_norm_backward_triton
+
+        with launching_on(hidden.device):
+            return add_rms_norm_backward_triton(gradient, residual, hidden, weight, eps)
+    return reference.add_rms_norm_backward_ref(gradient, residual, hidden, weight, eps).contiguous()
+
+
+def _fake_add_rms_norm_backward(_gradient: Tensor, _residual: Tensor | None, hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+def _keep_of_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, update, weight, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.updated = update is not None
+    ctx.save_for_backward(output[0] if ctx.updated else x, weight)
+
+
+def _gradients_of_norm(ctx: Any, residual: Tensor | None, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, weight = ctx.saved_tensors
+    if not ctx.updated:
+        residual = None  # that of nothing
+    of_hidden = residual
+    if gradient is not None:
+        of_hidden = _REGISTERED.add_rms_norm_backward(gradient, residual, hidden, weight, ctx.eps)
+    return of_hidden, of_hidden if ctx.updated else None, None, None
+
+
+def _rotate_heads(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    if _layer_op_on_triton("rotate_heads", query):
+        from .layer import rotate_heads_triton
+
+        with launching_on(query.device):
+            return rotate_heads_triton(query, *others)
+    return reference.rotate_heads_ref(query, *others)
+
+
+def _fake_rotate_heads(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _rotate_heads_backward(of_query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    if _layer_op_on_triton("rotate_heads", of_query):
+        from .layer import rotate_heads_backward_triton
+
+        with launching_on(of_query.device):
+            return rotate_heads_backward_triton(of_query, *others)
+    of_query, of_key = reference.rotate_heads_backward_ref(of_query, *others)
+    return of_query.contiguous(), of_key.contiguous()
+
+
+def _keep_of_rotation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, cos, sin, query_weight, key_weight, ctx.eps = inputs
+    normed = query_weight is not None
+    ctx.save_for_backward(query if normed else None, key if normed else None, cos, sin, query_weight, key_weight)
+
+
+def _gradients_of_rotation(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _REGISTERED.rotate_heads_backward(of_query, of_key, *ctx.saved_tensors, ctx.eps)
+    return *gradients, *(None,) * 5
+
+
+def _gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if _layer_op_on_triton("gated_activation", gate):
+        from .layer import gated_activation_triton
+
+        with launching_on(gate.device):
+            return gated_activation_triton(gate, up, activation)
+    return reference.gated_activation_ref(gate, up, activation).contiguous()
+
+
+def _fake_gated_activation(gate: Tensor, _up: Tensor, _activation: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _gated_activation_backward(gradient: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    if _layer_op_on_triton("gated_activation", gate):
+        from .layer import gated_activation_backward_triton
+
+        with launching_on(gate.device):
+            return gated_activation_backward_triton(gradient, gate, up, activation)
+    of_gate, of_up = reference.gated_activation_backward_ref(gradient, gate, up, activation)
+    return of_gate.contiguous(), of_up.contiguous()
+
+
+def _fake_gated_activation_backward(
+    _gradient: Tensor, gate: Tensor, _up: Tensor, _activation: str
+) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _keep_of_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _gradients_of_activation(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return *_REGISTERED.gated_activation_backward(gradient, *ctx.saved_tensors, ctx.activation), None
+
+
+def _layer_op_on_triton(op: str, x: Tensor) -> bool:
+    obstacle = None
+    if x.dtype == torch.float64:
+        obstacle = "there is no kernel for fp64"
+    elif x.shape[-1] > NORM_WIDTH and op == "add_rms_norm":
+        obstacle = f"the kernel takes rows of {NORM_WIDTH} at most"
+    return choose(op, x.device, no_triton=obstacle).backend == "triton"
 
 
 def _fake_nothing(*_: Tensor | None) -> None:
@@ -190,11 +319,42 @@ _register(
     _suffix_attention_backward,
     _fake_suffix_attention_backward,
 )
-torch.library.register_autograd(
-    f"{NAMESPACE}::suffix_attention", _suffix_attention_gradients, setup_context=_keep_for_backward, lib=_LIBRARY
+_register(
+    "add_rms_norm(Tensor x, Tensor? update, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _add_rms_norm,
+    _fake_add_rms_norm,
 )
-# Else torch would take the gradient for a constant.
-torch.library.register_autograd(f"{NAMESPACE}::suffix_attention_backward", _no_second_gradient, lib=_LIBRARY)
+_register(
+    "add_rms_norm_backward(Tensor gradient, Tensor? residual, Tensor hidden, Tensor weight, float eps) -> Tensor",
+    _add_rms_norm_backward,
+    _fake_add_rms_norm_backward,
+)
+_ROTATION = "Tensor cos, Tensor sin, Tensor? query_weight, Tensor? key_weight, float eps"
+_register(f"rotate_heads(Tensor query, Tensor key, {_ROTATION}) -> (Tensor, Tensor)", _rotate_heads, _fake_rotate_heads)
+_register(
+    f"rotate_heads_backward(Tensor of_query, Tensor of_key, Tensor? query, Tensor? key, {_ROTATION})"
+    " -> (Tensor, Tensor)",
+    _rotate_heads_backward,
+    _fake_rotate_heads,
+)
+_register(
+    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor", _gated_activation, _fake_gated_activation
+)
+_register(
+    "gated_activation_backward(Tensor gradient, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
+    _gated_activation_backward,
+    _fake_gated_activation_backward,
+)
+
+for _name, _gradients, _keep in (
+    ("suffix_attention", _suffix_attention_gradients, _keep_for_backward),
+    ("add_rms_norm", _gradients_of_norm, _keep_of_norm),
+    ("rotate_heads", _gradients_of_rotation, _keep_of_rotation),
+    ("gated_activation", _gradients_of_activation, _keep_of_activation),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradients, setup_context=_keep, lib=_LIBRARY)
+    # Else torch would take the gradient for a constant.
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}_backward", _no_second_gradient, lib=_LIBRARY)
 
 _REGISTERED = getattr(torch.ops, NAMESPACE)
 second_moment_ = _REGISTERED.second_moment_
@@ -202,3 +362,10 @@ prefixed_solve = _REGISTERED.prefixed_solve
 rank_update_ = _REGISTERED.rank_update_
 low_rank_apply_ = _REGISTERED.low_rank_apply_
 suffix_attention = _REGISTERED.suffix_attention
+suffix_attention_backward = _REGISTERED.suffix_attention_backward
+add_rms_norm = _REGISTERED.add_rms_norm
+add_rms_norm_backward = _REGISTERED.add_rms_norm_backward
+rotate_heads = _REGISTERED.rotate_heads
+rotate_heads_backward = _REGISTERED.rotate_heads_backward
+gated_activation = _REGISTERED.gated_activation
+gated_activation_backward = _REGISTERED.gated_activation_backward

@@ -296,3 +296,103 @@ def suffix_attention(
         slopes,
     )
     return output
+
+
+def _check_frozen(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"{name}: wants a gradient, and what is frozen gets none; detach it")
+
+
+def _check_like(name: str, value: Tensor, like: Tensor, what: str) -> None:
+    _check(name, value, like.dim(), (like.dtype,), like.device)
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {tuple(like.shape)} like {what}")
+
+
+def _check_eps(eps: float) -> None:
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: got {eps}, wanted a finite number, not below 0")
+
+
+def add_rms_norm(
+    x: Tensor,  # (…, d) bf16 | fp16 | fp32 | fp64, as are the others
+    update: Tensor | None,  # (…, d)
+    weight: Tensor,  # (d,)
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # (…, d), (…, d)
+    """h = x + update, and weight · h / √(mean(h²) + eps): a residual connection and the RMSNorm behind it.
+
+    (Zhang & Sennrich 2019, arXiv 1910.07467.) Computed in fp32 (fp64 for fp64); h is rounded before it is normed, and
+    what is normed before it is weighted, as by the layers of transformers. Without an update, h is x itself.
+
+    x and update get a gradient; weight, being frozen, gets none. Raises TypeError for a dtype, ValueError for a shape,
+    a device, a weight that wants a gradient, or an eps below 0.
+    """
+    _check("x", x, max(1, x.dim()), _FLOATS, x.device)
+    _check("weight", weight, 1, (x.dtype,), x.device)
+    _check_size("weight", weight.shape[0], x.shape[-1], "entries")
+    if update is not None:
+        _check_like("update", update, x, "x")
+    _check_frozen(weight=weight)
+    _check_eps(eps)
+    hidden, normed = operators.add_rms_norm(x, update, weight, eps)
+    return x if update is None else hidden, normed
+
+
+def rotate_heads(
+    query: Tensor,  # (rows, time, heads, head_size) bf16 | fp16 | fp32 | fp64, as are the others
+    key: Tensor,  # (rows, time, kv_heads, head_size)
+    cos: Tensor,  # (rows, time, rotated), as is the next; rotated is even and at most head_size
+    sin: Tensor,
+    query_weight: Tensor | None = None,  # (head_size,), as is the next
+    key_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # like query and key
+    """Rotary position embedding of query and key: with the halves x₁ and x₂ of the first `rotated` elements of a head,
+
+        y₁ = cos₁ x₁ − sin₁ x₂,  y₂ = cos₂ x₂ + sin₂ x₁
+
+    (Su et al. 2021, arXiv 2104.09864, in the arrangement of Llama); elements behind them stay. With weights, every
+    head is normed before, as by `add_rms_norm`. Computed in fp32 (fp64 for fp64) and rounded once behind the norm.
+
+    Query and key get a gradient; all others, being frozen, get none. Raises TypeError for a dtype, ValueError for a
+    shape, a device, something frozen that wants a gradient, one weight without the other, or an eps below 0.
+    """
+    _check("query", query, 4, _FLOATS, query.device)
+    _check("key", key, 4, (query.dtype,), query.device)
+    rows, time, _, size = query.shape
+    for name, x in (("key", key), ("cos", cos)):
+        _check(name, x, 4 if name == "key" else 3, (query.dtype,), query.device)
+        _check_size(name, x.shape[0], rows, "rows")
+        _check_size(name, x.shape[1], time, "positions")
+    _check_size("key", key.shape[3], size, "elements per head")
+    _check_like("sin", sin, cos, "cos")
+    if cos.shape[2] % 2 or cos.shape[2] > size:
+        raise ValueError(f"cos: got {cos.shape[2]} entries, wanted an even number of at most {size}, the head size")
+    if (query_weight is None) != (key_weight is None):
+        raise ValueError("query_weight, key_weight: got one of them, wanted both or none")
+    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
+        if weight is not None:
+            _check(name, weight, 1, (query.dtype,), query.device)
+            _check_size(name, weight.shape[0], size, "entries")
+    _check_frozen(cos=cos, sin=sin, query_weight=query_weight, key_weight=key_weight)
+    _check_eps(eps)
+    return operators.rotate_heads(query, key, cos, sin, query_weight, key_weight, eps)
+
+
+def gated_activation(
+    gate: Tensor,  # (…) bf16 | fp16 | fp32 | fp64
+    up: Tensor,  # like gate
+    activation: str,  # "silu", "gelu", "gelu_tanh" or "relu"
+) -> Tensor:  # like gate
+    """act(gate) · up, in the middle of a gated MLP (Shazeer 2020, arXiv 2002.05202).
+
+    Computed in fp32 (fp64 for fp64), the activation rounded before it is multiplied, as by the layers of transformers.
+    Both get a gradient. Raises TypeError for a dtype, ValueError for a shape, a device or an unknown activation.
+    """
+    _check("gate", gate, gate.dim(), _FLOATS, gate.device)
+    _check_like("up", up, gate, "gate")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(reference.ACTIVATIONS)}")
+    return operators.gated_activation(gate, up, activation)

@@ -3,7 +3,8 @@
 Arguments are taken as valid; the checks live in `ops.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -242,3 +243,118 @@ def suffix_attention_backward_ref(gradient: Tensor, call: SuffixCall) -> tuple[T
     for result in (of_query, of_key, of_value):
         result.masked_fill_(wrong, torch.nan)
     return of_query, of_key, of_value
+
+
+def add_rms_norm_ref(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """h = x + update, empty for none, and weight · h / √(mean(h²) + eps), rounded where transformers' layers round."""
+    hidden = x if update is None else x + update
+    wide = _wide(hidden)
+    normed = (wide * _inverse_rms(wide, eps)).to(x.dtype).mul_(weight)
+    return x.new_empty(0) if update is None else hidden, normed
+
+
+def add_rms_norm_backward_ref(
+    gradient: Tensor, residual: Tensor | None, hidden: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """Gradient of h: residual + r g − r³ h mean(g h), with g = gradient · weight and r = 1/√(mean(h²) + eps)."""
+    result = _norm_gradient(_wide(gradient) * _wide(weight), _wide(hidden), eps)
+    if residual is not None:
+        result += residual
+    return result.to(hidden.dtype)
+
+
+def _norm_gradient(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
+    """Of x, for that of x / √(mean(x²) + eps); both in a wide dtype."""
+    scale = _inverse_rms(x, eps)
+    unit = x * scale
+    inner = torch.linalg.vecdot(gradient, unit).unsqueeze(-1) / x.shape[-1]
+    return (gradient - unit.mul_(inner)).mul_(scale)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1] + eps)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rotate_heads_ref(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y = cos · x + sin · (−x₂, x₁), x₁ and x₂ the halves of what is rotated of a head, which is normed before."""
+
+    def rotated(x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is not None:
+            _, x = add_rms_norm_ref(x, None, weight, eps)
+        return _turn(x, cos, sin)
+
+    return rotated(query, query_weight), rotated(key, key_weight)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads (rows, time, heads, size) rotated; backward, with the halves of `sin` exchanged and negated."""
+    rotated = cos.shape[-1]
+    half = rotated // 2
+    wide = _wide(x)
+    cos, sin = _wide(cos).unsqueeze(-2), _wide(sin).unsqueeze(-2)
+    one, two = wide[..., :half], wide[..., half:rotated]
+    result = x.new_empty(x.shape)
+    result[..., :half] = (one * cos[..., :half]).addcmul_(two, sin[..., :half], value=-1)
+    result[..., half:rotated] = (two * cos[..., half:]).addcmul_(one, sin[..., half:])
+    result[..., rotated:] = x[..., rotated:]
+    return result
+
+
+def rotate_heads_backward_ref(
+    of_query: Tensor,
+    of_key: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key, which are looked at only where there are weights."""
+    half = cos.shape[-1] // 2
+    back = torch.cat([-sin[..., half:], -sin[..., :half]], -1)
+
+    def gradient(outer: Tensor, x: Tensor | None, weight: Tensor | None) -> Tensor:
+        if x is None or weight is None:
+            return _turn(outer, cos, back)
+        return _norm_gradient(_turn(_wide(outer), cos, back) * _wide(weight), _wide(x), eps).to(x.dtype)
+
+    return gradient(of_query, query, query_weight), gradient(of_key, key, key_weight)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+}
+_ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "relu": partial(torch.ops.aten.threshold_backward, threshold=0),
+}
+
+
+def gated_activation_ref(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) · up, the activation rounded to their dtype in between as layers of transformers do."""
+    return ACTIVATIONS[activation](gate).mul_(up)
+
+
+def gated_activation_backward_ref(gradient: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """gradient · up · act′(gate) and gradient · act(gate)."""
+    of_gate = _ACTIVATION_GRADIENTS[activation](_wide(gradient) * up, _wide(gate))
+    return of_gate.to(gate.dtype), ACTIVATIONS[activation](gate).mul_(gradient)

@@ -20,6 +20,10 @@ from rome_fast.kernels.suffix import suffix_attention_backward_triton, suffix_at
 from torch import Tensor
 
 from rome_fast import kernels
+from test_layer_ops import ACTIVATIONS, EPS
+from test_layer_ops import CASES as LAYER_CASES
+from test_layer_ops import assert_as_right_as as assert_layer_op_as_right_as
+from test_layer_ops import with_gradients as layer_op_with_gradients
 from test_suffix_attention import ALL_AT_ONCE, CASES, arguments, assert_as_right_as, with_gradients
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run these through test_kernels_triton.py"
@@ -403,6 +407,61 @@ def test_a_suffix_with_a_number_out_of_range_reads_nothing_and_shows() -> None:
         assert torch.equal(one[6], two[6])
 
 
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROME_FAST_KERNELS", "triton")
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("name", LAYER_CASES)
+def test_layer_op(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More blocks than one, and heads of which some are none."""
+    monkeypatch.setattr(configs, "GATED_BLOCK", 256)
+    monkeypatch.setattr(configs, "ROTATED_BLOCK", 256)
+    run, formula, leaves, others = LAYER_CASES[name](dtype)
+    # The interpreter loses up to a unit in the last place of what it rounds to bf16, twice in a norm of heads.
+    floor = 2 * torch.finfo(BF16).eps if dtype == BF16 else 0.0
+    assert_layer_op_as_right_as(layer_op_with_gradients(run, leaves, others), formula, leaves, others, floor)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", ["norm of a sum", "rotation of normed heads", "gelu"])
+def test_layer_op_of_any_layout(name: str) -> None:
+    run, formula, leaves, others = LAYER_CASES[name](F32)
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.full((*x.shape[:-1], 2 * x.shape[-1]), NAN)[..., ::2].copy_(x)
+
+    views = [spread(x) for x in leaves], [spread(x) for x in others]
+    assert_layer_op_as_right_as(layer_op_with_gradients(run, *views), formula, leaves, others)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_of_large_numbers(activation: str) -> None:
+    """Where exp overflows."""
+    x = torch.tensor([-3e4, -200.0, -90.0, 0.0, 90.0, 200.0, 3e4, NAN])
+    right = [torch.zeros(8), torch.zeros(8)]
+    right[0][4:7] = x[4:7]
+    right[1][4:7] = 1
+    value = kernels.gated_activation(x, torch.ones(8), activation)
+    slope, _ = torch.ops.rome_fast.gated_activation_backward(torch.ones(8), x, torch.ones(8), activation)
+    assert value[7].isnan()
+    assert torch.equal(value[:7], right[0][:7])
+    assert torch.equal(slope[[0, 1, 2, 4, 5, 6]], right[1][[0, 1, 2, 4, 5, 6]])
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_row_wider_than_the_kernel_takes() -> None:
+    wide = torch.ones(1, configs.NORM_WIDTH + 1)
+    with pytest.raises(RuntimeError, match="ROME_FAST_KERNELS=triton: the kernel takes rows of 16384 at most"):
+        kernels.add_rms_norm(wide, None, wide[0], EPS)
+    with pytest.raises(RuntimeError, match="ROME_FAST_KERNELS=triton: there is no kernel for fp64"):
+        kernels.gated_activation(wide.double(), wide.double(), "silu")
+
+
 def far_apart(rows: int, columns: int, dtype: torch.dtype = F16) -> Tensor:
     """Rows whose stride still fits 32 bits, unlike the offset of the third. Only touched pages become real memory."""
     step = 2**30 + 16
@@ -474,7 +533,8 @@ def test_the_public_ops_reach_the_kernels(monkeypatch: pytest.MonkeyPatch, gener
     """Forced onto triton, every op takes another path than the reference and says so."""
     monkeypatch.setenv("ROME_FAST_KERNELS", "triton")
     names = ("second_moment_ref_", "prefixed_solve_ref", "rank_update_ref_", "low_rank_apply_ref_")
-    for name in (*names, "suffix_attention_ref", "suffix_attention_backward_ref"):
+    names += ("suffix_attention_ref", "suffix_attention_backward_ref", "add_rms_norm_ref", "rotate_heads_ref")
+    for name in (*names, "gated_activation_ref"):
         monkeypatch.delattr(reference, name)
     assert kernels.explain("cpu")["second_moment_"] == ("triton", "ROME_FAST_KERNELS=triton")
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -485,6 +545,10 @@ def test_the_public_ops_reach_the_kernels(monkeypatch: pytest.MonkeyPatch, gener
     y = torch.zeros(2, 1)
     kernels.low_rank_apply_(y, x, torch.tensor([[2.0]]), torch.ones(1, 2), torch.tensor([-1, 0]))
     assert y.tolist() == [[0], [14]]
+    ones = torch.ones(1, 1, 1, 2)
+    assert kernels.add_rms_norm(x, x, torch.ones(2), 0.0)[0].tolist() == [[2, 4], [6, 8]]
+    assert kernels.rotate_heads(ones, ones, 2 * ones[0], ones[0])[0].tolist() == [[[[1, 3]]]]
+    assert kernels.gated_activation(x, x, "relu").tolist() == [[1, 4], [9, 16]]
     sizes, options = CASES[ALL_AT_ONCE]
     a = arguments(sizes, F32, options)
     outer = torch.randn_like(a["query"])

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels extra is not installed")
 
-from rome_fast.kernels import configs, low_rank_apply, rank_update, second_moment, solve, suffix
+from rome_fast.kernels import configs, layer, low_rank_apply, rank_update, second_moment, solve, suffix
 from rome_fast.kernels.reference import SuffixCall
 
 from crosscompile import SHARED_LIMIT, Compiled, compiling_for
@@ -183,3 +183,49 @@ def test_suffix_attention_uses_the_matrix_unit(
         check(kernel, capability)
         # With sixteen queries or thirty-two, the instruction of a single warp on every GPU.
         assert kernel.instructions == (("mma.sync",) if dtype == torch.bfloat16 else ())
+
+
+def run_norm(size: int, dtype: torch.dtype) -> None:
+    x, weight = torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=dtype)
+    layer.add_rms_norm_triton(x, x, weight, 1e-6)
+    layer.add_rms_norm_backward_triton(x, x, x, weight, 1e-6)
+
+
+def run_rotation(size: int, dtype: torch.dtype) -> None:
+    query, key = torch.zeros(2, 3, 32, size, dtype=dtype), torch.zeros(2, 3, 8, size, dtype=dtype)
+    angles, weight = torch.zeros(2, 3, size, dtype=dtype), torch.zeros(size, dtype=dtype)
+    layer.rotate_heads_triton(query, key, angles, angles, weight, weight, 1e-6)
+    layer.rotate_heads_backward_triton(query, key, None, None, angles, angles, None, None, 0.0)
+    layer.rotate_heads_backward_triton(query, key, query, key, angles, angles, weight, weight, 1e-6)
+
+
+def run_activation(activation: str, dtype: torch.dtype) -> None:
+    x = torch.zeros(3, 96, dtype=dtype)
+    layer.gated_activation_triton(x, x, activation)
+    layer.gated_activation_backward_triton(x, x, x, activation)
+
+
+# The hidden sizes of SmolLM2 and Llama 2, and the widest; heads of two sizes; every activation, some in fp32.
+LAYER_OPS = {
+    **{f"norm of {size}": (run_norm, size, torch.bfloat16) for size in (576, 4096, configs.NORM_WIDTH)},
+    "norm of 4096, fp32": (run_norm, 4096, torch.float32),
+    **{f"heads of {size}": (run_rotation, size, torch.bfloat16) for size in (64, 128)},
+    "heads of 256, fp32": (run_rotation, 256, torch.float32),
+    **{name: (run_activation, name, torch.bfloat16) for name in ("silu", "gelu", "gelu_tanh", "relu")},
+    "silu, fp32": (run_activation, "silu", torch.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [*((90, name) for name in LAYER_OPS), (80, "norm of 4096"), (80, "heads of 128"), (80, "silu")]
+    + [(100, "norm of 4096"), (100, "heads of 128"), (100, "silu")],
+)
+def test_layer_ops_do_not_spill(capability: int, name: str, table: Callable[..., None], tmp_path: Path) -> None:
+    run, argument, dtype = LAYER_OPS[name]
+    with compiling_for(capability, layer, tmp_path) as found:
+        run(argument, dtype)
+    assert len(found) == 2 + (run is run_rotation)
+    for kernel in found:
+        table(capability, name, kernel)
+        check(kernel, capability)

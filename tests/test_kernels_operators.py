@@ -6,10 +6,13 @@ import time
 import pytest
 import torch
 from rome_fast.kernels import (
+    add_rms_norm,
+    gated_activation,
     low_rank_apply_,
     operators,
     prefixed_solve,
     rank_update_,
+    rotate_heads,
     second_moment_,
     suffix_attention,
 )
@@ -34,6 +37,8 @@ def samples():
     outer = torch.randn(3, 2, 4, 6).transpose(1, 2)
     keys, groups = torch.randn(7, 5), torch.tensor([1, 0, 1, 1, 2, 0, 1])
     bf16 = torch.bfloat16
+    x, update = torch.randn(2, 3, 4, 6, requires_grad=True), torch.randn(2, 3, 4, 6, requires_grad=True)
+    query, key, angles, weight = x.detach(), update.detach()[:, :, :2], torch.randn(2, 3, 4), torch.randn(6)
     return [
         (OPS.second_moment_, (torch.zeros(5, 5), torch.randn(7, 5), None)),
         (OPS.second_moment_, (torch.zeros(5, 5).double(), torch.randn(7, 5).to(bf16), torch.arange(7) % 2 > 0)),
@@ -49,10 +54,18 @@ def samples():
         (OPS.suffix_attention, (*suffix, *nothing)),
         (OPS.suffix_attention, (*map(positions_first, suffix), *everything)),
         (OPS.suffix_attention_backward, (outer, outer, none, *(x.detach() for x in suffix), *everything)),
+        (OPS.add_rms_norm, (x, None, weight, 1e-3)),
+        (OPS.add_rms_norm, (x.transpose(0, 1), update.transpose(0, 1), weight, 1e-3)),
+        (OPS.add_rms_norm_backward, (query, query, query.transpose(0, 1).contiguous().transpose(0, 1), weight, 1e-3)),
+        (OPS.rotate_heads, (x, update, angles, angles, None, None, 0.0)),
+        (OPS.rotate_heads, (x, positions_first(key), angles, angles, weight, weight, 1e-3)),
+        (OPS.rotate_heads_backward, (query, key, query, key, angles, angles, weight, weight, 1e-3)),
+        (OPS.gated_activation, (x, update, "gelu_tanh")),
+        (OPS.gated_activation_backward, (query, query, query.transpose(1, 2).contiguous().transpose(1, 2), "silu")),
     ]
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(19))
 def test_an_operator_is_true_to_its_schema_and_its_fake(number):
     operator, arguments = samples()[number]
     results = torch.library.opcheck(operator.default, arguments)
@@ -66,6 +79,9 @@ def call_all():
     low_rank_apply_(torch.ones(4, 3), torch.ones(4, 5), torch.ones(2, 3), torch.ones(2, 5), torch.tensor([0, -1, 1, 1]))
     one, zero = torch.ones(1, 1, 1, 2, requires_grad=True), torch.zeros(1, dtype=torch.int64)
     suffix_attention(one, one, one, one.detach(), one.detach(), zero, zero, scale=1.0).sum().backward()
+    add_rms_norm(one, one, torch.ones(2), 0.0)[1].sum().backward()
+    rotate_heads(one, one, torch.ones(1, 1, 2), torch.ones(1, 1, 2))[0].sum().backward()
+    gated_activation(one, one, "silu").sum().backward()
 
 
 def test_a_profile_names_the_ops():
@@ -73,7 +89,8 @@ def test_a_profile_names_the_ops():
         call_all()
     names = {event.name for event in found.events()}
     wanted = {"second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_"}
-    wanted |= {"suffix_attention", "suffix_attention_backward"}
+    ours = ("suffix_attention", "add_rms_norm", "rotate_heads", "gated_activation")
+    wanted |= {*ours, *(f"{name}_backward" for name in ours)}
     assert {f"rome_fast::{name}" for name in wanted} <= names
 
 
@@ -98,7 +115,9 @@ def test_a_compiled_function_takes_an_op_as_one_step():
         low_rank_apply_(x, weight, total, right, ids)
         states = x.view(2, 2, 1, 3)
         out = suffix_attention(states, states, states, states, states, groups[:2], groups[2:], scale=0.5, window=2)
-        return mean + solved + out.sum()
+        _, normed = add_rms_norm(weight, weight, right[0], 1.0)
+        turned, _ = rotate_heads(states, states, states[:, :, 0, :2], states[:, :, 0, :2])
+        return mean + solved + out.sum() + turned.sum() + gated_activation(normed, weight, "gelu").sum()
 
     plain, traced = arguments(), arguments()
     wanted = run(*plain)
@@ -106,7 +125,8 @@ def test_a_compiled_function_takes_an_op_as_one_step():
     assert torch.equal(got, wanted)
     for one, two in zip(plain, traced, strict=True):
         assert torch.equal(one, two)
-    for name in ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_", "suffix_attention"):
+    once = ("second_moment_", "prefixed_solve", "rank_update_", "low_rank_apply_", "suffix_attention")
+    for name in (*once, "add_rms_norm", "rotate_heads", "gated_activation"):
         assert steps.count(f"rome_fast.{name}") == 1
 
 

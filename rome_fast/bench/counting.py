@@ -78,12 +78,14 @@ def count_call(
     *,
     identity: bool = False,
     apart: bool = True,
+    fused: bool = True,
     extrapolated: bool = True,
 ) -> Call:
     """What one call with these edits of a shape launches on a GPU with so many bytes of memory.
 
     `identity`: C is the identity; otherwise it has a factor. `apart=False`: the past is gathered, joined and attended
-    to by the library, also where that is not needed. `extrapolated=False`: all layers are run.
+    to by the library, also where that is not needed, and layers are run as they are written; `fused=False`: only that.
+    `extrapolated=False`: all layers are run.
 
     Raises ArgumentError for an unknown shape, for chats, and for a method whose edits are more than a value in a layer.
     """
@@ -93,7 +95,9 @@ def count_call(
         raise ArgumentError(f"method: got {method.name}, wanted one of one value in one layer, without a null space")
     config = shape_config(shape)
     layer, settings = default_layer(config), default_settings(config)
-    found = replace(_found(shape), attends_apart=_found(shape).attends_apart and apart)
+    found = _found(shape)
+    apart = apart and found.attends_apart
+    found = replace(found, attends_apart=apart, runs_fused=apart and fused and found.runs_fused)
     above = config.num_hidden_layers - layer - 1
     whole = _Model(shape, dtype, found, method, settings, tokenizer, layer, above, identity)
     requests = [tokenise(whole.runner, tokenizer, edit, CONTEXTS, method) for edit in edits]

@@ -50,9 +50,10 @@ def _keys_of(query: Any, context_keys: Any, rest: Any) -> int:
 
 
 _OURS = torch.ops.rome_fast
-# The registry of torch leaves out the fused attention of CPUs.
+# The registry of torch leaves out products added in place and the fused attention of CPUs.
 _COUNTS: dict[Any, Any] = {
     **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     _OURS.suffix_attention: _suffix_attention_flop,
     _OURS.suffix_attention_backward: _suffix_attention_backward_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,

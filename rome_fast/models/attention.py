@@ -10,7 +10,7 @@ case.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,23 @@ class PastParts(Protocol):
         """Its arguments from `context_keys` to `middle_seen`."""
 
 
+class Asked(NamedTuple):
+    """How a layer has attended to a past apart."""
+
+    layer: int  # as which it asked for keys and values
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    soft_cap: float | None
+    window: int | None
+
+
 class _Asked(threading.local):
     """Whom the layer that runs in this thread has asked for keys and values, and not attended to yet."""
 
     past: tuple[PastParts, int] | None = None
+    last: Asked | None = None  # of the layer that attended last
 
 
 _ASKED = _Asked()
@@ -41,6 +54,11 @@ _ASKED = _Asked()
 def ask(past: PastParts, layer: int) -> None:
     """The attention function that is called next attends to this past of a layer."""
     _ASKED.past = past, layer
+
+
+def asked_last() -> Asked | None:
+    """How the layer attended that ran last in this thread within `attending_apart`."""
+    return _ASKED.last
 
 
 @contextmanager
@@ -52,7 +70,7 @@ def attending_apart(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
     usual = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = NAME
-    _ASKED.past = None
+    _ASKED.past = _ASKED.last = None
     try:
         yield
         if _ASKED.past is not None:
@@ -83,16 +101,10 @@ def _attend(
     if unknown or _ASKED.past is None:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'no past'}")
     past, layer = _ASKED.past
-    _ASKED.past = None
-    out = suffix_attention(
-        query,
-        key,
-        value,
-        **past.parts(layer),
-        scale=query.shape[3] ** -0.5 if scaling is None else scaling,
-        soft_cap=softcap,
-        window=sliding_window,
-    )
+    _, heads, _, size = query.shape
+    scale = size**-0.5 if scaling is None else scaling
+    _ASKED.past, _ASKED.last = None, Asked(layer, heads, key.shape[1], size, scale, softcap, sliding_window)
+    out = suffix_attention(query, key, value, **past.parts(layer), scale=scale, soft_cap=softcap, window=sliding_window)
     return out.transpose(1, 2), None
 
 

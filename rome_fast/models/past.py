@@ -4,8 +4,8 @@ Everything before the subject's last token is frozen while a value is optimised.
 for every request, so their keys and values are computed once per model and shared by all edits.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .attention import ask
+from .fused import LikeLlama
 from .rows import Row, encode
 from .runner import Runner, causal_mask
 
@@ -21,6 +22,7 @@ class Recorder:
     """A past that stores what each layer adds to it, behind whatever an inner past already holds."""
 
     apart: ClassVar[bool] = False
+    fused: ClassVar[Mapping[int, LikeLlama]] = {}
 
     def __init__(self, inner: "ContextPast | None" = None) -> None:
         self.inner = inner
@@ -32,11 +34,30 @@ class Recorder:
         return (keys, values) if self.inner is None else self.inner.update(keys, values, layer)
 
 
+class EmptyPast:
+    """Nothing before, for attention to attend to apart."""
+
+    apart: ClassVar[bool] = True
+    fused: ClassVar[Mapping[int, LikeLlama]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self._none = keys[:, :, :0], values[:, :, :0]
+        ask(self, layer)
+        return keys, values
+
+    def parts(self, _layer: int) -> dict[str, Any]:
+        """As `kernels.suffix_attention` takes it."""
+        keys, values = self._none
+        zero = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
+        return {"context_keys": keys, "context_values": values, "context_index": zero, "context_seen": zero}
+
+
 @dataclass(frozen=True)
 class ContextPast:
     """The contexts' keys and values, each row seeing the context it belongs to."""
 
     apart: ClassVar[bool] = False
+    fused: ClassVar[Mapping[int, LikeLlama]] = {}
 
     contexts: "Contexts"
     index: Tensor  # (rows,) which context a row has
@@ -63,6 +84,7 @@ class FrozenPast:
     context_seen: Tensor  # (rows,) int64: how many of its context's positions a row has, the first ones
     middle_seen: Tensor  # (rows,) int64: how many of its middle's; what is behind is padding
     apart: bool
+    fused: Mapping[int, LikeLlama] = field(default_factory=dict)  # layers to be run by `models.fused`, if it is apart
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if self.apart:

@@ -9,11 +9,12 @@ Activations keep their dtype from layer to layer.
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -121,6 +122,30 @@ class _Product(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         weight = _kept(weight, ctx.dtype, ctx.copies)
         return _multiply(gradients[0], weight.t(), ctx.dtype, ctx.result), *(None,) * 5
+
+
+@dataclass(frozen=True)
+class FrozenProducts:
+    """Products with the frozen weights of linear layers, and their gradients, as `in_dtype` takes them."""
+
+    dtype: torch.dtype
+    copies: Copies | None = None
+
+    def forward(self, x: Tensor, module: nn.Linear) -> Tensor:
+        """x (n, a) Wᵀ + b, (n, b)."""
+        weight, bias = module.weight.t(), module.bias
+        if self.dtype == weight.dtype:
+            return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+        out = _multiply(x, _kept(weight, self.dtype, self.copies), self.dtype, x.dtype)
+        return out if bias is None else out.add_(bias)
+
+    def backward(self, gradient: Tensor, module: nn.Linear, total: Tensor | None = None) -> Tensor:
+        """Gradient (n, b) W, (n, a), added to `total` in place where there is one."""
+        weight = module.weight
+        if self.dtype == weight.dtype:
+            return torch.mm(gradient, weight) if total is None else total.addmm_(gradient, weight)
+        out = _multiply(gradient, _kept(weight.t(), self.dtype, self.copies).t(), self.dtype, gradient.dtype)
+        return out if total is None else total.add_(out)
 
 
 def _kept(weight: Tensor, dtype: torch.dtype, copies: Copies | None) -> Tensor:

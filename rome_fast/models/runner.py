@@ -6,11 +6,11 @@ Rows are always packed right-padded with positions counted from their first toke
 behind a row cannot reach it and no padding mask is needed: results do not depend on the tokenizer's padding side.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..errors import ModelError
 from ..weights import Stream
 from . import Decoder, oriented
-from .attention import attending_apart
-from .products import Copies, in_dtype, usual_dtype
+from .attention import PastParts, attending_apart
+from .fused import LikeLlama, layers_like_llama, run_fused
+from .products import Copies, FrozenProducts, in_dtype, usual_dtype
 
 # Of configurations: how far back a layer sees, or in chunks of what length.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "local_attention")
@@ -47,6 +48,10 @@ class Past(Protocol):
     @property
     def apart(self) -> bool:
         """Whether `update` returns the new ones alone; `rome_fast.models.attention` attends to the others."""
+
+    @property
+    def fused(self) -> Mapping[int, LikeLlama]:
+        """Layers that may be run behind it by `rome_fast.models.fused`, which takes a past in parts."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """All keys and values (rows, heads, past + time, head size) a layer attends to, given the new ones."""
@@ -199,6 +204,12 @@ class Runner:
         """
         if start >= stop:
             return hidden
+        if past is not None and past.fused and self.stream is None:
+            together = layers_like_llama(past.fused, list(self.layers[start:stop]), start, hidden.dtype)
+            if together is not None:
+                arguments = self._arguments(hidden, positions, mask)[start:stop]
+                products = FrozenProducts(self.compute_dtype, self._copies)
+                return run_fused(hidden, together, arguments, cast(PastParts, past), products)
         run_layer = self._layers_with(hidden, positions, mask, past)
         if self.stream is not None and torch.is_grad_enabled() and hidden.requires_grad:
             self.stream.expect_steps(start, stop)
@@ -237,10 +248,7 @@ class Runner:
         self, hidden: Tensor, positions: Tensor | None, mask: Tensor | None, past: Past | None
     ) -> Callable[[int, Tensor], Tensor]:
         """A function of (layer, hidden states like these) that runs the layer."""
-        # The steps of a search ask for the same again and again.
-        if self._calls is None or not self._calls.fit(hidden.shape, positions, mask):
-            self._calls = _Calls(hidden.shape, positions, mask, self.decoder.calls(hidden, positions, mask))
-        calls = self._calls.arguments
+        calls = self._arguments(hidden, positions, mask)
 
         def run_layer(layer: int, hidden: Tensor) -> Tensor:
             arguments = self.decoder.with_past(layer, calls[layer], past)
@@ -252,6 +260,13 @@ class Runner:
             return out if isinstance(out, Tensor) else out[0]
 
         return run_layer
+
+    def _arguments(self, hidden: Tensor, positions: Tensor | None, mask: Tensor | None) -> list[dict[str, Any]]:
+        """What every layer is called with, for hidden states like these."""
+        # The steps of a search ask for the same again and again.
+        if self._calls is None or not self._calls.fit(hidden.shape, positions, mask):
+            self._calls = _Calls(hidden.shape, positions, mask, self.decoder.calls(hidden, positions, mask))
+        return self._calls.arguments
 
     @contextmanager
     def watching(self, layer: int, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:

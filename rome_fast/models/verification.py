@@ -7,7 +7,7 @@ another length, and whether what is added to the output of a layer's down-projec
 it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from . import attention
+from . import attention, fused
 from .batches import is_out_of_memory
-from .past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
+from .fused import LikeLlama
+from .past import ContextPast, Contexts, EmptyPast, FrozenPast, Recorder, attention_mask
 from .runner import Runner, any_shape, evaluating
 
 _TIME, _CONTEXTS = 8, (5, 1)  # tokens of the two rows, and of them those that are taken for a context
@@ -42,6 +43,7 @@ class Verified:
     shares_past: bool  # rows go on from the keys and values of contexts; otherwise every row is run as a whole
     past_error: float | None  # of what layers add to their input then, in the worst one; None where one cannot do it
     attends_apart: bool  # attention reads that past where it lies; otherwise a row's keys are joined to it
+    runs_fused: bool  # so all layers above this one can be run together, see `rome_fast.models.fused`
     adds_unchanged: bool  # δ is added to the layer's output; otherwise the layer is run again in every step
     value_error: float  # of what arrives there
 
@@ -49,6 +51,7 @@ class Verified:
         past = "not possible" if self.past_error is None else f"off by {self.past_error:.1e}"
         rows = "rows go on from the past of a context" if self.shares_past else "every row is run as a whole"
         rows += ", which attention can read where it lies" if self.attends_apart else ""
+        rows += ", in layers that can be run together" if self.runs_fused else ""
         value = "δ is added to the layer's output" if self.adds_unchanged else "the layer is run again with δ"
         return (
             f"{self.model}, layer {self.layer}, {self.weight}\n"
@@ -67,7 +70,13 @@ class _Known:
     past_error: float | None
     shares_past: bool
     attends_apart: bool
+    like_llama: Mapping[int, LikeLlama]  # layers that can be run together
     value_errors: dict[int, float] = field(default_factory=dict)
+
+    def fused_above(self, layer: int, layers: int) -> Mapping[int, LikeLlama]:
+        """What is known of the layers above one of so many; nothing where one of them cannot be run together."""
+        above = range(layer + 1, layers)
+        return self.like_llama if all(number in self.like_llama for number in above) else {}
 
 
 _KNOWN: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
@@ -103,6 +112,7 @@ def verified_each(runner: Runner, layers: Sequence[int]) -> list[Verified]:
             known.shares_past,
             known.past_error,
             known.attends_apart,
+            bool(known.fused_above(layer, len(runner.layers))),
             known.value_errors[layer] <= allowed,
             known.value_errors[layer],
         )
@@ -116,6 +126,13 @@ def reads_past_apart(runner: Runner, found: Verified) -> bool:
     return found.attends_apart and attention.pays(config, runner.device, runner.dtype)
 
 
+def fused_layers(runner: Runner, found: Verified) -> Mapping[int, LikeLlama]:
+    """The layers above the one looked at, where they are to be run together: they can be, and none the slower."""
+    if not (found.runs_fused and reads_past_apart(runner, found) and fused.pays(runner.device)):
+        return {}
+    return _known(runner)[0].fused_above(found.layer, len(runner.layers))
+
+
 def shared_out(runner: Runner, layers: tuple[int, ...]) -> tuple[int, ...]:
     """These layers if what an edit adds can be shared out among them, otherwise the last one alone.
 
@@ -127,7 +144,9 @@ def shared_out(runner: Runner, layers: tuple[int, ...]) -> tuple[int, ...]:
 
 def take_for_verified(runner: Runner, found: Verified) -> None:
     """Take a model without data, on the meta device, for what was found of another one of its architecture."""
-    known = _Known(_state(runner), found.logits_error, found.past_error, found.shares_past, found.attends_apart)
+    like_llama = _heard(runner) if found.runs_fused else {}
+    errors = found.logits_error, found.past_error
+    known = _Known(_state(runner), *errors, found.shares_past, found.attends_apart, like_llama)
     known.value_errors.update(dict.fromkeys(range(len(runner.layers)), found.value_error))
     _KNOWN[runner.model] = known
 
@@ -201,13 +220,13 @@ def _examine(runner: Runner, state: Any) -> tuple[_Known, list[Tensor]]:
                 raise ModelError(f"model: {name} cannot be run layer by layer ({reason})") from fault
             if not error <= exact:
                 raise ModelError(f"model: the layers of {name}, run one by one, miss its own logits by {error:.1e}")
-            return _Known(state, error, None, False, False), states
+            return _Known(state, error, None, False, False, {}), states
         try:
-            past_error, shares, apart = _past_error(runner, ids, states, recorder)
+            past_error, shares, apart, like_llama = _past_error(runner, ids, states, recorder)
         except _FAULTS as fault:
             _pass_on(fault)
-            past_error, shares, apart = None, False, False
-    return _Known(state, error, past_error, shares, apart), states
+            past_error, shares, apart, like_llama = None, False, False, {}
+    return _Known(state, error, past_error, shares, apart, like_llama), states
 
 
 # Of layers that are called in a way they were not made for.
@@ -238,8 +257,11 @@ def _one_by_one(runner: Runner, ids: Tensor, own: Tensor, past: Recorder | None)
     return states, _error(runner.head(states[-1]), own)
 
 
-def _past_error(runner: Runner, ids: Tensor, states: list[Tensor], recorder: Recorder) -> tuple[float, bool, bool]:
-    """Error of a past, whether rows can go on from one, and whether it can be attended to where it lies.
+def _past_error(
+    runner: Runner, ids: Tensor, states: list[Tensor], recorder: Recorder
+) -> tuple[float, bool, bool, Mapping[int, LikeLlama]]:
+    """Error of a past, whether rows can go on from one, whether it can be attended to where it lies, and in which
+    layers that can be run together.
 
     Every layer is run behind a padded past, on what really enters it, so that faults do not drown in rounding.
     """
@@ -266,24 +288,76 @@ def _past_error(runner: Runner, ids: Tensor, states: list[Tensor], recorder: Rec
     shares = _error(embedded[real], states[0][row, at][real]) <= _EXACT
     slack = _OF_UPDATE if runner.dtype.itemsize >= 4 else _OF_UPDATE_IN_HALF
 
-    def missed(layer: int, past: FrozenPast) -> tuple[Tensor, Tensor]:
+    def right(got: Tensor, wanted: Tensor, unchanged: Tensor) -> bool:
+        """Whether the error of what was made of something is rounding."""
+        update, off = ((wanted - x).double().norm() for x in (unchanged, got))
+        return bool(off <= _ROUNDING * torch.finfo(runner.dtype).eps / 2 * wanted.double().norm() + slack * update)
+
+    def missed(layer: int, past: FrozenPast) -> tuple[Tensor, bool]:
         """Error of what a layer adds to its input, and whether that is rounding."""
         rest, wanted = states[layer][row, at], states[layer + 1][row, at]
         got = runner.run(rest, layer, layer + 1, positions=positions, mask=mask, past=past)
-        update = (wanted - rest)[real].double().norm()
-        off = (got - wanted)[real].double().norm()
-        rounding = _ROUNDING * torch.finfo(runner.dtype).eps / 2 * wanted[real].double().norm()
-        return off / update, off <= rounding + slack * update
+        error = (got - wanted)[real].double().norm() / (wanted - rest)[real].double().norm()
+        return error, right(got[real], wanted[real], rest[real])
 
-    errors, right = zip(*(missed(layer, joined) for layer in range(len(states) - 1)), strict=True)
-    shares = shares and all(map(bool, right))
+    def differs(layer: int, past: FrozenPast) -> bool:
+        """Whether output or gradient of a layer that is run as `past` says are not its own, at the last positions."""
+        rest = states[layer][row, at]
+        outer = torch.linspace(-1, 1, rest.numel(), device=rest.device).view(rest.shape).to(rest)
+        last = (runner.max_length - width + torch.arange(width, device=rest.device)).expand(2, -1)
+        both = []
+        for each in (past, replace(past, fused={})):
+            with torch.enable_grad():
+                leaf = rest.clone().requires_grad_()
+                out = runner.run(leaf, layer, layer + 1, positions=last, mask=mask, past=each)
+                both.append((out.detach(), *torch.autograd.grad(out, leaf, outer)))
+        (got, got_gradient), (wanted, gradient) = both
+        return not (right(got, wanted, rest) and right(got_gradient, gradient, outer))
+
+    layers = range(len(states) - 1)
+    errors, exact = zip(*(missed(layer, joined) for layer in layers), strict=True)
+    shares = shares and all(exact)
     past = replace(joined, apart=True)
+    found: dict[int, LikeLlama] = {}
+    kinds: dict[Any, bool] = {}
     try:
-        apart = shares and all(bool(missed(layer, past)[1]) for layer in range(len(states) - 1))
+        apart = shares
+        for layer in layers if shares else ():
+            apart = apart and missed(layer, past)[1]
+            asked = attention.asked_last()
+            like = None if asked is None else fused.like_llama(runner.layers[layer], asked)
+            if like is not None:
+                found[layer] = like
     except _FAULTS as fault:
         _pass_on(fault)
         apart = False
-    return float(max(errors)), shares, apart
+    for layer, like in list(found.items()) if apart else ():
+        together = replace(past, fused={layer: like})
+        kind = replace(like, asked=like.asked._replace(layer=0)), tuple(map(type, runner.layers[layer].modules()))
+        try:
+            if kind not in kinds:
+                kinds[kind] = not differs(layer, together)
+            wrong = not (kinds[kind] and missed(layer, together)[1])
+        except _FAULTS as fault:
+            _pass_on(fault)
+            wrong = True
+        if wrong:
+            del found[layer]
+    return float(max(errors)), shares, apart, found if apart else {}
+
+
+def _heard(runner: Runner) -> Mapping[int, LikeLlama]:
+    """What there is to know of layers to run them together, without a comparison, which takes data."""
+    found = {}
+    with evaluating(runner.model):
+        hidden = torch.zeros(1, 1, runner.hidden_size, dtype=runner.dtype, device=runner.device)
+        nothing = hidden.new_zeros(1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64, device=runner.device)
+        for layer in range(len(runner.layers)):
+            runner.run(hidden, layer, layer + 1, mask=nothing[0], positions=nothing[1], past=EmptyPast())
+            asked = attention.asked_last()
+            like = None if asked is None else fused.like_llama(runner.layers[layer], asked)
+            found.update({} if like is None else {layer: like})
+    return found
 
 
 def _entering(runner: Runner, last: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models.past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
 from ..models.rows import Row
 from ..models.runner import Runner
-from ..models.verification import reads_past_apart, verified
+from ..models.verification import fused_layers, reads_past_apart, verified
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def run_to_layer(
         )
     if again:
         recorder.keys[layer], recorder.values[layer] = own.keys[layer][:, :, :middle], own.values[layer][:, :, :middle]
-    apart = reads_past_apart(runner, found)
-    past = FrozenPast(context_past, recorder.keys, recorder.values, start, subject, apart)
+    apart, fused = reads_past_apart(runner, found), fused_layers(runner, found)
+    past = FrozenPast(context_past, recorder.keys, recorder.values, start, subject, apart, fused)
 
     width = max(len(r.row.inputs) - r.row.subject for r in rows)
     at = (subject.unsqueeze(1) + torch.arange(width, device=device)).clamp(max=time - 1)
