@@ -218,8 +218,10 @@ LAYER_OPS = {
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [*((90, name) for name in LAYER_OPS), (80, "norm of 4096"), (80, "heads of 128"), (80, "silu")]
-    + [(100, "norm of 4096"), (100, "heads of 128"), (100, "silu")],
+    [
+        *((90, name) for name in LAYER_OPS),
+        *((capability, name) for capability in (80, 100) for name in ("norm of 4096", "heads of 128", "silu")),
+    ],
 )
 def test_layer_ops_do_not_spill(capability: int, name: str, table: Callable[..., None], tmp_path: Path) -> None:
     run, argument, dtype = LAYER_OPS[name]

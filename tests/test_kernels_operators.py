@@ -55,7 +55,7 @@ def samples():
         (OPS.suffix_attention, (*map(positions_first, suffix), *everything)),
         (OPS.suffix_attention_backward, (outer, outer, none, *(x.detach() for x in suffix), *everything)),
         (OPS.add_rms_norm, (x, None, weight, 1e-3)),
-        (OPS.add_rms_norm, (x.transpose(0, 1), update.transpose(0, 1), weight, 1e-3)),
+        (OPS.add_rms_norm, (positions_first(x), positions_first(update), weight, 1e-3)),
         (OPS.add_rms_norm_backward, (query, query, query.transpose(0, 1).contiguous().transpose(0, 1), weight, 1e-3)),
         (OPS.rotate_heads, (x, update, angles, angles, None, None, 0.0)),
         (OPS.rotate_heads, (x, positions_first(key), angles, angles, weight, weight, 1e-3)),

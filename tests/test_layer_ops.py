@@ -157,8 +157,8 @@ def test_layer_ops_of_nothing():
 def test_a_gradient_of_one_of_two_results():
     """Of a norm the hidden states go on alone, or what is normed does."""
     run, formula, leaves, others = CASES["norm of a sum"](torch.float64)
-    for number in range(2):
-        got, wanted = (with_gradients(lambda *x, f=f: f(*x)[number], leaves, others) for f in (run, formula))
+    for which in (0, 1):
+        got, wanted = (with_gradients(lambda *x, f=f, i=which: f(*x)[i], leaves, others) for f in (run, formula))
         for one, other in zip(got, wanted, strict=True):
             assert relative_error(one, other) <= 64 * torch.finfo(torch.float64).eps
 

@@ -144,7 +144,7 @@ def tiny():
     return call_of("tiny", 3)
 
 
-def test_a_layer_of_a_step_has_its_products_and_few_kernels_more(tiny):
+def test_a_layer_of_a_step_has_its_products_and_ten_kernels_more(tiny):
     (batch,) = tiny.batches
     hidden, inner, of_keys = 64, 160, 32
     weights = 2 * hidden * hidden + 2 * hidden * of_keys + 3 * hidden * inner
@@ -155,8 +155,45 @@ def test_a_layer_of_a_step_has_its_products_and_few_kernels_more(tiny):
         assert sum(products.values()) == 7
     counted = layer_launches(batch)
     assert (counted["forward"]["suffix_attention"], counted["backward"]["suffix_attention_backward"]) == (1, 1)
-    # Two norms.
+    # Besides attention: two norms with the sum in front of them, a rotation, a gated activation.
+    others = {"add_rms_norm": 2, "rotate_heads": 1, "gated_activation": 1}
+    assert {name: counted["forward"][name] for name in others} == others
+    assert {name: counted["backward"][f"{name}_backward"] for name in others} == others
+    assert sum(sum(operators.values()) for operators in counted.values()) == 24
+
+
+def test_layers_as_they_are_written_launch_four_times_as_many():
+    (batch,) = call_of("tiny", 3, fused=False).batches
+    counted = layer_launches(batch)
     assert counted["forward"]["rsqrt"] == counted["forward"]["mean"] == 2
+    assert sum(sum(operators.values()) for operators in counted.values()) > 4 * 24
+
+
+def ideal_bytes(batch: Batch, hidden: int, inner: int, heads: int, key_heads: int) -> int:
+    """Of a layer in a step, in 16 bit: weights once a pass; each activation, and its gradient, written and read once.
+
+    Activations of a position: what enters, what is normed of it, query, key and value, the first two of these rotated,
+    what is attended, what that adds, the sum, what is normed of it, gate, up and their product, and what that adds.
+    Past keys and values are read once a pass by every row.
+    """
+    weights = 2 * hidden * heads + 2 * hidden * key_heads + 3 * hidden * inner
+    position = 6 * hidden + 3 * heads + 3 * key_heads + 3 * inner
+    attention = [x for x in batch.layer if x.kind == "attention"]
+    new = 2 * heads + 2 * key_heads  # query, output, key, value, and with three gradients more backward
+    past = sum(x.moved_bytes for x in attention) - 2 * batch.rows * batch.suffix * (2 * new + heads + new)
+    return 2 * (2 * weights + 4 * batch.rows * batch.suffix * position) + past
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"), [("llama-2-7b", (4096, 11008, 4096, 4096)), ("mistral-7b", (4096, 14336, 4096, 1024))]
+)
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_layer_of_a_step_moves_less_than_twice_what_it_has_to(shape, sizes, count):
+    (batch,) = call_of(shape, count).batches
+    moved = sum(n * x.moved_bytes for x, n in batch.layer.items())
+    assert ideal_bytes(batch, *sizes) < moved <= 2 * ideal_bytes(batch, *sizes)
+    (written,) = call_of(shape, count, fused=False).batches
+    print(shape, count, moved / ideal_bytes(batch, *sizes), sum(n * x.moved_bytes for x, n in written.layer.items()) / moved)
 
 
 def test_layers_counted_on_a_few_are_those_of_the_whole_model(tiny):

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..kernels import operators
 from ..kernels.reference import ACTIVATIONS, SuffixCall
@@ -208,8 +207,10 @@ class _Stretch(torch.autograd.Function):
         return out.view(shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():
+            # Else torch would take the gradient for a constant.
+            raise RuntimeError("layers run together have no second derivative; take it without create_graph=True")
         kept, size = ctx.saved_tensors, len(_Kept._fields)
         shape = gradient.shape
         gradient = gradient.reshape(-1, shape[2])
