@@ -10,7 +10,16 @@ import torch
 import uninstalled  # noqa: F401  (it makes rome_fast importable)
 
 # isort: split
-from rome_fast.kernels import low_rank_apply_, prefixed_solve, rank_update_, second_moment_, suffix_attention
+from rome_fast.kernels import (
+    add_rms_norm,
+    gated_activation,
+    low_rank_apply_,
+    prefixed_solve,
+    rank_update_,
+    rotate_heads,
+    second_moment_,
+    suffix_attention,
+)
 
 
 def main(device: torch.device) -> None:
@@ -31,6 +40,13 @@ def main(device: torch.device) -> None:
         index, own = torch.arange(3, device=device) % 2, torch.arange(3, device=device) * 8
         past = contexts, contexts, index, 17 - own, middle, middle, own
         suffix_attention(query, key, value, *past, scale=0.2, soft_cap=5.0, window=9).sum().backward()
+        hidden, update, gate = (torch.randn(3, 5, 129, device=device).to(dtype).requires_grad_() for _ in range(3))
+        _, normed = add_rms_norm(hidden, update, torch.ones(129, device=device, dtype=dtype), 1e-6)
+        gated_activation(gate, normed, "gelu").sum().backward()
+        heads, key_heads = (torch.randn(3, 5, h, 20, device=device).to(dtype).requires_grad_() for h in (57, 2))
+        angles, weight = torch.randn(3, 5, 12, device=device).to(dtype), torch.ones(20, device=device, dtype=dtype)
+        for weights in ((), (weight, weight)):
+            sum(x.sum() for x in rotate_heads(heads, key_heads, angles, angles, *weights)).backward()
     keys = torch.randn(7, 75, device=device)
     prefixed_solve(keys, torch.zeros(7, dtype=torch.int64, device=device), 1, None, torch.eye(75, device=device))
     prefixed_solve(keys, torch.arange(7, device=device) % 3, 3, torch.eye(75, device=device))

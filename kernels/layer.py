@@ -4,9 +4,8 @@ Each is one launch where layers as written take two to thirteen. All are bound b
 computed with in fp32 and rounded where the layer as written rounds what it goes on with. Backward passes take the
 gradient of activations only, and add that of the residual stream in the same launch.
 
-Ruled out by counting: keeping 1/rms for the backward pass, which has the row at hand to compute it from; the gated
-activation in the product in front of it or behind it, which saves 3 of 26 passes over activations of a layer and takes
-a kernel of our own for half of its products.
+Ruled out: keeping 1/rms for the backward pass, which has the row at hand to compute it from; the gated activation in
+the product in front of it, which would take a matrix product of our own where the library's is the best there is.
 """
 
 import triton

@@ -6,11 +6,14 @@
 import pytest
 import torch
 from rome_fast.kernels import (
+    add_rms_norm,
     explain,
+    gated_activation,
     low_rank_apply_,
     mirror_lower_,
     prefixed_solve,
     rank_update_,
+    rotate_heads,
     second_moment_,
     suffix_attention,
 )
@@ -44,6 +47,17 @@ from test_kernels_reference import (  # noqa: F401
     test_second_moment_refuses_rows_that_share_the_totals_memory,
     test_second_moment_sums_many_calls_in_the_dtype_of_total,
 )
+from test_layer_ops import (  # noqa: F401
+    test_a_gradient_of_one_of_two_results,
+    test_layer_op,
+    test_layer_op_has_the_gradient_of_its_differences,
+    test_layer_op_of_any_layout,
+    test_layer_ops_of_nothing,
+    test_what_is_no_number_stays_one,
+)
+from test_layer_ops import assert_as_right_as as assert_layer_op_as_right_as
+from test_layer_ops import norm_case, rotation_case
+from test_layer_ops import with_gradients as layer_op_with_gradients
 from test_suffix_attention import (
     arguments,
     assert_as_right_as,
@@ -88,6 +102,7 @@ def test_the_ops_run_on_triton():
     told = explain("cuda")
     assert {told[op].backend for op in ("second_moment_", "rank_update_", "low_rank_apply_")} == {"triton"}
     assert {told[op].backend for op in ("prefixed_solve", "suffix_attention")} == {"triton"}
+    assert {told[op].backend for op in ("add_rms_norm", "rotate_heads", "gated_activation")} == {"triton"}
 
 
 def as_right_as(got, plain, exact, floor=0.0):
@@ -197,6 +212,21 @@ def test_suffix_attention_of_a_batch_of_edits(d):
     assert all(case.check().values()), case.errors
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(lambda dtype, d=d: norm_case((50, 7), d, True, dtype) for d in (576, 4096, 5120, 8192, 16384)),
+        lambda dtype: rotation_case((50, 7, 32, 8, 128, 128), True, dtype),
+        lambda dtype: rotation_case((50, 7, 9, 3, 64, 64), False, dtype),
+    ],
+)
+def test_layer_ops_of_the_sizes_of_models(case, dtype):
+    run, formula, leaves, others = case(dtype)
+    got = layer_op_with_gradients(run, leaves, others)
+    assert_layer_op_as_right_as(got, formula, leaves, others)
+
+
 def test_an_op_does_not_wait_for_the_gpu():
     """A check that reads an index tensor would; torch says so in this mode."""
     y, x = torch.zeros(4, 3), torch.ones(4, 5)
@@ -210,6 +240,9 @@ def test_an_op_does_not_wait_for_the_gpu():
         states = torch.ones(4, 1, 1, 3, requires_grad=True)
         past = torch.ones(2, 1, 5, 3)
         suffix_attention(states, states, states, past, past, groups, groups, scale=1.0).sum().backward()
+        _, normed = add_rms_norm(states, states, keys[0], 1e-6)
+        turned, _ = rotate_heads(states, states, states.detach()[:, :, 0, :2], states.detach()[:, :, 0, :2])
+        gated_activation(normed, turned, "silu").sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -179,21 +179,16 @@ def ideal_bytes(batch: Batch, hidden: int, inner: int, heads: int, key_heads: in
     weights = 2 * hidden * heads + 2 * hidden * key_heads + 3 * hidden * inner
     position = 6 * hidden + 3 * heads + 3 * key_heads + 3 * inner
     attention = [x for x in batch.layer if x.kind == "attention"]
-    new = 2 * heads + 2 * key_heads  # query, output, key, value, and with three gradients more backward
-    past = sum(x.moved_bytes for x in attention) - 2 * batch.rows * batch.suffix * (2 * new + heads + new)
+    new = 2 * heads + 2 * key_heads  # query, output, key and value; backward with the gradients of all
+    past = sum(x.moved_bytes for x in attention) - 2 * batch.rows * batch.suffix * 3 * new
     return 2 * (2 * weights + 4 * batch.rows * batch.suffix * position) + past
 
 
-@pytest.mark.parametrize(
-    ("shape", "sizes"), [("llama-2-7b", (4096, 11008, 4096, 4096)), ("mistral-7b", (4096, 14336, 4096, 1024))]
-)
-@pytest.mark.parametrize("count", [1, 16])
-def test_a_layer_of_a_step_moves_less_than_twice_what_it_has_to(shape, sizes, count):
-    (batch,) = call_of(shape, count).batches
+@pytest.mark.parametrize(("shape", "sizes"), [("tiny", (64, 160, 64, 32)), ("llama-2-7b", (4096, 11008, 4096, 4096))])
+def test_a_layer_of_a_step_moves_less_than_twice_what_it_has_to(shape, sizes):
+    (batch,) = call_of(shape, 16).batches
     moved = sum(n * x.moved_bytes for x, n in batch.layer.items())
     assert ideal_bytes(batch, *sizes) < moved <= 2 * ideal_bytes(batch, *sizes)
-    (written,) = call_of(shape, count, fused=False).batches
-    print(shape, count, moved / ideal_bytes(batch, *sizes), sum(n * x.moved_bytes for x, n in written.layer.items()) / moved)
 
 
 def test_layers_counted_on_a_few_are_those_of_the_whole_model(tiny):
