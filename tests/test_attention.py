@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rome_fast import Edit, ValueSettings, apply_edits, verify
-from rome_fast.models import attention
+from rome_fast.models import attention, fused
 from rome_fast.models.attention import NAME, attending_apart
 from rome_fast.models.past import ContextPast, Contexts, FrozenPast, Recorder
 from rome_fast.models.runner import Runner
@@ -55,6 +55,7 @@ def test_values_are_those_of_joined_keys(kind, toy_tokenizers, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "suffix_attention", counted)
         patch.setattr(attention, "pays", lambda *_: True)
+        patch.setattr(fused, "pays", lambda _device: False)  # which does not go through the layer's own attention
         assert verify(model, 1).attends_apart
         calls.clear()
         apart = edited(model, toy_tokenizers[False])

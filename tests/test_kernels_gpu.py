@@ -47,7 +47,10 @@ from test_kernels_reference import (  # noqa: F401
     test_second_moment_refuses_rows_that_share_the_totals_memory,
     test_second_moment_sums_many_calls_in_the_dtype_of_total,
 )
+from test_layer_ops import assert_as_right_as as assert_layer_op_as_right_as
 from test_layer_ops import (  # noqa: F401
+    norm_case,
+    rotation_case,
     test_a_gradient_of_one_of_two_results,
     test_layer_op,
     test_layer_op_has_the_gradient_of_its_differences,
@@ -55,8 +58,6 @@ from test_layer_ops import (  # noqa: F401
     test_layer_ops_of_nothing,
     test_what_is_no_number_stays_one,
 )
-from test_layer_ops import assert_as_right_as as assert_layer_op_as_right_as
-from test_layer_ops import norm_case, rotation_case
 from test_layer_ops import with_gradients as layer_op_with_gradients
 from test_suffix_attention import (
     arguments,

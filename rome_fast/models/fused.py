@@ -71,9 +71,9 @@ def pays(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def like_llama(layer: nn.Module, asked: Asked) -> LikeLlama | None:
+def like_llama(layer: nn.Module, asked: Asked, *, streamed: bool = False) -> LikeLlama | None:
     """What there is to know of a layer to run it as one like Llama's; None for one that has not the parts of such."""
-    parts = _parts_of(layer)
+    parts = _parts_of(layer, hooked=streamed)
     if parts is None:
         return None
     activation = _activation_name(getattr(layer.get_submodule("mlp"), "act_fn", None))
@@ -84,16 +84,17 @@ def like_llama(layer: nn.Module, asked: Asked) -> LikeLlama | None:
     return LikeLlama(asked, activation) if fits and activation is not None else None
 
 
-def _parts_of(layer: nn.Module) -> _Parts | None:
+def _parts_of(layer: nn.Module, *, hooked: bool) -> _Parts | None:
     """The parts of a layer that has those of a layer like Llama's, frozen and in one dtype; None for another one.
 
-    Nothing else may change what the layer does: no hook, no forward of its own.
+    Nothing else may change what the layer does: no forward of its own, and no hook but of the whole layer if `hooked`.
     """
     modules = dict(layer.named_modules())
     names = [*_PATHS, *(name for name in _HEAD_NORMS if name in modules)]
     if len(names) == len(_PATHS) + 1 or not {*names} <= modules.keys() <= {*names, *_OTHERS}:
         return None
-    if any("forward" in vars(x) or any(vars(x)[hooks] for hooks in _HOOKS) for x in modules.values()):
+    unhooked = [module for name, module in modules.items() if name or not hooked]
+    if any("forward" in vars(x) for x in modules.values()) or any(vars(x)[hooks] for x in unhooked for hooks in _HOOKS):
         return None
     found: list[Any] = []
     dtypes = set()
@@ -129,12 +130,20 @@ def _activation_name(act: Any) -> str | None:
 
 
 def layers_like_llama(
-    known: Mapping[int, LikeLlama], layers: Sequence[nn.Module], first: int, dtype: torch.dtype
+    known: Mapping[int, LikeLlama],
+    layers: Sequence[nn.Module],
+    first: int,
+    dtype: torch.dtype,
+    *,
+    streamed: bool = False,
 ) -> "list[FusedLayer] | None":
-    """These layers, numbered from `first` on, as they are run together; None where one is to be run by itself."""
+    """These layers, numbered from `first` on, as they are run together; None where one is to be run by itself.
+
+    `streamed`: a hook of the whole layer brings its weights, which the caller has done.
+    """
     found = []
     for number, layer in enumerate(layers, first):
-        parts = _parts_of(layer) if number in known else None
+        parts = _parts_of(layer, hooked=streamed) if number in known else None
         if parts is None or parts.query.weight.dtype != dtype:
             return None
         found.append(FusedLayer(parts, known[number]))

@@ -204,12 +204,10 @@ class Runner:
         """
         if start >= stop:
             return hidden
-        if past is not None and past.fused and self.stream is None:
-            together = layers_like_llama(past.fused, list(self.layers[start:stop]), start, hidden.dtype)
-            if together is not None:
-                arguments = self._arguments(hidden, positions, mask)[start:stop]
-                products = FrozenProducts(self.compute_dtype, self._copies)
-                return run_fused(hidden, together, arguments, cast(PastParts, past), products)
+        if self.stream is None:
+            out = self._run_fused(hidden, start, stop, positions, mask, past)
+            if out is not None:
+                return out
         run_layer = self._layers_with(hidden, positions, mask, past)
         if self.stream is not None and torch.is_grad_enabled() and hidden.requires_grad:
             self.stream.expect_steps(start, stop)
@@ -251,6 +249,12 @@ class Runner:
         calls = self._arguments(hidden, positions, mask)
 
         def run_layer(layer: int, hidden: Tensor) -> Tensor:
+            if self.stream is not None:
+                # One after the other, which gives the same to the bit.
+                self.stream.take(layer)
+                out = self._run_fused(hidden, layer, layer + 1, positions, mask, past)
+                if out is not None:
+                    return out
             arguments = self.decoder.with_past(layer, calls[layer], past)
             apart = past is not None and past.apart
             attention = attending_apart(self.decoder.configs) if apart else any_shape(hidden.device)
@@ -260,6 +264,26 @@ class Runner:
             return out if isinstance(out, Tensor) else out[0]
 
         return run_layer
+
+    def _run_fused(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        past: Past | None,
+    ) -> Tensor | None:
+        """What leaves layer stop - 1 if the layers may be run together; None for some that are to be run as they are."""
+        if past is None or not past.fused:
+            return None
+        streamed = self.stream is not None
+        layers = layers_like_llama(past.fused, list(self.layers[start:stop]), start, hidden.dtype, streamed=streamed)
+        if layers is None:
+            return None
+        arguments = self._arguments(hidden, positions, mask)[start:stop]
+        products = FrozenProducts(self.compute_dtype, self._copies)
+        return run_fused(hidden, layers, arguments, cast(PastParts, past), products)
 
     def _arguments(self, hidden: Tensor, positions: Tensor | None, mask: Tensor | None) -> list[dict[str, Any]]:
         """What every layer is called with, for hidden states like these."""

@@ -325,7 +325,8 @@ def _past_error(
         for layer in layers if shares else ():
             apart = apart and missed(layer, past)[1]
             asked = attention.asked_last()
-            like = None if asked is None else fused.like_llama(runner.layers[layer], asked)
+            streamed = runner.stream is not None
+            like = None if asked is None else fused.like_llama(runner.layers[layer], asked, streamed=streamed)
             if like is not None:
                 found[layer] = like
     except _FAULTS as fault:
