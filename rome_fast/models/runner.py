@@ -274,7 +274,7 @@ class Runner:
         mask: Tensor | None,
         past: Past | None,
     ) -> Tensor | None:
-        """What leaves layer stop - 1 if the layers may be run together; None for some that are to be run as they are."""
+        """What leaves layer stop - 1 if layers may be run together; None for some that are to be run as they are."""
         if past is None or not past.fused:
             return None
         streamed = self.stream is not None
