@@ -55,7 +55,7 @@ def test_values_are_those_of_joined_keys(kind, toy_tokenizers, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "suffix_attention", counted)
         patch.setattr(attention, "pays", lambda *_: True)
-        patch.setattr(fused, "pays", lambda _device: False)  # which does not go through the layer's own attention
+        patch.setattr(fused, "ENABLED", False)  # which does not go through a layer's own attention
         assert verify(model, 1).attends_apart
         calls.clear()
         apart = edited(model, toy_tokenizers[False])

@@ -22,11 +22,6 @@ EDITS = [Edit("The city of {}", "Chicago", "Rome"), Edit("{} lies in", "The old 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-@pytest.fixture(autouse=True)
-def fused_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(fused, "pays", lambda _device: True)
-
-
 def model_of(kind, dtype=F32):
     model = toy_model(kind, dtype=dtype)
     if kind == "mistral":
@@ -119,7 +114,7 @@ def test_in_16_bits_they_are_as_near_to_float64_as_the_layers(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_delta_is_the_same(kind, toy_tokenizers, monkeypatch):
     def change(runs):
-        monkeypatch.setattr(fused, "pays", lambda _device: runs)
+        monkeypatch.setattr(fused, "ENABLED", runs)
         return delta_w(edited(toy_model(kind), toy_tokenizers[False], EDITS))
 
     assert verify(toy_model(kind), 1).runs_fused

@@ -57,6 +57,9 @@ class _Parts(NamedTuple):
     key_norm: _Norm | None
 
 
+ENABLED = True
+"""Whether layers are run together where they can be; otherwise as they are written, for comparison."""
+
 _PATHS = (
     *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -64,11 +67,6 @@ _PATHS = (
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _OTHERS = ("", "self_attn", "mlp", "mlp.act_fn")  # that a layer may have besides
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def pays(device: torch.device) -> bool:
-    """Whether layers are better run so, where they can be."""
-    return device.type != "cpu"
 
 
 def like_llama(layer: nn.Module, asked: Asked, *, streamed: bool = False) -> LikeLlama | None:

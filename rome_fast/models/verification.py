@@ -127,8 +127,8 @@ def reads_past_apart(runner: Runner, found: Verified) -> bool:
 
 
 def fused_layers(runner: Runner, found: Verified) -> Mapping[int, LikeLlama]:
-    """The layers above the one looked at, where they are to be run together: they can be, and none the slower."""
-    if not (found.runs_fused and reads_past_apart(runner, found) and fused.pays(runner.device)):
+    """The layers above the one looked at, where they are to be run together: all of them can be."""
+    if not (fused.ENABLED and found.runs_fused and reads_past_apart(runner, found)):
         return {}
     return _known(runner)[0].fused_above(found.layer, len(runner.layers))
 
