@@ -18,8 +18,9 @@ from rome_fast.closing.geometry import Geometry
 from rome_fast.edits import load_edits
 from rome_fast.models.runner import Runner
 from rome_fast.search.contexts import sample_contexts
+from rome_fast.search.objective import Objective
 from rome_fast.search.requests import tokenise
-from rome_fast.search.values import ValueSettings, _Batch
+from rome_fast.search.values import ValueSettings
 from toys import save_toy, toy_model
 
 EDITS = [
@@ -90,7 +91,7 @@ def test_what_is_profiled_is_bounded_and_what_is_timed_is_not(toy, monkeypatch):
     monkeypatch.setattr(profile, "_PART_EDITS", 2)
     (toy / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS[:1] * 8))
     evaluations, counts = [], {}
-    record, evaluate = profile._record, _Batch.evaluate
+    record, evaluate = profile._record, Objective.evaluate
 
     def recorded(*arguments):
         before = len(evaluations)
@@ -98,7 +99,7 @@ def test_what_is_profiled_is_bounded_and_what_is_timed_is_not(toy, monkeypatch):
         counts["profiled"] = len(evaluations) - before
 
     monkeypatch.setattr(profile, "_record", recorded)
-    monkeypatch.setattr(_Batch, "evaluate", lambda *arguments: evaluations.append(1) or evaluate(*arguments))
+    monkeypatch.setattr(Objective, "evaluate", lambda *arguments: evaluations.append(1) or evaluate(*arguments))
     arguments = ["profile", "model", "--edits", "edits.jsonl", "--identity", "--layer", str(LAYER), "--out", "found"]
     found = []
     for count, steps in ((2, 4), (8, 12)):

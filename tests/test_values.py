@@ -28,8 +28,9 @@ from rome_fast.models.past import Contexts
 from rome_fast.models.rows import edit_rows, essence_row
 from rome_fast.models.runner import Runner
 from rome_fast.search.keys import ContextRow, run_to_layer
+from rome_fast.search.objective import exact_head
 from rome_fast.search.requests import tokenise
-from rome_fast.search.values import exact_head, optimise_values
+from rome_fast.search.values import optimise_values
 from toys import toy_model
 
 # What is done twice in float64 differs by that, or, where it takes more steps, by that of them.
@@ -110,7 +111,7 @@ def test_a_head_in_parts_is_the_head_in_one(rows, toy_tokenizers, monkeypatch):
     """Parts that end within the targets, within the essences, and between the two."""
     model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
     whole = values_of(model, tokenizer, MIXED)
-    monkeypatch.setattr("rome_fast.search.values._HEAD_ELEMENTS", rows * model.config.vocab_size)
+    monkeypatch.setattr("rome_fast.search.objective._HEAD_ELEMENTS", rows * model.config.vocab_size)
     for value, wanted in zip(values_of(model, tokenizer, MIXED), whole, strict=True):
         assert value.led == wanted.led
         torch.testing.assert_close(value.losses, wanted.losses, rtol=ROUNDING, atol=0)

@@ -11,7 +11,7 @@ from ..methods import Method
 from ..models.rows import edit_rows, encode, essence_row, needs_prefix, token_texts
 from ..models.runner import Runner
 from .keys import ContextRow
-from .values import scored_rows
+from .objective import scored_rows
 
 _MOST_HEADS = 4  # of chats, that have contexts of their own in a group
 
