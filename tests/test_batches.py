@@ -92,11 +92,11 @@ def small_memory(monkeypatch):
     def install(limit):
         original = search.optimise_values
 
-        def scarce(runner, rows, *arguments):
-            sizes.append(len(rows))
-            if len(rows) > limit:
+        def scarce(runner, chunks, layer, settings, edits, **options):
+            sizes.append(options["room"])
+            if options["room"] > limit:
                 raise torch.OutOfMemoryError("out of memory")
-            return original(runner, rows, *arguments)
+            return original(runner, chunks, layer, settings, edits, **options)
 
         monkeypatch.setattr(search, "optimise_values", scarce)
         return sizes

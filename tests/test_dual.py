@@ -230,9 +230,11 @@ def test_a_bare_value_that_is_not_found_leaves_the_whole_edit_out(toy_tokenizers
     easy = Edit("{}", "Chicago", "Rome")
     found = search.optimise_values
 
-    def spoilt(runner, rows, *arguments):
-        values = found(runner, rows, *arguments)
-        return values if len(rows[0]) > 2 else [replace(value, led=0.0, losses=(1.0, 7.0)) for value in values]
+    def spoilt(runner, chunks, *arguments, **options):
+        chunks = list(chunks)
+        values = found(runner, chunks, *arguments, **options)
+        rows = chunks[0].rows[0]
+        return values if len(rows) > 2 else [replace(value, led=0.0, losses=(1.0, 7.0)) for value in values]
 
     monkeypatch.setattr(search, "optimise_values", spoilt)
     with pytest.warns(ConvergenceWarning, match="'Chicago' → 'Rome': the target leads in too few rows, loss 7"):

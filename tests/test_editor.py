@@ -475,10 +475,12 @@ def one_broken(monkeypatch, toy_tokenizers):
         states.keys[[broken in each.row.ids for each in rows]] = math.nan
         return states
 
-    def values_of(runner, rows, *arguments):
+    def values_of(runner, chunks, *arguments, **options):
+        (chunk,) = chunks
+        values = optimise_values(runner, [chunk], *arguments, **options)
         return [
             replace(value, finite=False, losses=(math.nan,), delta=0 * value.delta) if broken in group[0].ids else value
-            for value, group in zip(optimise_values(runner, rows, *arguments), rows, strict=True)
+            for value, group in zip(values, chunk.rows, strict=True)
         ]
 
     monkeypatch.setattr(search, "run_to_layer", keys_of)

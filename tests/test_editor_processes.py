@@ -36,12 +36,12 @@ def together(toy_tokenizers, tmp_path):
         before = all_bits(model)
         found, optimise = 0, search.optimise_values
 
-        def counted(runner, rows, *arguments):
+        def counted(runner, chunks, layer, settings, edits, **options):
             nonlocal found
             if rank == dies:
                 os._exit(9)
-            found += len(rows)
-            return optimise(runner, rows, *arguments)
+            found += edits
+            return optimise(runner, chunks, layer, settings, edits, **options)
 
         search.optimise_values = counted
         try:

@@ -99,7 +99,7 @@ def test_what_is_profiled_is_bounded_and_what_is_timed_is_not(toy, monkeypatch):
         counts["profiled"] = len(evaluations) - before
 
     monkeypatch.setattr(profile, "_record", recorded)
-    monkeypatch.setattr(Objective, "evaluate", lambda *arguments: evaluations.append(1) or evaluate(*arguments))
+    monkeypatch.setattr(Objective, "evaluate", lambda *a, **options: evaluations.append(1) or evaluate(*a, **options))
     arguments = ["profile", "model", "--edits", "edits.jsonl", "--identity", "--layer", str(LAYER), "--out", "found"]
     found = []
     for count, steps in ((2, 4), (8, 12)):

@@ -30,7 +30,7 @@ from rome_fast.models.runner import Runner
 from rome_fast.search.keys import ContextRow, run_to_layer
 from rome_fast.search.objective import exact_head
 from rome_fast.search.requests import tokenise
-from rome_fast.search.values import optimise_values
+from rome_fast.search.slots import Chunk, optimise_values
 from toys import toy_model
 
 # What is done twice in float64 differs by that, or, where it takes more steps, by that of them.
@@ -55,7 +55,7 @@ def values_of(model, tokenizer, edits, settings=SETTINGS, layer=LAYER, contexts=
     flat = [ContextRow(row, i if i <= len(contexts) else 0) for group in groups for i, row in enumerate(group)]
     states = run_to_layer(runner, Contexts.of(runner, tokenizer, ["", *contexts], [layer]), flat, [layer])
     base = states.values[:: len(groups[0])]
-    return optimise_values(runner, groups, states, base, layer, settings)
+    return optimise_values(runner, [Chunk(groups, states, base)], layer, settings, len(edits))
 
 
 def oracle_of(model, tokenizer, edit, steps, layer=LAYER, **settings):

@@ -143,16 +143,14 @@ class _Model:
     def parts(self, group: Sequence[Request], *, close: bool = True) -> list[Part]:
         """What the edits of one batch launch when they are made, or when only their values are found.
 
-        The host is told that the target does not lead in the first evaluation on some of the rows, does in the second,
-        and the same on all rows: two evaluations each, with a step between them.
+        The host is told that no edit is done after the first evaluation on some of the rows, and all are after the
+        second, and the same on all rows: two evaluations each, with a step between them.
         """
-        led = cycle((0.0, 1.0))
+        done = cycle((False, True))
 
         def read(stage: str, tensor: Tensor) -> Any:
-            answer = torch.ones(tensor.shape, device="cpu")
-            if stage == "values":
-                answer[1] = next(led)
-            return answer.tolist()
+            answer = torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu")
+            return answer.fill_(next(done) if tensor.dtype == torch.bool else 1).tolist()
 
         recorder = Recorder(read)
         width = self.runner.weight(self.layer).shape[1]
@@ -214,9 +212,9 @@ def _batch(group: Sequence[Request], parts: list[Part], of_layer: list[Part]) ->
     values = [part.stretches for part in parts if part.stage == "values"]
     keys = [part.stretches for part in parts if part.stage == "keys"]
     update = [part.stretches for part in parts if part.stage == "update"]
-    *draft, first, step, rest = values
+    *draft, first, step, rest, _ = values
     (_, contexts, own) = keys
-    step_of_layer = [part.stretches for part in of_layer if part.stage == "values"][-2]
+    step_of_layer = [part.stretches for part in of_layer if part.stage == "values"][-3]
     return Batch(
         edits=len(group),
         rows=sum(len(request.rows) for request in group),

@@ -27,6 +27,9 @@ _SHARE_OF_ROWS = 0.5
 # and took 0.296 s each; 35 took 0.218; by the default rule 35 took 0.080 and 66 took 0.068.
 _PLANNED = 256
 
+# Of an edit's keys and values where slots are refilled: in two phases' slots, found ahead, and between the phases.
+_COPIES = 4
+
 # In a plain RuntimeError: of the CPU allocator, of the CUDA runtime, and of libraries that allocate for themselves.
 _SIGNS = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
@@ -67,14 +70,8 @@ class BatchSizer:
         All requests of a batch have the same number of rows with a target. Among the ways of parting the requests into
         such batches, the one that costs least is taken: large batches pad, small ones read the weights more often.
         """
-        device, spare = self.runner.device, self.runner.spare_bytes
-        if self._just_failed and device.type == "cuda":
-            # Not where it failed: the tensors of the failed batch were still referred to by its error.
-            torch.cuda.empty_cache()
-        self._just_failed = False
-        budget = _SHARE * free_memory(device) if spare is None else spare
-        fixed = _FIXED_POSITIONS.get(_kind(device), _FIXED_POSITIONS["cpu"])
-        planned = [request for request in waiting[:_PLANNED] if request.scored == waiting[0].scored]
+        budget, planned = self._budget(), self._planned(waiting)
+        fixed = _FIXED_POSITIONS.get(_kind(self.runner.device), _FIXED_POSITIONS["cpu"])
         costs = [0.0] * (len(planned) + 1)  # of all requests from a place on, at best
         sizes = [1] * len(planned)
         for place in reversed(range(len(planned))):
@@ -85,6 +82,40 @@ class BatchSizer:
                     costs[place], sizes[place] = cost, size
         self._needed = self._bytes(planned[: sizes[0]])
         return sizes[0]
+
+    def share(self, waiting: Sequence[Shaped]) -> tuple[int, int]:
+        """How many of the waiting requests, in their order, are to share slots, and how many slots for them fit.
+
+        As many as leave room for half of the slots at least that the first one would.
+        """
+        budget, planned = self._budget(), self._planned(waiting)
+        most = _MOST_POSITIONS.get(_kind(self.runner.device), _ENOUGH_POSITIONS)
+        rooms: list[int] = []
+        suffix = before = middle = rows = needed = 0
+        for request in planned:
+            suffix, before = max(suffix, request.suffix), max(before, request.before)
+            middle, rows = max(middle, request.middle), max(rows, len(request.rows))
+            size = rows * self._row_bytes(suffix, before, middle, copies=_COPIES)
+            room = int(min(budget / size, most / (rows * (before + suffix if self.whole else suffix))))
+            room = max(1, room if self.limit is None else min(room, self.limit))
+            if rooms and 2 * room < rooms[0]:
+                break
+            rooms.append(room)
+            needed = size
+        self._needed = needed
+        return len(rooms), min(rooms[-1], len(rooms))
+
+    def _budget(self) -> float:
+        """Bytes."""
+        device, spare = self.runner.device, self.runner.spare_bytes
+        if self._just_failed and device.type == "cuda":
+            # Not where it failed: the tensors of the failed batch were still referred to by its error.
+            torch.cuda.empty_cache()
+        self._just_failed = False
+        return _SHARE * free_memory(device) if spare is None else spare
+
+    def _planned(self, waiting: Sequence[Shaped]) -> list[Shaped]:
+        return [request for request in waiting[:_PLANNED] if request.scored == waiting[0].scored]
 
     def _fitting(self, waiting: Sequence[Shaped], budget: float) -> Iterator[int]:
         """Positions, padded, of a batch of the first request, of the first two and so on, as long as it fits."""
@@ -125,8 +156,11 @@ class BatchSizer:
                 ) from error
             self.limit, self._just_failed = size // 2, True
 
-    def _row_bytes(self, suffix: int, before: int, middle: int) -> int:
-        """Activations kept for the backward pass, and attention keys and values with their working copies."""
+    def _row_bytes(self, suffix: int, before: int, middle: int, copies: int = 1) -> int:
+        """Activations kept for the backward pass, and attention keys and values with their working copies.
+
+        Those of the row's own middle are there so many times.
+        """
         if self.whole:
             suffix, before, middle = before + suffix, 0, 0
         config = self.runner.model.config.get_text_config()
@@ -140,7 +174,7 @@ class BatchSizer:
         running = suffix * (10 * hidden + 5 * key_size) + joined * (2 * hidden + 2 * past)
         size = self.runner.dtype.itemsize
         if self.runner.spare_bytes is None:
-            return self.layers * size * (running + middle * past)
+            return self.layers * size * (running + copies * middle * past)
         # Of a streamed model the input of every layer is kept and the past; more only of the layer that runs.
         return size * (running + self.layers * (suffix * hidden + middle * past))
 
@@ -148,6 +182,20 @@ class BatchSizer:
 def in_order(group: Sequence[Shaped]) -> list[int]:
     """Places in the group, so that requests of like shape, which share a batch with little padding, are neighbours."""
     return sorted(range(len(group)), key=lambda i: (group[i].scored, group[i].suffix, group[i].before))
+
+
+def in_turn(sizer: BatchSizer, group: Sequence[Shaped]) -> Iterator[tuple[list[int], int]]:
+    """Places in the group of requests that take turns in the same slots, and how many of these there are.
+
+    What `halving` found too many comes again, with fewer slots.
+    """
+    order = in_order(group)
+    start = 0
+    while start < len(order):
+        count, room = sizer.share([group[i] for i in order[start:]])
+        yield order[start : start + count], room
+        if sizer.limit is None or room <= sizer.limit:
+            start += count
 
 
 def in_batches(sizer: BatchSizer, group: Sequence[Shaped]) -> Iterator[list[int]]:

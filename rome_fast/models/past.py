@@ -111,11 +111,16 @@ class FrozenPast:
         }
 
     @property
+    def middle(self) -> int:
+        """Positions of the longest middle."""
+        return next((keys.shape[2] for keys in self.keys.values()), 0)
+
+    @property
     def seen(self) -> Tensor:
         """(rows, longest context + middle) bool: false on padding."""
         parts = (
             (self.context_seen, self.shared.contexts.longest),
-            (self.middle_seen, next((keys.shape[2] for keys in self.keys.values()), 0)),
+            (self.middle_seen, self.middle),
         )
         return torch.cat([torch.arange(size, device=count.device) < count.unsqueeze(1) for count, size in parts], 1)
 

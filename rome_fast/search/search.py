@@ -4,21 +4,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..methods import Method
-from ..models.batches import BatchSizer, in_batches, in_order
+from ..models.batches import BatchSizer, in_batches, in_order, in_turn
 from ..models.past import Contexts
 from ..models.runner import Runner
 from ..models.verification import reads_past_apart, verified
 from ..runs.processes import ALONE, Processes
 from .keys import Trail, run_to_layer
 from .requests import Request, bare_requests, by_head
-from .values import Value, ValueSettings, optimise_values, search_runner
+from .slots import Chunk, optimise_values, usual_mode
+from .values import Value, ValueSettings, search_runner
 
 Progress = Callable[[int, int], None]
 """Called with (edits done, edits in all)."""
@@ -163,59 +164,84 @@ class Search:
         apart = reads_past_apart(self.runner, verified(self.runner, self.layer))
         sizer = BatchSizer(self.runner, self.layer, whole=contexts is None, apart=apart)
         solved: dict[int, Solved] = {}
-        for places in in_batches(sizer, group):
-            with sizer.halving(len(places)):
+        refilled = usual_mode(self.runner).fixed
+        for places, room in in_turn(sizer, group) if refilled else ((p, len(p)) for p in in_batches(sizer, group)):
+            with sizer.halving(room):
                 base = None if bases is None else torch.stack([bases[i] for i in places])
-                found = self._solve_batch(contexts, [group[i] for i in places], base)
+                found = self._solve(contexts, [group[i] for i in places], base, room)
                 solved.update(zip(places, found, strict=True))
                 self.done += 0 if bases is not None else len(places)
-                self.largest_batch = max(self.largest_batch, len(places))
+                self.largest_batch = max(self.largest_batch, room)
             if self.progress is not None:
                 self.progress(self.done, self.total)
         return [solved[i] for i in range(len(group))]
 
-    def _solve_batch(self, contexts: Contexts | None, batch: Sequence[Request], base: Tensor | None) -> list[Solved]:
-        above = self._above or self.runner
-        with self.clock("keys"):
-            rows_of_batch = [row for r in batch for row in r.rows]
-            states = run_to_layer(self.runner, contexts, rows_of_batch, self.layers, above)
-            # An essence row, last of each request that has one, belongs to no mean.
-            starts = accumulate((len(r.rows) for r in batch[:-1]), initial=0)
-            ranges = [list(range(start, start + batch[0].scored)) for start in starts]
-            places = torch.tensor(ranges, device=self.runner.device)
-            keys, row_values = states.keys[places], states.values[places]
-            mean_values = row_values.mean(1)
-            trails = [None if states.trail is None else states.trail.rows(rows) for rows in places]
+    def _solve(
+        self, contexts: Contexts | None, group: Sequence[Request], bases: Tensor | None, room: int
+    ) -> list[Solved]:
+        """The same of requests with the same number of rows with a target, `room` of them at once."""
+        above, settings = self._above or self.runner, self.settings
+        if bases is not None:
+            # When the target leads in the hardest of many rows it is clear in most; a single row has to go on.
+            settings = replace(settings, margin=_BARE_MARGIN * settings.margin)
+        known: list[tuple[Tensor, Tensor, Tensor, Trail | None]] = []  # keys, values, v̄ and trail of each
+
+        def chunks() -> Iterator[Chunk]:
+            for start in range(0, len(group), room):
+                some = group[start : start + room]
+                with self.clock("keys"):
+                    states = run_to_layer(
+                        self.runner, contexts, [row for r in some for row in r.rows], self.layers, above
+                    )
+                    # An essence row, last of each request that has one, belongs to no mean.
+                    starts = accumulate((len(r.rows) for r in some[:-1]), initial=0)
+                    ranges = [list(range(start, start + some[0].scored)) for start in starts]
+                    places = torch.tensor(ranges, device=self.runner.device)
+                    keys, row_values = states.keys[places], states.values[places]
+                    mean_values = row_values.mean(1)
+                    trails = [None if states.trail is None else states.trail.rows(rows) for rows in places]
+                    known.extend(zip(keys, row_values, mean_values, trails, strict=True))
+                    own = mean_values if self.method.base == "mean" else row_values[:, 0]
+                base = own if bases is None else bases[start : start + room]
+                yield Chunk([[r.row for r in request.rows] for request in some], states, base)
+
+        def tell(done: int) -> None:
+            if self.progress is not None and bases is None:
+                self.progress(self.done + done, self.total)
+
+        several = chunks()
+        first = next(several)
         with self.clock("values"):
-            settings = self.settings
-            if base is None:
-                base = mean_values if self.method.base == "mean" else row_values[:, 0]
-            else:
-                # When the target leads in the hardest of many rows it is clear in most; a single row has to go on.
-                settings = replace(settings, margin=_BARE_MARGIN * settings.margin)
-            rows = [[r.row for r in request.rows] for request in batch]
-            values = optimise_values(above, rows, states, base, self.layer, settings)
+            values = optimise_values(
+                above, chain([first], several), self.layer, settings, len(group), room=room, tell=tell
+            )
         return [
-            Solved(keys[i], row_values[i, 0], mean_values[i], value, batch[i].starts_bare, trail=trail)
-            for i, (value, trail) in enumerate(zip(values, trails, strict=True))
+            Solved(keys, row_values[0], mean, value, request.starts_bare, trail=trail)
+            for request, value, (keys, row_values, mean, trail) in zip(group, values, known, strict=True)
         ]
 
 
 class Clock:
-    """Wall seconds by stage, on a GPU until its work is done; profilers see a stage as `rome_fast.STAGE`."""
+    """Wall seconds by stage, on a GPU until its work is done; profilers see a stage as `rome_fast.STAGE`.
+
+    A stage within another one counts for itself alone.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self._gpu = device if device is not None and device.type == "cuda" else None
+        self._within = 0.0  # seconds of stages that have ended within the one that runs
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         name = f"rome_fast.{stage}"
-        start = time.perf_counter()
+        start, before, self._within = time.perf_counter(), self._within, 0.0
         try:
             with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if self._gpu else nullcontext():
                 yield
                 if self._gpu:
                     torch.cuda.synchronize(self._gpu)
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + took - self._within
+            self._within = before + took

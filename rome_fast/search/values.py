@@ -13,7 +13,6 @@ where a target token or the KL term needs them. The edits of a batch are indepen
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -23,15 +22,12 @@ from ..errors import ArgumentError
 from ..models.batches import free_memory
 from ..models.products import multiplies_fast
 from ..models.rows import Row
-from ..models.runner import Runner, frozen_weights
-from .keys import RowStates
-from .objective import Objective, scored_rows
-from .optimiser import Adam
+from ..models.runner import Runner
+from .objective import scored_rows
 
 Stop = Literal["argmax", "loss"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_MOVED_BY = 6  # evaluations, after which the loss of an edit has fallen, unless its decay holds it at zero
 _SHARE_OF_COPIES = 0.25  # of the free memory, which converted weights may take
 
 
@@ -72,6 +68,11 @@ class ValueSettings:
             wanted = ", ".join(map(repr, get_args(ComputeDtype)))
             raise ArgumentError(f"settings: got compute_dtype {self.compute_dtype!r}, wanted one of {wanted}")
 
+    @property
+    def most(self) -> int:
+        """Evaluations of the loss that an edit may take."""
+        return self.steps + (self.extra_steps if self.stop == "argmax" else 0)
+
 
 @dataclass(frozen=True)
 class Value:
@@ -82,42 +83,6 @@ class Value:
     drafted: int  # how many of the losses, the first ones, are over some of the rows only
     led: float  # share of the rows in which every target token is the most probable one
     finite: bool  # false where the loss became NaN or infinite; δ is then zero
-
-
-def optimise_values(
-    runner: Runner,
-    rows: Sequence[Sequence[Row]],
-    states: RowStates,
-    base_values: Tensor,
-    layer: int,
-    settings: ValueSettings,
-) -> list[Value]:
-    """Find δ for every edit of a batch, by a runner of `search_runner`.
-
-    `rows[e]` are the rows of edit e, last of them the one that the KL term is taken in, if that is one without a target
-    (an essence row); otherwise it is taken in the first row. All edits have the same number of rows with a target;
-    `states` holds all rows, one edit after the other. `base_values` (edits, d) are the v₀.
-    """
-    wide = torch.promote_types(runner.dtype, torch.float32)
-    search = _Search(base_values.to(wide), settings)
-    most = settings.steps + (settings.extra_steps if settings.stop == "argmax" else 0)
-    edits = list(range(len(rows)))
-    drafted = [draft_rows(group, settings) for group in rows]
-    before = None
-    with frozen_weights(runner.model):
-        if drafted[0]:
-            starts = accumulate(map(len, rows[:-1]), initial=0)
-            places = [start + i for start, chosen in zip(starts, drafted, strict=True) for i in chosen]
-            some = [[group[i] for i in chosen] for group, chosen in zip(rows, drafted, strict=True)]
-            chosen_states = states.rows(torch.tensor(places, device=runner.device))
-            draft = Objective(runner, layer, chosen_states, some, settings.kl_factor)
-            search.run(draft, edits, most - 1, settings.margin, settle=False)
-            before = draft.initial
-            del draft, chosen_states
-        batch = Objective(runner, layer, states, rows, settings.kl_factor, before)
-        # A draft has had its margin of steps.
-        search.run(batch, edits, most, 0 if drafted[0] else settings.margin, settle=True)
-    return search.values
 
 
 def compute_dtype(runner: Runner, settings: ValueSettings) -> torch.dtype:
@@ -146,75 +111,7 @@ def draft_rows(rows: Sequence[Row], settings: ValueSettings) -> list[int]:
     They are evenly spaced; the first row (unprefixed in some methods) and an essence row are among them.
     """
     scored = scored_rows(rows)
-    drafted = settings.draft_rows if settings.stop == "argmax" and settings.steps + settings.extra_steps > 1 else 0
+    drafted = settings.draft_rows if settings.stop == "argmax" and settings.most > 1 else 0
     if not 0 < drafted < scored:
         return []
     return [i * scored // drafted for i in range(drafted)] + list(range(scored, len(rows)))
-
-
-class _Search:
-    """Where the optimisation of every edit stands."""
-
-    def __init__(self, base_values: Tensor, settings: ValueSettings) -> None:
-        self.settings = settings
-        self.v0_norms = base_values.norm(dim=1)
-        self.decay = settings.weight_decay / self.v0_norms**2
-        self.delta = torch.zeros_like(base_values)
-        self.adam = Adam(self.delta, settings.learning_rate)
-        self.losses: list[list[float]] = [[] for _ in base_values]
-        self._drafted = [0] * len(base_values)
-        self._values: list[Value | None] = [None] * len(base_values)
-
-    @property
-    def values(self) -> list[Value]:
-        return [value for value in self._values if value is not None]
-
-    def run(self, batch: Objective, edits: list[int], most: int, margin: int, *, settle: bool) -> None:
-        """Take steps with the edits of a batch until each is done, or has had `most` evaluations in all.
-
-        An edit is done when its stop rule holds; with "argmax", when the target has led in every row of the batch for
-        `margin` evaluations after the first. `settle` makes what it has then its result.
-        """
-        own_rule = self.settings.stop == "argmax"
-        held = dict.fromkeys(edits, 0)
-        alive = torch.tensor(edits, device=self.delta.device)
-        while edits:
-            delta, v0_norms, decay = self.delta[alive], self.v0_norms[alive], self.decay[alive]
-            loss_of_rows, led, gradient_of_rows = batch.evaluate(delta)
-            norms = delta.norm(dim=1)
-            # One transfer for both: on a GPU each one waits for everything before it.
-            losses, shares = torch.stack([loss_of_rows + decay * norms, led]).tolist()
-            keep = []
-            for place, (edit, loss) in enumerate(zip(edits, losses, strict=True)):
-                self.losses[edit].append(loss)
-                held[edit] = held[edit] + 1 if shares[place] == 1 else 0
-                finite = math.isfinite(loss)
-                met = held[edit] > margin if own_rule else loss < self.settings.stop_loss
-                if not met and finite and len(self.losses[edit]) < most:
-                    keep.append(place)
-                    if own_rule and len(self.losses[edit]) == _MOVED_BY and loss >= self.losses[edit][0]:
-                        self.decay[edit] = decay[place] = 0
-                        self.adam.forget(edit)
-                elif settle:
-                    found = delta[place].clone() if finite else torch.zeros_like(delta[place])
-                    history = tuple(self.losses[edit])
-                    self._values[edit] = Value(found, history, self._drafted[edit], shares[place], finite)
-                else:
-                    self._drafted[edit] = len(self.losses[edit])
-            if not keep:
-                return
-            # The norm has no gradient at zero; autograd, which the released code uses, takes it as zero.
-            gradient = gradient_of_rows()
-            gradient += torch.where(norms > 0, decay / norms, torch.zeros_like(norms)).unsqueeze(1) * delta
-            left = len(keep) < len(edits)
-            if left:
-                # Only then, since a GPU is waited for whenever numbers come from the host.
-                kept = torch.tensor(keep, device=self.delta.device)
-                alive, delta, gradient, v0_norms = (t[kept] for t in (alive, delta, gradient, v0_norms))
-            moved = delta + self.adam.step(alive, gradient)
-            norms, limits = moved.norm(dim=1), self.settings.clamp * v0_norms
-            moved *= torch.where(norms > limits, limits / norms, torch.ones_like(norms)).unsqueeze(1)
-            self.delta[alive] = moved
-            if left:
-                edits = [edits[place] for place in keep]
-                batch.keep(kept)

@@ -1,0 +1,108 @@
+"""A step in two halves, loss and update, run operator by operator or captured in CUDA graphs and replayed."""
+
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..models.batches import is_out_of_memory
+
+Gradient = Callable[[], Tensor]
+
+
+class Recorder(Protocol):
+    """Captures what works on tensors that stay where they are."""
+
+    def warm_up(self, work: Callable[[], Gradient]) -> Gradient:
+        """Run it as it will be captured."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Take down what it launches, without running it; what is returned launches the same again."""
+
+
+class CudaRecorder:
+    """CUDA graphs, all in one pool of memory: a step leaves nothing there that another one's would overwrite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Callable[[], Gradient]) -> Gradient:
+        usual = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
+            gradient = work()
+        usual.wait_stream(self.stream)
+        return gradient
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            work()
+        return graph.replay
+
+
+class Step:
+    """`evaluate` returns the gradient on call, `move` takes it. Captured when it is run for the second time.
+
+    The first time is the warm-up that libraries need which allocate something when they are first called.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], Gradient],
+        move: Callable[[Tensor], None],
+        renew: Callable[[], None],  # has everything that depends on contents of tensors made in the next evaluation
+        recorder: Recorder | None,
+    ) -> None:
+        self._evaluate, self._move, self._renew, self.recorder = evaluate, move, renew, recorder
+        self._runs = 0
+        self._gradient: Gradient | None = None
+        self._replays: tuple[Callable[[], None], Callable[[], None]] | None = None
+
+    def evaluate(self) -> None:
+        self._runs += 1
+        if self.recorder is not None and self._runs == 2:
+            self._capture(self.recorder)
+        if self._replays is not None:
+            self._replays[0]()
+        elif self.recorder is not None and self._runs == 1:
+            self._gradient = self.recorder.warm_up(self._evaluate)
+        else:
+            self._gradient = self._evaluate()
+
+    def move(self) -> None:
+        """With the gradient where it was evaluated last."""
+        if self._replays is not None:
+            self._replays[1]()
+        elif self._gradient is not None:
+            self._move(self._gradient())
+            self._gradient = None
+
+    def _capture(self, recorder: Recorder) -> None:
+        def evaluate() -> None:
+            self._renew()
+            self._gradient = self._evaluate()
+
+        def move() -> None:
+            if self._gradient is not None:
+                self._move(self._gradient())
+                self._gradient = None
+
+        try:
+            self._replays = recorder.capture(evaluate), recorder.capture(move)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self.recorder = None
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            warnings.warn(
+                f"a step of the search for values could not be captured in a CUDA graph ({reason}); it is launched "
+                "operator by operator, which takes longer where few edits are made at once",
+                stacklevel=2,
+            )
+        finally:
+            self._gradient = None
