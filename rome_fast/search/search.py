@@ -18,7 +18,7 @@ from ..models.verification import reads_past_apart, verified
 from ..runs.processes import ALONE, Processes
 from .keys import Trail, run_to_layer
 from .requests import Request, bare_requests, by_head
-from .slots import Chunk, optimise_values, usual_mode
+from .slots import Chunk, Mode, optimise_values, usual_mode
 from .values import Value, ValueSettings, search_runner
 
 Progress = Callable[[int, int], None]
@@ -164,11 +164,11 @@ class Search:
         apart = reads_past_apart(self.runner, verified(self.runner, self.layer))
         sizer = BatchSizer(self.runner, self.layer, whole=contexts is None, apart=apart)
         solved: dict[int, Solved] = {}
-        refilled = usual_mode(self.runner).fixed
-        for places, room in in_turn(sizer, group) if refilled else ((p, len(p)) for p in in_batches(sizer, group)):
+        mode = usual_mode(self._above or self.runner)
+        for places, room in in_turn(sizer, group) if mode.fixed else ((p, len(p)) for p in in_batches(sizer, group)):
             with sizer.halving(room):
                 base = None if bases is None else torch.stack([bases[i] for i in places])
-                found = self._solve(contexts, [group[i] for i in places], base, room)
+                found = self._solve(contexts, [group[i] for i in places], base, room, mode)
                 solved.update(zip(places, found, strict=True))
                 self.done += 0 if bases is not None else len(places)
                 self.largest_batch = max(self.largest_batch, room)
@@ -177,7 +177,7 @@ class Search:
         return [solved[i] for i in range(len(group))]
 
     def _solve(
-        self, contexts: Contexts | None, group: Sequence[Request], bases: Tensor | None, room: int
+        self, contexts: Contexts | None, group: Sequence[Request], bases: Tensor | None, room: int, mode: Mode
     ) -> list[Solved]:
         """The same of requests with the same number of rows with a target, `room` of them at once."""
         above, settings = self._above or self.runner, self.settings
@@ -213,7 +213,7 @@ class Search:
         first = next(several)
         with self.clock("values"):
             values = optimise_values(
-                above, chain([first], several), self.layer, settings, len(group), room=room, tell=tell
+                above, chain([first], several), self.layer, settings, len(group), room=room, mode=mode, tell=tell
             )
         return [
             Solved(keys, row_values[0], mean, value, request.starts_bare, trail=trail)

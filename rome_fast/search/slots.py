@@ -204,10 +204,12 @@ class _Phase:
         shape = self._padded([*present, *new.values()], count)
         if work is None or shape != work.objective.shape:
             return self._lay_out([new.get(slot, member) for slot, member in enumerate(slots)], shape)
+        for slot, member in new.items():
+            self.slots[slot] = member
         if new:
-            for slot, member in new.items():
-                self.slots[slot] = member
             work.objective.exchange(new)
+        if free:
+            # Also where nobody takes the place of one that has left, which may be in another phase by now.
             self._edits.copy_(self._numbers())
         return work
 

@@ -1,0 +1,320 @@
+"""Edits that take turns in slots, and steps that are captured, against a plain loop on the host."""
+
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from helpers import CONTEXTS, LAYER, delta_w, edited, relative_error, rounding_of_edit
+from plain_search import plain_search
+from rome_fast import Edit, ValueSettings
+from rome_fast.models import batches
+from rome_fast.models.batches import BatchSizer, in_turn
+from rome_fast.models.past import Contexts
+from rome_fast.models.rows import edit_rows, essence_row
+from rome_fast.models.runner import Runner
+from rome_fast.models.verification import verified
+from rome_fast.search import search, slots
+from rome_fast.search.keys import ContextRow, run_to_layer
+from rome_fast.search.objective import Objective
+from rome_fast.search.search import Clock
+from rome_fast.search.slots import Chunk, Mode, optimise_values
+from taped import HostWaits, Taped
+from toys import toy_model
+from zoo import zoo_model
+
+TEXTS = ("", *CONTEXTS)
+PROMPTS = (
+    "The city of {}",
+    "{} is a twin city of",
+    "From Berlin one flies to {}",
+    "The strait in the middle of {} is called the",
+    "The museum of {}",
+)
+SUBJECTS = ("Chicago", "Paris", "Istanbul", "Danielle Darrieux", "Vienna", "Lake Michigan", "Toronto")
+TARGETS = ("Rome", "Paris", "Berlin", "Istanbul", "Melbourne")
+SETTINGS = ValueSettings(steps=6, extra_steps=3, margin=1, draft_rows=2, learning_rate=1.0)
+TIGHT, FIXED = Mode(fixed=False, ahead=False, recorder=None), Mode(fixed=True, ahead=True, recorder=None)
+# What was asked of them: that of δ, of ten steps.
+ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def edits_of_mixed_lengths(count):
+    chosen = random.Random(0)
+    return [Edit(*map(chosen.choice, (PROMPTS, SUBJECTS, TARGETS))) for _ in range(count)]
+
+
+def different_edits(count):
+    """No two of a subject."""
+    found = {edit.subject: edit for edit in edits_of_mixed_lengths(100)}
+    return list(found.values())[:count]
+
+
+class Found:
+    """The search for some edits of a model, whose chunks it can make again and again."""
+
+    def __init__(self, model, tokenizer, edits):
+        self.runner = Runner(model)
+        self.whole = not verified(self.runner, LAYER).shares_past
+        self.contexts = None if self.whole else Contexts.of(self.runner, tokenizer, TEXTS, [LAYER])
+        groups = [edit_rows(tokenizer, edit, TEXTS) for edit in edits]
+        # Of some an essence row, as where a prompt begins with something else than its subject.
+        essences = [[] if edit.prompt.startswith("{}") else [essence_row(tokenizer, edit)] for edit in edits]
+        self.rows = sorted(
+            ([*group, *essence] for group, essence in zip(groups, essences, strict=True)),
+            key=lambda rows: max(len(row.inputs) - row.subject for row in rows),
+        )
+
+    def chunk(self, some):
+        flat = [ContextRow(row, i if i < len(TEXTS) else 0) for rows in some for i, row in enumerate(rows)]
+        states = run_to_layer(self.runner, self.contexts, flat, [LAYER])
+        starts = [sum(map(len, some[:i])) for i in range(len(some))]
+        return Chunk(some, states, states.values[starts])
+
+    def plainly(self, settings):
+        return plain_search(self.runner, self.chunk(self.rows), LAYER, settings)
+
+    def by(self, mode, room, settings, **options):
+        chunks = (self.chunk(self.rows[start : start + room]) for start in range(0, len(self.rows), room))
+        count = len(self.rows)
+        return optimise_values(self.runner, chunks, LAYER, settings, count, room=room, mode=mode, **options)
+
+
+def assert_same(got, wanted, allowed=None):
+    for value, want in zip(got, wanted, strict=True):
+        assert (len(value.losses), value.drafted, value.led) == (len(want.losses), want.drafted, want.led)
+        assert value.finite == want.finite
+        allowed = allowed or ALLOWED[want.delta.dtype]
+        torch.testing.assert_close(value.losses, want.losses, rtol=allowed, atol=0, equal_nan=True)
+        assert relative_error(value.delta, want.delta) <= allowed
+
+
+@pytest.fixture
+def as_captured(monkeypatch):
+    """transformers and our ops ask a GPU nothing while a graph is captured."""
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+    monkeypatch.setattr("rome_fast.kernels.ops._may_read", lambda *_: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_two_hundred_edits_in_seven_slots_get_what_a_plain_loop_finds(dtype, toy_tokenizers):
+    found = Found(toy_model("llama", dtype=dtype), toy_tokenizers[True], edits_of_mixed_lengths(200))
+    wanted = found.plainly(SETTINGS)
+    # Some end early, and some go on when they are looked at on all rows.
+    assert {5, 6, SETTINGS.most} <= {len(value.losses) for value in wanted}
+    assert {1, 2, 3} <= {len(value.losses) - value.drafted for value in wanted}
+    told = []
+    assert_same(found.by(FIXED, 7, SETTINGS, tell=told.append), wanted)
+    assert told == sorted(set(told))
+    assert told[-1] == 200
+
+
+WITHOUT_DRAFT, RELEASED = replace(SETTINGS, draft_rows=0), replace(SETTINGS, stop="loss", stop_loss=4.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "whole", "again"),
+    [
+        ("llama", SETTINGS, False, False),
+        ("llama", WITHOUT_DRAFT, False, False),
+        ("llama", RELEASED, False, False),
+        ("gemma2", SETTINGS, False, True),
+        ("bloom", SETTINGS, True, False),
+        ("openai-gpt", SETTINGS, True, True),
+        ("gpt2", SETTINGS, False, False),
+    ],
+)
+def test_every_way_of_keeping_slots_gives_the_same(kind, settings, whole, again, as_captured, toy_tokenizers):
+    found = Found(zoo_model(kind, dtype=torch.float64), toy_tokenizers[True], edits_of_mixed_lengths(12))
+    checked = verified(found.runner, LAYER)
+    assert (not checked.shares_past, not checked.adds_unchanged) == (whole, again)
+    wanted = found.plainly(settings)
+    graphs = Taped()
+    for mode, room in ((TIGHT, 12), (FIXED, 4), (replace(FIXED, recorder=graphs), 4)):
+        # Some of these models take norms or softmax in fp32 whatever their dtype.
+        assert_same(found.by(mode, room, settings), wanted, ALLOWED[torch.float32])
+    assert graphs.played > graphs.captured > 0
+
+
+def test_an_edit_that_is_no_number_goes_and_leaves_nothing_behind(as_captured, toy_tokenizers):
+    """It is the third of four that share two slots; others have its rows after it."""
+    model = toy_model("llama", dtype=torch.float64)
+    found = Found(model, toy_tokenizers[True], edits_of_mixed_lengths(6))
+    chunk = found.chunk
+
+    def spoilt(some):
+        made = chunk(some)
+        for i, rows in enumerate(some):
+            if rows is found.rows[2]:
+                start = sum(map(len, some[:i]))
+                made.states.suffix[start : start + len(rows)] = torch.nan
+        return made
+
+    found.chunk = spoilt
+    wanted = found.plainly(SETTINGS)
+    assert [value.finite for value in wanted] == [True, True, False, True, True, True]
+    for recorder in (None, Taped()):
+        assert_same(found.by(replace(FIXED, recorder=recorder), 2, SETTINGS), wanted)
+
+
+def test_a_learning_rate_that_ends_in_no_number_does_so_in_slots(toy_tokenizers):
+    """In the middle of a search, in fp16."""
+    found = Found(toy_model("gpt2", dtype=torch.float16), toy_tokenizers[False], edits_of_mixed_lengths(4))
+    settings = replace(SETTINGS, learning_rate=1e6, clamp=1e9)
+    for value in found.by(FIXED, 2, settings):
+        assert not value.finite
+        assert 1 < len(value.losses) < settings.most
+        assert not value.delta.any()
+
+
+def test_a_step_asks_the_host_nothing(toy_tokenizers, as_captured, monkeypatch):
+    """What would make a GPU wait is an error while a step is taped, as a check of the tape itself shows."""
+    found = Found(toy_model("llama"), toy_tokenizers[True], edits_of_mixed_lengths(3))
+    graphs = Taped()
+    found.by(replace(FIXED, recorder=graphs), 3, WITHOUT_DRAFT)
+    assert graphs.captured >= 2
+    judge = slots.State.judge
+    for name, ask in (
+        ("_local_scalar_dense", lambda x: float(x.sum())),
+        ("nonzero", lambda x: x.nonzero()),
+        ("index", lambda x: x[x > 0]),
+        ("lift_fresh", lambda x: torch.tensor([1.0, 2.0])),
+    ):
+
+        def asks(self, edits, loss, *arguments, ask=ask):
+            ask(loss)
+            return judge(self, edits, loss, *arguments)
+
+        monkeypatch.setattr(slots.State, "judge", asks)
+        with pytest.raises(HostWaits, match=name):
+            found.by(replace(FIXED, recorder=Taped()), 3, WITHOUT_DRAFT)
+
+
+def test_where_capture_fails_steps_are_launched_one_operator_after_the_other(toy_tokenizers):
+    class Failing(Taped):
+        def capture(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+    found = Found(toy_model("llama", dtype=torch.float64), toy_tokenizers[True], edits_of_mixed_lengths(4))
+    wanted = found.plainly(SETTINGS)
+    with pytest.warns(UserWarning, match=r"CUDA graph \(operation not permitted when stream is capturing\)"):
+        got = found.by(replace(FIXED, recorder=Failing()), 2, SETTINGS)
+    assert_same(got, wanted)
+
+
+def test_a_capture_that_runs_out_of_memory_is_passed_on(toy_tokenizers):
+    class Full(Taped):
+        def capture(self, work):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = Found(toy_model("llama"), toy_tokenizers[True], edits_of_mixed_lengths(2))
+    with pytest.raises(torch.OutOfMemoryError):
+        found.by(replace(FIXED, recorder=Full()), 2, SETTINGS)
+
+
+def test_a_large_step_is_not_captured(toy_tokenizers, monkeypatch):
+    monkeypatch.setattr(slots, "_CAPTURED_POSITIONS", 0)
+    graphs = Taped()
+    found = Found(toy_model("llama"), toy_tokenizers[True], edits_of_mixed_lengths(8))
+    found.by(replace(FIXED, recorder=graphs), 8, SETTINGS)
+    assert graphs.captured == 0
+
+
+@pytest.fixture
+def in_slots(monkeypatch, as_captured):
+    """The search keeps slots as on a GPU, with room for three edits; what it gave room for."""
+    monkeypatch.setattr(search, "usual_mode", lambda _: replace(FIXED, recorder=Taped()))
+    share, rooms = BatchSizer.share, []
+
+    def three(sizer, waiting):
+        count, room = share(sizer, waiting)
+        rooms.append(min(3, room))
+        return count, rooms[-1]
+
+    monkeypatch.setattr(BatchSizer, "share", three)
+    return rooms
+
+
+def test_edits_made_in_slots_are_those_made_in_batches(in_slots, toy_tokenizers, monkeypatch):
+    """By `dual`, whose bare values are found by themselves, and with chats, whose contexts are others."""
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
+    edits = [*different_edits(7), Edit("{}", "museum", "Rome"), Edit("{} has", "Moscow", "Rome")]
+    progress = []
+    options = {"method": "dual", "settings": SETTINGS}
+    got = edited(model, tokenizer, edits, **options, progress=lambda *now: progress.append(now))
+    got.revert()
+    assert progress == sorted(progress)
+    assert progress[-1] == (len(got.records), len(got.records))
+    assert len(progress) > 3
+    assert in_slots
+    monkeypatch.setattr(search, "usual_mode", lambda _: TIGHT)
+    wanted = edited(model, tokenizer, edits, **options)
+    assert [record.subject for record in got.records] == [record.subject for record in wanted.records]
+    assert [record.steps for record in got.records] == [record.steps for record in wanted.records]
+    assert relative_error(delta_w(got), delta_w(wanted)) < rounding_of_edit(torch.float64, wanted.condition)
+
+
+def test_slots_that_do_not_fit_are_halved(in_slots, toy_tokenizers, monkeypatch):
+    """Memory runs out in the middle."""
+    monkeypatch.setattr(search, "usual_mode", lambda _: FIXED)
+    model, tokenizer = toy_model("llama", dtype=torch.float64), toy_tokenizers[True]
+    edits = different_edits(7)
+    wanted = edited(model, tokenizer, edits, settings=SETTINGS)
+    wanted.revert()
+    evaluate, sizes = Objective.evaluate, []
+
+    def scarce(objective, *arguments, **options):
+        sizes.append(len(objective.members))
+        if len(sizes) > 5 and sizes[-1] > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return evaluate(objective, *arguments, **options)
+
+    monkeypatch.setattr(Objective, "evaluate", scarce)
+    in_slots.clear()
+    got = edited(model, tokenizer, edits, settings=SETTINGS)
+    assert in_slots[:2] == [3, 1]
+    assert relative_error(delta_w(got), delta_w(wanted)) < rounding_of_edit(torch.float64, wanted.condition)
+
+
+def test_requests_share_slots_as_long_as_half_of_them_fit(monkeypatch):
+    @dataclass
+    class Shape:
+        suffix: int
+        before: int = 10
+        middle: int = 4
+        scored: int = 5
+        rows: tuple[int, ...] = (0,) * 5
+
+    sizer = BatchSizer(Runner(toy_model("gpt2")), LAYER)
+    monkeypatch.setattr("rome_fast.models.batches.free_memory", lambda _device: 1 << 40)
+    monkeypatch.setitem(batches._MOST_POSITIONS, "cpu", 5 * 100)
+    # 50 edits of 2 positions fit, 33 of 3, 25 of 4, and 20 of 5.
+    waiting = [Shape(n) for n in (2, 3, 4, 5)]
+    assert sizer.share(waiting) == (3, 3)
+    assert sizer.share(waiting[:1] * 60 + waiting[1:2] * 7) == (67, 33)
+    assert list(in_turn(sizer, waiting)) == [([0, 1, 2], 3), ([3], 1)]
+    assert sizer.share([Shape(2), Shape(2, scored=4)]) == (1, 1)
+    with sizer.halving(33):
+        raise MemoryError
+    assert sizer.share(waiting[:1] * 60) == (60, 16)
+    # By memory: an edit of two rows as long as the longest takes twice what one row does.
+    monkeypatch.setitem(batches._MOST_POSITIONS, "cpu", 1 << 30)
+    sizer.limit = None
+    needed = sizer._row_bytes(4, 10, 4, copies=batches._COPIES)
+    monkeypatch.setattr("rome_fast.models.batches.free_memory", lambda _device: 5 * 7.5 * needed / batches._SHARE)
+    assert sizer.share([Shape(4)] * 9) == (9, 7)
+
+
+def test_a_stage_within_another_counts_for_itself(monkeypatch):
+    now = iter((0.0, 1.0, 3.0, 10.0))
+    monkeypatch.setattr("rome_fast.search.search.time.perf_counter", lambda: next(now))
+    clock = Clock()
+    with clock("values"), clock("keys"):
+        pass
+    assert clock.seconds == {"keys": 2.0, "values": 8.0}
+
+
+@pytest.mark.parametrize("size", range(40))
+def test_sizes_are_rounded_up_to_a_few(size):
+    assert slots._bucket(size) == min(x for x in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if x >= size)
