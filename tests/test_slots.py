@@ -214,7 +214,7 @@ def test_a_capture_that_runs_out_of_memory_is_passed_on(toy_tokenizers):
 
 
 def test_a_large_step_is_not_captured(toy_tokenizers, monkeypatch):
-    monkeypatch.setattr(slots, "_CAPTURED_POSITIONS", 0)
+    monkeypatch.setattr(slots, "CAPTURED_POSITIONS", 0)
     graphs = Taped()
     found = Found(toy_model("llama"), toy_tokenizers[True], edits_of_mixed_lengths(8))
     found.by(replace(FIXED, recorder=graphs), 8, SETTINGS)
@@ -290,14 +290,16 @@ def test_requests_share_slots_as_long_as_half_of_them_fit(monkeypatch):
     monkeypatch.setattr("rome_fast.models.batches.free_memory", lambda _device: 1 << 40)
     monkeypatch.setitem(batches._MOST_POSITIONS, "cpu", 5 * 100)
     # 50 edits of 2 positions fit, 33 of 3, 25 of 4, and 20 of 5.
-    waiting = [Shape(n) for n in (2, 3, 4, 5)]
-    assert sizer.share(waiting) == (3, 3)
-    assert sizer.share(waiting[:1] * 60 + waiting[1:2] * 7) == (67, 33)
-    assert list(in_turn(sizer, waiting)) == [([0, 1, 2], 3), ([3], 1)]
+    waiting = [Shape(n) for n in (2, 3, 4, 5) for _ in range(40)]
+    assert sizer.share(waiting) == (120, 25)
+    assert sizer.share(waiting[40:]) == (120, 20)
+    assert sizer.share(waiting[::20]) == (8, 8)
+    found = [(len(places), room) for places, room in in_turn(sizer, waiting)]
+    assert found == [(120, 25), (40, 20)]
     assert sizer.share([Shape(2), Shape(2, scored=4)]) == (1, 1)
     with sizer.halving(33):
         raise MemoryError
-    assert sizer.share(waiting[:1] * 60) == (60, 16)
+    assert sizer.share(waiting[:40]) == (40, 16)
     # By memory: an edit of two rows as long as the longest takes twice what one row does.
     monkeypatch.setitem(batches._MOST_POSITIONS, "cpu", 1 << 30)
     sizer.limit = None
@@ -317,4 +319,4 @@ def test_a_stage_within_another_counts_for_itself(monkeypatch):
 
 @pytest.mark.parametrize("size", range(40))
 def test_sizes_are_rounded_up_to_a_few(size):
-    assert slots._bucket(size) == min(x for x in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if x >= size)
+    assert slots.rounded_up(size) == min(x for x in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if x >= size)

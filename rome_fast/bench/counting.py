@@ -22,13 +22,14 @@ from ..closing.geometry import Geometry
 from ..edits import Edit
 from ..errors import ArgumentError
 from ..methods import Method
-from ..models.batches import BatchSizer, in_batches, standing_for
+from ..models.batches import BatchSizer, in_batches, in_turn, standing_for
 from ..models.runner import Runner
 from ..models.verification import Verified, take_for_verified, verified
 from ..opening.defaults import default_layer, default_settings
 from ..search.requests import Request, tokenise
 from ..search.search import Clock
-from ..search.values import ValueSettings
+from ..search.slots import Mode, rounded_up
+from ..search.values import ValueSettings, draft_rows
 from .launches import Part, Recorder, Stretch, recording
 from .shapes import CONTEXTS, random_model, shape_config, small_model
 
@@ -42,12 +43,14 @@ class Batch:
     """What the edits of one batch launch; a step is a gradient, an update of δ and the next evaluation of the loss."""
 
     edits: int
-    rows: int
-    suffix: int  # positions of a row, padded
+    rows: int  # padded, as are the next
+    draft_rows: int
+    suffix: int  # positions of a row
     contexts: list[Stretch]  # once for a call
     keys: list[Stretch]
     draft_first: list[Stretch]  # the first evaluation on some of the rows; nothing where all are few enough
     draft_step: list[Stretch]
+    look: list[Stretch]  # in slots, an evaluation on all rows of those whose draft has ended
     first: list[Stretch]  # the first evaluation on all of them
     step: list[Stretch]
     update: list[Stretch]  # every edit apart
@@ -79,13 +82,15 @@ def count_call(
     identity: bool = False,
     apart: bool = True,
     fused: bool = True,
+    slots: bool = True,
     extrapolated: bool = True,
 ) -> Call:
     """What one call with these edits of a shape launches on a GPU with so many bytes of memory.
 
     `identity`: C is the identity; otherwise it has a factor. `apart=False`: the past is gathered, joined and attended
     to by the library, also where that is not needed, and layers are run as they are written; `fused=False`: only that.
-    `extrapolated=False`: all layers are run.
+    `slots=False`: edits are parted into batches, each of which has the size that its edits need; otherwise slots are
+    kept as on a GPU. `extrapolated=False`: all layers are run.
 
     Raises ArgumentError for an unknown shape, for chats, and for a method whose edits are more than a value in a layer.
     """
@@ -99,12 +104,17 @@ def count_call(
     apart = apart and found.attends_apart
     found = replace(found, attends_apart=apart, runs_fused=apart and fused and found.runs_fused)
     above = config.num_hidden_layers - layer - 1
-    whole = _Model(shape, dtype, found, method, settings, tokenizer, layer, above, identity)
+    whole = _Model(shape, dtype, found, method, settings, tokenizer, layer, above, identity, slots)
     requests = [tokenise(whole.runner, tokenizer, edit, CONTEXTS, method) for edit in edits]
     weight_bytes = sum(p.nbytes for p in whole.runner.model.parameters())
     with standing_for("cuda", int(memory) - weight_bytes):
         sizer = BatchSizer(whole.runner, layer, apart=found.attends_apart)
-        groups = [[requests[i] for i in places] for places in in_batches(sizer, requests)]
+        if slots:
+            turns = list(in_turn(sizer, requests))
+            parted = [places[start : start + room] for places, room in turns for start in range(0, len(places), room)]
+        else:
+            parted = list(in_batches(sizer, requests))
+    groups = [[requests[i] for i in places] for places in parted]
     few = replace(whole, layer=min(layer, 1), above=min(above, 1))
     lower, upper = replace(few, layer=few.layer + 1), replace(few, above=few.above + 1)
     more = layer - few.layer, above - few.above
@@ -118,7 +128,8 @@ def count_call(
             layers = _sum((1, with_upper), (-1, base[search]))
         else:
             parts = layers = whole.parts(group)
-        batches.append(_batch(group, parts, layers))
+        drafted = [draft_rows([r.row for r in request.rows], few.settings) for request in group]
+        batches.append(_batch(group, drafted, parts, layers, slots=slots))
     return Call(shape, settings, found.attends_apart, batches)
 
 
@@ -135,6 +146,7 @@ class _Model:
     layer: int
     above: int
     identity: bool
+    slots: bool
 
     @property
     def runner(self) -> Runner:
@@ -144,9 +156,11 @@ class _Model:
         """What the edits of one batch launch when they are made, or when only their values are found.
 
         The host is told that no edit is done after the first evaluation on some of the rows, and all are after the
-        second, and the same on all rows: two evaluations each, with a step between them.
+        second, and the same on all rows: two evaluations each, with a step between them. In slots, edits are looked at
+        in between.
         """
-        done = cycle((False, True))
+        drafts = bool(draft_rows([r.row for r in group[0].rows], self.settings))
+        done = cycle((False, True, False, False, True) if self.slots and drafts else (False, True))
 
         def read(stage: str, tensor: Tensor) -> Any:
             answer = torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -158,6 +172,8 @@ class _Model:
         settings = replace(self.settings, stop="argmax", margin=0, steps=_MANY_STEPS)
         layers, clock = {self.layer: Geometry(factor)}, _Stages(recorder)
         flow = Flow.measuring(self.runner, self.tokenizer, self.method, layers, CONTEXTS, settings, clock)
+        # The host reads what it would wait for; with the gradient in a GPU's queue by then, it does not.
+        flow.search.mode = Mode(fixed=self.slots, ahead=self.slots, recorder=None)
         with standing_for("cuda", _ENOUGH), recording(recorder):
             solved = flow.find(group)
             if close:
@@ -207,23 +223,33 @@ def _sum(*terms: tuple[int, list[Part]]) -> list[Part]:
     return found
 
 
-def _batch(group: Sequence[Request], parts: list[Part], of_layer: list[Part]) -> Batch:
+def _batch(
+    group: Sequence[Request], drafted: list[list[int]], parts: list[Part], of_layer: list[Part], *, slots: bool
+) -> Batch:
     """What `_Model.parts` has returned, by what it is: the second part of the keys is the contexts."""
     values = [part.stretches for part in parts if part.stage == "values"]
     keys = [part.stretches for part in parts if part.stage == "keys"]
     update = [part.stretches for part in parts if part.stage == "update"]
     *draft, first, step, rest, _ = values
+    look = draft.pop() if len(draft) == 3 else []
     (_, contexts, own) = keys
     step_of_layer = [part.stretches for part in of_layer if part.stage == "values"][-3]
+    suffix = max(request.suffix for request in group)
+
+    def padded(rows: Sequence[Sequence[object]]) -> int:
+        return len(rows) * max(map(len, rows)) if slots else sum(map(len, rows))
+
     return Batch(
         edits=len(group),
-        rows=sum(len(request.rows) for request in group),
-        suffix=max(request.suffix for request in group),
+        rows=padded([request.rows for request in group]),
+        draft_rows=padded(drafted),
+        suffix=rounded_up(suffix) if slots else suffix,
         contexts=contexts,
         keys=own,
         draft_first=draft[0] if draft else [],
         draft_step=draft[1] if draft else [],
-        first=[*first, *rest],
+        look=[*look, *rest] if look else [],
+        first=first if look else [*first, *rest],
         step=step,
         update=[stretch for part in update for stretch in part],
         layer=sum(step_of_layer, Counter()),

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -28,6 +28,7 @@ from ..errors import ArgumentError
 from ..methods import method_named
 from ..opening import checkpoints
 from ..runs.terminal import show
+from ..search.slots import CAPTURED_POSITIONS
 from .counting import Batch, Call, count_call
 from .launches import KINDS, Launches, Stretch, launched
 from .shapes import CONTEXTS, known_shape, repeated, shape_config, trained_tokenizer
@@ -101,17 +102,29 @@ class Rule:
     steps: int
     drafted: int
 
-    def parts(self, batch: Batch) -> list[tuple[list[Stretch], list[Stretch], int]]:
-        """What the first evaluation and the steps behind it launch, and how many evaluations there are."""
+    def parts(self, batch: Batch) -> list["Phase"]:
+        """What the evaluations launch, phase by phase; in slots the first one on all rows is without a gradient."""
         if not (self.drafted and batch.draft_first):
-            return [(batch.first, batch.step, self.steps)]
-        found = [(batch.draft_first, batch.draft_step, self.drafted)]
+            return [Phase(batch.rows, batch.first, batch.step, self.steps)]
+        found = [Phase(batch.draft_rows, batch.draft_first, batch.draft_step, self.drafted)]
         left = self.steps - self.drafted
-        return [*found, (batch.first, batch.step, left)] if left else found
+        if batch.look and left:
+            found.append(Phase(batch.rows, batch.look, [], 1))
+            left = left if left > 1 else 0
+        return [*found, Phase(batch.rows, batch.first, batch.step, left)] if left else found
 
 
-def predict(calls: Sequence[Call], gpu: Gpu, rule: Rule, *, captured: bool = False) -> dict[str, float]:
-    """Seconds per edit of every stage, and of all together."""
+class Phase(NamedTuple):
+    """Evaluations on the same rows: what the first of them launches, and what each further step does."""
+
+    rows: int
+    first: list[Stretch]
+    step: list[Stretch]
+    evaluations: int
+
+
+def predict(calls: Sequence[Call], gpu: Gpu, rule: Rule, *, captured: float = 0) -> dict[str, float]:
+    """Seconds per edit of every stage, and of all together. Steps of at most `captured` positions are captured."""
     batches = [batch for call in calls for batch in call.batches]
     stages = {
         "contexts": sum(gpu.eager(call.batches[0].contexts) for call in calls),
@@ -123,11 +136,11 @@ def predict(calls: Sequence[Call], gpu: Gpu, rule: Rule, *, captured: bool = Fal
     return {stage: seconds / edits for stage, seconds in (stages | {"all": sum(stages.values())}).items()}
 
 
-def _values_seconds(batch: Batch, gpu: Gpu, rule: Rule, captured: bool) -> float:
+def _values_seconds(batch: Batch, gpu: Gpu, rule: Rule, captured: float) -> float:
     """The second evaluation is captured, where there is a third one to gain by it."""
     total = 0.0
-    for first, step, evaluations in rule.parts(batch):
-        if captured and evaluations > 2:
+    for rows, first, step, evaluations in rule.parts(batch):
+        if evaluations > 2 and rows * batch.suffix <= captured:
             total += gpu.eager(first) + gpu.launch_seconds * launched(step) + gpu.capture_seconds
             total += (evaluations - 1) * gpu.busy(step)
         else:
@@ -142,7 +155,7 @@ def totals(calls: Sequence[Call], gpu: Gpu, rule: Rule) -> dict[str, Any]:
         pieces.append((1, call.batches[0].contexts))
         for batch in call.batches:
             pieces += [(1, batch.keys), (1, batch.update)]
-            for first, step, evaluations in rule.parts(batch):
+            for _, first, step, evaluations in rule.parts(batch):
                 pieces += [(1, first), (evaluations - 1, step)]
     found: Stretch = Counter()
     for times, stretches in pieces:
@@ -233,7 +246,7 @@ def run_prediction(arguments: argparse.Namespace, edits: Sequence[Edit]) -> dict
                 "drafted": rule.drafted,
                 "seconds_per_edit": {
                     "eager": predict(calls, gpu, rule),
-                    "captured": predict(calls, gpu, rule, captured=True),
+                    "captured": predict(calls, gpu, rule, captured=CAPTURED_POSITIONS),
                 },
                 **totals(calls, gpu, rule),
             }

@@ -86,7 +86,7 @@ class BatchSizer:
     def share(self, waiting: Sequence[Shaped]) -> tuple[int, int]:
         """How many of the waiting requests, in their order, are to share slots, and how many slots for them fit.
 
-        As many as leave room for half of the slots at least that the first one would.
+        As many as leave room for half of the slots at least that they would fill if all were as short as the first.
         """
         budget, planned = self._budget(), self._planned(waiting)
         most = _MOST_POSITIONS.get(_kind(self.runner.device), _ENOUGH_POSITIONS)
@@ -97,7 +97,7 @@ class BatchSizer:
             middle, rows = max(middle, request.middle), max(rows, len(request.rows))
             size = rows * self._row_bytes(suffix, before, middle, copies=_COPIES)
             room = int(min(budget / size, most / (rows * (before + suffix if self.whole else suffix))))
-            room = max(1, room if self.limit is None else min(room, self.limit))
+            room = max(1, min(room, len(planned) if self.limit is None else min(self.limit, len(planned))))
             if rooms and 2 * room < rooms[0]:
                 break
             rooms.append(room)

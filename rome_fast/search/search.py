@@ -86,6 +86,7 @@ class Search:
     processes: Processes = ALONE  # that share the requests of a group; all of them call everything else as well
     done: int = 0
     largest_batch: int = 0  # of the edits optimised together so far
+    mode: Mode | None = None  # how slots are kept, where not as usual
     _above: Runner | None = field(default=None, init=False, repr=False)  # for the layers above the edit layers
     # What the model made of the contexts behind a head, and in which round.
     _contexts: dict[str | None, tuple[int, Contexts]] = field(default_factory=dict, init=False, repr=False)
@@ -164,7 +165,7 @@ class Search:
         apart = reads_past_apart(self.runner, verified(self.runner, self.layer))
         sizer = BatchSizer(self.runner, self.layer, whole=contexts is None, apart=apart)
         solved: dict[int, Solved] = {}
-        mode = usual_mode(self._above or self.runner)
+        mode = self.mode or usual_mode(self._above or self.runner)
         for places, room in in_turn(sizer, group) if mode.fixed else ((p, len(p)) for p in in_batches(sizer, group)):
             with sizer.halving(room):
                 base = None if bases is None else torch.stack([bases[i] for i in places])

@@ -25,7 +25,7 @@ from .optimiser import State
 from .values import Value, ValueSettings, draft_rows
 
 # Positions of a step above which it is not captured. On an H200, 35 edits of llama-2-7b at once gained nothing by it.
-_CAPTURED_POSITIONS = 1024
+CAPTURED_POSITIONS = 1024
 
 
 class Chunk(NamedTuple):
@@ -219,7 +219,7 @@ class _Phase:
     def _padded(self, members: Sequence[Member], count: int) -> Shape:
         """A shape that these members fit into, no smaller than the last one but for the number of slots."""
         rows = max(len(member.rows) for member in (*members, *self.waiting))
-        found = rows, *(_bucket(max(getattr(m, name) for m in members)) for name in ("targets", "width", "middle"))
+        found = rows, *(rounded_up(max(getattr(m, name) for m in members)) for name in ("targets", "width", "middle"))
         if self._work is not None:
             last = self._work.objective.shape
             found = tuple(map(max, found, (last.rows[0], last.targets[0], last.width, last.middle)))
@@ -250,7 +250,7 @@ class _Phase:
         def move(gradient: Tensor) -> None:
             self.state.move(edits, gradient)
 
-        small = self.moves and sum(shape.rows) * shape.width <= _CAPTURED_POSITIONS
+        small = self.moves and sum(shape.rows) * shape.width <= CAPTURED_POSITIONS
         self._work = _Work(objective, Step(evaluate, move, objective.renew, self.mode.recorder if small else None))
         return self._work
 
@@ -262,7 +262,7 @@ class _Work(NamedTuple):
     step: Step
 
 
-def _bucket(size: int) -> int:
+def rounded_up(size: int) -> int:
     """The least of 0, 1, 2, 3, 4, 6, 8, 12, 16, … that is not below."""
     power = 1 << max(0, size - 1).bit_length()
     return size if size < 4 else power * 3 // 4 if size <= power * 3 // 4 else power
