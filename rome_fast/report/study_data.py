@@ -1,11 +1,10 @@
 """What the collapse study measured, read from the directory it leaves behind."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ..errors import CheckpointError
+from .reading import read_lines, read_object
 
 _REMEDY = "run the study again"
 
@@ -91,9 +91,6 @@ class PrefixRecord(_MeasuredEdit):
     words: int  # of the prefix; 0 for none
 
 
-_Edit = TypeVar("_Edit", bound=_MeasuredEdit)
-
-
 @dataclass(frozen=True)
 class Keys:
     """Keys of n requests at the edit layer, and key norms of all layers."""
@@ -133,7 +130,7 @@ def read_study(directory: Path) -> StudyData:
     """
     if not directory.is_dir():
         raise CheckpointError(f"directory: {directory} is not a directory; pass the one that the study wrote")
-    conditions = _object(directory / "conditions.json")
+    conditions = read_object(directory / "conditions.json", _REMEDY)
     if conditions is None:
         raise CheckpointError(f"{directory}: conditions.json is missing, so this is no study's directory; {_REMEDY}")
     for name in ("collapse_ratio", "perplexity_before"):
@@ -142,66 +139,17 @@ def read_study(directory: Path) -> StudyData:
             raise CheckpointError(
                 f'{directory / "conditions.json"}: got {value!r} as "{name}", wanted a positive number; {_REMEDY}'
             )
-    records = _lines(directory / "records.jsonl", StudyRecord)
+    records = read_lines(directory / "records.jsonl", StudyRecord, _REMEDY)
     if not records:
         raise CheckpointError(f"{directory}: records.jsonl is missing or empty, nothing was measured yet; {_REMEDY}")
     return StudyData(
         conditions,
         records,
-        _lines(directory / "factors.jsonl", FactorRecord),
+        read_lines(directory / "factors.jsonl", FactorRecord, _REMEDY),
         _keys(directory / "keys.safetensors"),
-        _lines(directory / "prefix.jsonl", PrefixRecord),
-        _object(directory / "guard.json"),
+        read_lines(directory / "prefix.jsonl", PrefixRecord, _REMEDY),
+        read_object(directory / "guard.json", _REMEDY),
     )
-
-
-def _object(file: Path) -> dict[str, Any] | None:
-    text = _text(file)
-    return None if text is None else _parse(text, str(file))
-
-
-def _lines(file: Path, kind: type[_Edit]) -> list[_Edit]:
-    """The records of a JSON lines file; none where there is no file."""
-    text = _text(file) or ""
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{file}, line {number}"
-            records.append(_record(_parse(line, where), kind, where))
-    return records
-
-
-def _text(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"reading {file}: {error}; {_REMEDY}") from error
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where}: not JSON, perhaps cut short ({error}); {_REMEDY}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: got {type(value).__name__}, wanted an object; {_REMEDY}")
-    return value
-
-
-def _record(line: dict[str, Any], kind: type[_Edit], where: str) -> _Edit:
-    values = {}
-    for field in fields(kind):
-        value = line.get(field.name)
-        wanted: Any = field.type
-        if isinstance(value, int) and isinstance(1.0, wanted):
-            value = float(value)  # a number without a fraction, or the yes or no of one prompt
-        if not isinstance(value, wanted):
-            name = getattr(wanted, "__name__", str(wanted))
-            raise CheckpointError(f'{where}: got {value!r} as "{field.name}", wanted {name}; {_REMEDY}')
-        values[field.name] = value
-    return kind(**values)
 
 
 def _keys(file: Path) -> Keys | None:
