@@ -21,6 +21,7 @@ from .closing.flow import Flow
 from .closing.geometry import Geometries
 from .closing.guard import Guard, check_guard
 from .closing.judging import Unconverged, check_unconverged, unconverged_error
+from .closing.neighbours import tell_nearest
 from .edits import Edit, checked_edits, find_conflicts
 from .errors import ArgumentError, ModelError, StatisticsError
 from .methods import DEFAULT_METHOD, Method, method_named
@@ -193,6 +194,7 @@ def apply_edits(
         groups = [requests] if schedule == "joint" else _batches(requests, batch_size)
         with _undone_on_failure(runner.model) as applied:
             records = _apply_in_turn(flow, groups, applied)
+            tell_nearest(records, flow.keys)
             nll = None
             if effect is not None:
                 with clock("measure"):

@@ -56,6 +56,9 @@ class Record:
     probability_after_prefixed: float | None = None  # mean over the editing contexts
     argmax_after: bool | None = None  # every target token is the most probable one behind the bare prompt
     argmax_after_prefixed: float | None = None  # share of the editing contexts where that holds
+    # Place in the call of the edit whose key is nearest, by the cosine of mean keys at `layer`; None for one alone.
+    nearest: int | None = None
+    nearest_cosine: float | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
 

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..methods import Method
@@ -32,6 +33,8 @@ class Flow:
     unconverged: Unconverged
     total: int  # edits of all groups
     condition: float = 1.0  # worst of the closed forms so far
+    # (d_ff,) on the CPU, of every edit solved so far: the mean of its rows' keys.
+    keys: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def measuring(
@@ -69,6 +72,7 @@ class Flow:
 
     def close(self, group: Sequence[Request], solved: Sequence[Solved]) -> tuple[Delta | None, list[Record]]:
         """The same for keys and values that are found already; of the requests, their rows are not looked at."""
+        self.keys += [s.keys.mean(0).cpu() for s in solved]
         with self.search.clock("update"):
             # Keys and values of the others may be numbers as well, but one that is none would spoil the closed form.
             finite = [i for i, s in enumerate(solved) if s.finite]
