@@ -465,7 +465,7 @@ def test_html_needs_no_other_file(tmp_path, monkeypatch):
     page = Page(text)
     assert len(page.sources) == 5
     assert all(source.startswith("data:image/png;base64,iVBORw0KGgo") for source in page.sources)
-    assert page.attributes <= {"lang", "charset", "name", "content", "class", "src", "alt"}
+    assert page.attributes <= {"lang", "charset", "name", "content", "class", "src", "alt", "tabindex"}
     assert not page.tags & {"script", "link", "iframe", "object", "a"}
     assert "http" not in text
     assert "url(" not in text

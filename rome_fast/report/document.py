@@ -1,6 +1,7 @@
 """A document of headings, text, tables and pictures, and its two forms: Markdown, and HTML in one file."""
 
 import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +10,22 @@ from html import escape
 from ..runs.terminal import visible
 
 _STYLE = """\
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 0 auto; padding: 1rem; }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #555; --line: #ddd; --rule: #888; }
+@media (prefers-color-scheme: dark) {
+:root { --ink: #e4e4e4; --paper: #17191c; --faint: #aaa; --line: #3a3d42; --rule: #777; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { max-width: 1100px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.75rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { vertical-align: bottom; border-bottom: 2px solid #888; }
+th, td { padding: 0.25rem 0.75rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { vertical-align: bottom; border-bottom: 2px solid var(--rule); }
 .text { text-align: left; }
-figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: 0.875rem; }
-img { display: block; width: 100%; min-width: 640px; }
+figure { margin: 1.5rem 0; } figcaption { color: var(--faint); font-size: 0.875rem; }
+img { display: block; width: 100%; min-width: 640px; background: #fff; }
 details .wide { max-height: 80vh; }
-details th { position: sticky; top: 0; background: #fff; }
+details th { position: sticky; top: 0; background: var(--paper); }
 details td { white-space: nowrap; }
 summary { cursor: pointer; }"""
 
@@ -62,30 +67,63 @@ class Folded:
     table: Table
 
 
-Block = Heading | Text | Bullets | Table | Picture | Folded
+@dataclass(frozen=True)
+class Markup:
+    """HTML made elsewhere, with everything in it escaped there; Markdown goes without it."""
+
+    html: str
+
+
+Block = Heading | Text | Bullets | Table | Picture | Folded | Markup
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The document with its pictures as links to their files, and without what is folded."""
-    parts = [f"# {_plain(title)}", *(_markdown(block) for block in blocks if not isinstance(block, Folded))]
+    """The document with its pictures as links to their files, and without what is folded or of HTML only."""
+    parts = [f"# {_plain(title)}", *(_markdown(block) for block in blocks if not isinstance(block, Folded | Markup))]
     return "\n\n".join(parts) + "\n"
 
 
-def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """The document as one file that needs no other, with everything in it escaped."""
+def to_html(title: str, blocks: Sequence[Block], *, style: str = "", script: str = "") -> str:
+    """The document as one file that needs no other, with everything in it escaped.
+
+    `style` comes behind that of all documents, `script` runs when all is there. With a script, the page lets the
+    browser run no other, nor fetch anything, whatever else it were to hold.
+    """
+    css = f"\n{_STYLE}\n{style}"
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en">',
             '<meta charset="utf-8">',
+            *([_policy(css, script)] if script else []),
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_escaped(title)}</title>",
-            f"<style>\n{_STYLE}\n</style>",
-            f"<h1>{_escaped(title)}</h1>",
+            f"<title>{escaped(title)}</title>",
+            f"<style>{css}</style>",
+            "<main>",
+            f"<h1>{escaped(title)}</h1>",
             *(_html(block) for block in blocks),
+            "</main>",
+            *([f"<script>{script}</script>"] if script else []),
             "</html>\n",
         ]
     )
+
+
+def escaped(text: str) -> str:
+    """Text for HTML, also for attributes, with what would turn the direction of what follows spelled out."""
+    return escape(visible(text))
+
+
+def isolated(text: str) -> str:
+    """The same as an element of its own direction, for text in any script beside other text."""
+    return f"<bdi>{escaped(text)}</bdi>"
+
+
+def _policy(style: str, script: str) -> str:
+    """What the browser may use: this style and this script, to the byte, and pictures in the page itself."""
+    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") for text in (style, script))
+    allowed = "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'".format(*hashes)
+    return f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
 
 
 def _markdown(block: Block) -> str:
@@ -102,7 +140,7 @@ def _markdown(block: Block) -> str:
             rule = ["---" if i < texts else "---:" for i in range(len(columns))]
             cells = [[_plain(cell) for cell in row] for row in (columns, *rows)]
             return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))
-        case Folded():
+        case Folded() | Markup():
             return ""
 
 
@@ -114,30 +152,33 @@ def _plain(text: str) -> str:
 def _html(block: Block) -> str:
     match block:
         case Heading(text):
-            return f"<h2>{_escaped(text)}</h2>"
+            return f"<h2>{escaped(text)}</h2>"
         case Text(text):
-            return f"<p>{_escaped(text)}</p>"
+            return f"<p>{escaped(text)}</p>"
         case Bullets(items):
-            return "<ul>\n" + "\n".join(f"<li>{_escaped(item)}</li>" for item in items) + "\n</ul>"
+            return "<ul>\n" + "\n".join(f"<li>{escaped(item)}</li>" for item in items) + "\n</ul>"
         case Picture(_, png, caption):
             data = base64.b64encode(png).decode("ascii")
-            image = f'<div class="wide"><img src="data:image/png;base64,{data}" alt="{_escaped(caption)}"></div>'
-            return f"<figure>\n{image}\n<figcaption>{_escaped(caption)}</figcaption>\n</figure>"
+            image = f'<img src="data:image/png;base64,{data}" alt="{escaped(caption)}">'
+            return f"<figure>\n{_wide(image)}\n<figcaption>{escaped(caption)}</figcaption>\n</figure>"
         case Table(columns, rows, texts):
             head = _html_row("th", columns, texts)
             body = "\n".join(_html_row("td", row, texts) for row in rows)
-            return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+            return _wide(f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>")
+        case Markup(html):
+            return html
         case Folded(title, table):
-            return f"<details>\n<summary>{_escaped(title)}</summary>\n{_html(table)}\n</details>"
+            return f"<details>\n<summary>{escaped(title)}</summary>\n{_html(table)}\n</details>"
 
 
-def _escaped(text: str) -> str:
-    return escape(visible(text))
+def _wide(html: str) -> str:
+    """What may be wider than the page, in a box that scrolls, also by the keyboard."""
+    return f'<div class="wide" tabindex="0">{html}</div>'
 
 
 def _html_row(tag: str, cells: Sequence[str], texts: int) -> str:
     shown = (
-        f'<{tag} class="text">{_escaped(cell)}</{tag}>' if i < texts else f"<{tag}>{_escaped(cell)}</{tag}>"
+        f'<{tag} class="text">{escaped(cell)}</{tag}>' if i < texts else f"<{tag}>{escaped(cell)}</{tag}>"
         for i, cell in enumerate(cells)
     )
     return f"<tr>{''.join(shown)}</tr>"
