@@ -16,7 +16,7 @@ from rome_fast.report import edit_table, metrics_table
 from rome_fast.report.document import Bullets, Folded, Heading, Picture, Text, to_html, to_markdown
 from rome_fast.report.document import Table as Cells
 from rome_fast.report.figures import collapse_figure
-from rome_fast.report.tables import verdict
+from rome_fast.report.outcomes import verdict
 from rome_fast.runs.terminal import patient_streams, say, show, tell, visible
 
 NASTY = "[/INST] [bold]:smile: \x1b[31m\r\x00\x9b2J \u202e$x_{ | <script> \\"
@@ -211,6 +211,7 @@ def test_documents_and_figures_take_any_text(tmp_path):
         ({"argmax_after": True, "missed": 0.06}, "edited, met in part (6% off)"),
         ({"argmax_after": True, "missed": 0.04}, "edited"),
         ({"argmax_after": False, "argmax_after_prefixed": 0.5}, "edited, answers behind a prefix"),
+        ({"argmax_after": True, "argmax_after_prefixed": 0.4}, "edited, but not behind a prefix"),
         ({"argmax_after": False, "argmax_after_prefixed": 0.4, "missed": 1.2}, "fact lost, met in part (120% off)"),
     ],
 )

@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 
 from ..errors import ArgumentError, RomeFastError
 from ..runs.terminal import patient_streams, tell, visible
-from . import bench, demo, edit, evaluate, ledger, profile, revert, statistics, study, trace, tune, verify
+from . import bench, demo, edit, evaluate, ledger, profile, report, revert, statistics, study, trace, tune, verify
+from .shared import Unreported
 
-_VERBS = (demo, statistics, edit, ledger, evaluate, tune, trace, bench, study, profile, revert, verify)
+_VERBS = (demo, statistics, edit, report, ledger, evaluate, tune, trace, bench, study, profile, revert, verify)
 
 _EXAMPLES = """examples:
   rome-fast demo
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status.
 
     That is 0 where what was asked for was done, also where it could not be printed; 2 with one message for an error
-    of rome_fast or wrong usage; 3 where all was done but the report of --json; 130 for an interrupt.
+    of rome_fast or wrong usage; 3 where all was done but a report of it; 130 for an interrupt.
     """
     with patient_streams() as unprinted:
         return _run(_parser().parse_args(argv), unprinted)
@@ -42,7 +43,10 @@ def _run(arguments: argparse.Namespace, unprinted: Callable[[], str | None]) -> 
     try:
         if arguments.json is not None:
             _check_report(arguments)
-        report = arguments.run(arguments)
+        made, status = arguments.run(arguments), 0
+    except Unreported as error:
+        tell(f"rome-fast: all was done, but its report could not be written: {error}")
+        made, status = error.report, 3
     except (RomeFastError, Warning) as error:  # the latter where Python was told to raise them
         tell(f"rome-fast: {error}")
         return 2
@@ -52,13 +56,13 @@ def _run(arguments: argparse.Namespace, unprinted: Callable[[], str | None]) -> 
     if reason := unprinted():
         tell(f"rome-fast: all was done, but standard output did not take what was to be said of it ({reason})")
     # None: this is not the first of several processes.
-    if arguments.json is not None and report is not None:
+    if arguments.json is not None and made is not None:
         try:
-            _write_json(arguments.json, report)
+            _write_json(arguments.json, made)
         except RomeFastError as error:
             tell(f"rome-fast: all was done, but its report could not be written: {error}")
             return 3
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,8 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, RomeFastError
 from .shared import (
+    Unreported,
     as_asked,
     chat_arguments,
     device_argument,
@@ -24,6 +25,7 @@ from .shared import (
 
 if TYPE_CHECKING:
     from ..edits import Edit
+    from ..result import EditResult
 
 NAME = "edit"
 SUMMARY = "edit facts into a new copy of a checkpoint, or in place"
@@ -59,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the search of values, as steps=30 lr=0.3 (default: of rome-fast tune, or by model)",
     )
     parser.add_argument("--no-measure", action="store_true", help="leave probabilities before and after out")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="new folder for a page on every edit, with its data")
     parser.add_argument("--memory", help="how much of the model may be in memory, as 8GiB (default: what is free)")
     parser.add_argument("--plan", action="store_true", help="say what would be kept in memory and read, and stop")
     device_argument(parser)
@@ -105,6 +108,8 @@ def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str,
     from ..runs.terminal import say, show
     from ..statistics import Statistics
 
+    if arguments.report:
+        _check_report(arguments)
     statistics = Statistics.load(arguments.statistics) if arguments.statistics else None
     together = launched_together()
     with ExitStack() as stack:
@@ -138,7 +143,38 @@ def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str,
     edited = arguments.model if arguments.in_place else arguments.out
     if edited:
         say(f"edited checkpoint: {edited} (undo with: rome-fast revert {edited})")
+    if arguments.report:
+        try:
+            _report(arguments, edits, result)
+        except RomeFastError as error:
+            raise Unreported(str(error), result.report()) from error
     return result.report()
+
+
+def _check_report(arguments: argparse.Namespace) -> None:
+    from ..report.edit import check_new_report
+
+    source = Path(arguments.model)
+    check_new_report(
+        arguments.report,
+        ("the model", source if source.exists() else None),
+        ("that of --out", arguments.out),
+        ("that of --lora", arguments.lora),
+    )
+
+
+def _report(arguments: argparse.Namespace, edits: list["Edit"], result: "EditResult") -> None:
+    from ..report.edit import REPORT_FILE, write_run
+    from ..report.edit_data import asked_run
+    from ..runs.terminal import say
+
+    named = ("model", "edits", "out", "in_place", "lora", "guard", "unconverged", "seed", "chat", "system", "memory")
+    given = {name: getattr(arguments, name) for name in named}
+    about = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    with progress("asking", "questions") as (advance, _):
+        run = asked_run(result, edits, about, advance)
+    write_run(arguments.report, run)
+    say(f"report: {arguments.report / REPORT_FILE}")
 
 
 def _plan(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, EditError
+from ..errors import ArgumentError, EditError, RomeFastError
 from ..runs.texts import read_text
 
 if TYPE_CHECKING:
@@ -23,6 +23,14 @@ METHODS = ("rome", "c-rome-released", "c-rome", "p-rome", "dual", "emmet", "memi
 """Those of `rome_fast.methods`, which takes torch to be imported."""
 
 _MOST_LISTED = 10
+
+
+class Unreported(RomeFastError):
+    """All was done, but not all could be written that was to be said of it; `report` is what --json gets."""
+
+    def __init__(self, message: str, report: dict[str, Any] | None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def measured(sub: argparse.ArgumentParser, count: int | None) -> None:

@@ -7,8 +7,9 @@ from rich.table import Table
 
 from ..evaluation import EditMetrics, Interval
 from ..evaluation.harness import TaskChange
-from ..records import MUCH_MISSED, Record
+from ..records import Record
 from ..runs.terminal import one_line
+from .outcomes import verdict
 
 _MOST_SHOWN = 40  # characters of an answer
 
@@ -89,21 +90,6 @@ def tasks_table(changes: Sequence[TaskChange]) -> Table:
 
 def _with_error(value: float | None, error: float | None) -> str:
     return number(value) if error is None else f"{number(value)} ± {number(error)}"
-
-
-def verdict(record: Record) -> str:
-    """In words: whether the edit was made, whether the model survived, and where the fact answers."""
-    if not record.applied:
-        return f"left out: {record.left_out or 'unknown why'}"
-    if record.collapsed:
-        return "collapse predicted" if record.perplexity_after is None else "model collapsed"
-    if record.argmax_after:
-        found = "edited"
-    elif record.argmax_after_prefixed is not None and record.argmax_after_prefixed >= 0.5:
-        found = "edited, answers behind a prefix"
-    else:
-        found = "applied" if record.argmax_after is None else "fact lost"
-    return f"{found}, met in part ({record.missed:.0%} off)" if record.missed > MUCH_MISSED else found
 
 
 def _ratios(record: Record) -> str:
