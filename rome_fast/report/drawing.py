@@ -113,10 +113,12 @@ def bars(title: str, values: Mapping[str, float], unit: str) -> str:
     for i, (name, value) in enumerate(values.items()):
         y = 6 + i * _BAR
         long = value / most * (_BARS_END - _NAMES) if math.isfinite(value) else 0.0
-        number = (f"{value:,.0f}" if value >= 1000 else f"{value:.3g}") if math.isfinite(value) else "no number"
+        number = "no number"
+        if math.isfinite(value):
+            number = f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
         parts.append(f'<text x="{_NAMES - 6}" y="{y + 12}" text-anchor="end">{escaped(name)}</text>')
-        parts.append(_rectangle(1, _NAMES, y, max(long, 1.0), _BAR - 6, f"{name}: {number} {unit}"))
-        parts.append(f'<text x="{_NAMES + max(long, 1.0) + 5:.1f}" y="{y + 12}">{number} {escaped(unit)}</text>')
+        parts.append(_rectangle(1, _NAMES, y, max(long, 1.0), _BAR - 6, f"{name}: {number}"))
+        parts.append(f'<text x="{_NAMES + max(long, 1.0) + 5:.1f}" y="{y + 12}">{escaped(number)}</text>')
     return _svg(title, parts, 12 + _BAR * len(values))
 
 
