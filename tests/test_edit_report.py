@@ -1,5 +1,7 @@
 """The report of an edit run: what it measures against transformers alone, its data, its page and its figures."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -377,6 +379,8 @@ def rewritten(name, change):
             rewritten("records.jsonl", lambda t: t.replace('"left_out": null', '"left_out": "z"')),
             'as "left_out", wanted',
         ),
+        (rewritten("records.jsonl", lambda t: t.replace("0.25", "1" * 400)), 'as "loss", wanted float'),
+        (rewritten("conditions.json", lambda t: t.replace("61.5", "1" * 400)), 'as "seconds", wanted numbers'),
         (lambda f: (f / "records.jsonl").write_bytes(b"\xff"), r"reading .*records\.jsonl"),
     ],
 )
@@ -475,7 +479,11 @@ def test_a_page_needs_no_other_file_and_runs_no_other_script():
     assert not names & {"src", "href", "action", "style"}
     assert not {name for name in names if name.startswith("on")}
     (policy,) = (value for tag, name, value in found.attributes if name == "content" and "default-src" in value)
-    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    for tag in ("style", "script"):
+        (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert re.sub("'sha256-[^']*'", "#", policy) == "default-src 'none'; img-src data:; style-src #; script-src #"
     # One colour scheme for each, and the width of the device.
     assert "color-scheme: light dark" in text
     assert text.count("@media (prefers-color-scheme: dark)") == 2

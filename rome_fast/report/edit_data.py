@@ -13,7 +13,7 @@ from ..evaluation import EditMetrics, evaluate
 from ..opening.checkpoints import versions
 from ..records import Record
 from ..result import EditResult
-from .reading import read_lines, read_object
+from .reading import is_number, read_lines, read_object
 
 CONDITIONS_FILE, RECORDS_FILE = "conditions.json", "records.jsonl"
 
@@ -100,9 +100,9 @@ def read_run(directory: Path) -> EditRun:
     if conditions.get("kind") != _KIND:
         raise CheckpointError(f'{file}: got {conditions.get("kind")!r} as "kind", wanted {_KIND!r}; {_REMEDY}')
     seconds, nll = conditions.get("seconds"), conditions.get("context_nll")
-    if not isinstance(seconds, dict) or not all(map(_is_number, seconds.values())):
+    if not isinstance(seconds, dict) or not all(map(is_number, seconds.values())):
         raise CheckpointError(f'{file}: got {seconds!r} as "seconds", wanted numbers by stage; {_REMEDY}')
-    if nll is not None and not (isinstance(nll, dict) and all(_is_number(nll.get(name)) for name in _NLL)):
+    if nll is not None and not (isinstance(nll, dict) and all(is_number(nll.get(name)) for name in _NLL)):
         raise CheckpointError(f'{file}: got {nll!r} as "context_nll", wanted {", ".join(_NLL)}; {_REMEDY}')
     records = read_lines(directory / RECORDS_FILE, AskedRecord, _REMEDY)
     if not records:
@@ -146,7 +146,3 @@ def _asked(
         if progress is not None:
             progress(done + len(found), total)
     return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

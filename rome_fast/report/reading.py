@@ -1,6 +1,7 @@
 """JSON of a measurement, read back for its report: one error names file, line, field, what came and what was wanted."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -33,6 +34,12 @@ def read_lines(file: Path, kind: type[_Kind], remedy: str) -> list[_Kind]:
     return found
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a number, other than yes or no, that a float can hold."""
+    # Whole numbers have no bound in JSON; infinite ones and NaN are floats.
+    return isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
+
+
 def _text(file: Path, remedy: str) -> str | None:
     try:
         return file.read_text(encoding="utf-8")
@@ -58,9 +65,11 @@ def _filled(line: Mapping[str, Any], kind: type[_Kind], where: str, remedy: str)
     for field in fields(kind):  # type: ignore[arg-type]
         if field.name not in line and (field.default is not MISSING or field.default_factory is not MISSING):
             continue
-        value, wanted = line.get(field.name), field.type
-        if isinstance(value, int) and _fits(1.0, wanted):
-            value = float(value)  # a number without a fraction, or the yes or no of one prompt
+        value: Any = line.get(field.name)
+        wanted = field.type
+        # A number without a fraction, or the yes or no of one prompt.
+        if (isinstance(value, bool) or is_number(value)) and _fits(1.0, wanted):
+            value = float(value)
         if not _fits(value, wanted):
             name = getattr(wanted, "__name__", str(wanted))
             raise CheckpointError(f'{where}: got {value!r} as "{field.name}", wanted {name}; {remedy}')
@@ -77,5 +86,5 @@ def _fits(value: object, wanted: Any) -> bool:
     if origin is Literal:
         return value in parts
     if wanted is float:
-        return isinstance(value, int | float)
+        return is_number(value)
     return isinstance(value, wanted)
