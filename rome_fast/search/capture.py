@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from torch import Tensor
 from ..models.batches import is_out_of_memory
 
 Gradient = Callable[[], Tensor]
+T = TypeVar("T")
 
 
 class Recorder(Protocol):
     """Captures what works on tensors that stay where they are."""
 
-    def warm_up(self, work: Callable[[], Gradient]) -> Gradient:
+    def warm_up(self, work: Callable[[], T]) -> T:
         """Run it as it will be captured."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -30,13 +31,13 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, work: Callable[[], Gradient]) -> Gradient:
+    def warm_up(self, work: Callable[[], T]) -> T:
         usual = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(usual)
         with torch.cuda.stream(self.stream):
-            gradient = work()
+            found = work()
         usual.wait_stream(self.stream)
-        return gradient
+        return found
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -69,18 +70,19 @@ class Step:
             self._capture(self.recorder)
         if self._replays is not None:
             self._replays[0]()
-        elif self.recorder is not None and self._runs == 1:
-            self._gradient = self.recorder.warm_up(self._evaluate)
         else:
-            self._gradient = self._evaluate()
+            self._gradient = self._launch(self._evaluate)
 
     def move(self) -> None:
         """With the gradient where it was evaluated last."""
         if self._replays is not None:
             self._replays[1]()
         elif self._gradient is not None:
-            self._move(self._gradient())
-            self._gradient = None
+            gradient, self._gradient = self._gradient, None
+            self._launch(lambda: self._move(gradient()))
+
+    def _launch(self, work: Callable[[], T]) -> T:
+        return work() if self.recorder is None else self.recorder.warm_up(work)
 
     def _capture(self, recorder: Recorder) -> None:
         def evaluate() -> None:

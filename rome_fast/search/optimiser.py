@@ -12,6 +12,7 @@ from torch import Tensor
 from .values import Value, ValueSettings
 
 _MOVED_BY = 6  # evaluations, after which the loss of an edit has fallen, unless its decay holds it at zero
+_TINY = 1e-20  # in the place of a norm of zero
 
 
 class State:
@@ -29,7 +30,7 @@ class State:
         self.delta, self.first, self.second = rows(d), rows(d), rows(d)  # δ and its moments
         # In fp32, 1 - 0.999 would be wrong by 5e-5 of itself, and every update with it.
         self.steps = rows(1, dtype=torch.float64)  # of Adam
-        self.losses, self.led = rows(settings.most), rows()
+        self.losses, self.led = rows(settings.most + 1), rows()
         self.evaluations, self.drafted = rows(dtype=torch.int64), rows(dtype=torch.int64)
         self.held = rows(dtype=torch.int64)  # evaluations, the last ones, in which the target led in every row
         self.done = torch.ones_like(self.held, dtype=torch.bool)  # with the rows it has
@@ -54,43 +55,47 @@ class State:
         after the first), when it has had `most` evaluations, and when the loss is no number.
         """
         own_rule = self.settings.stop == "argmax"
-        decay, count, held = self.decay[edits], self.evaluations[edits], self.held[edits]
+        done, decay, count, held = self.done[edits], self.decay[edits], self.evaluations[edits], self.held[edits]
         loss = loss + decay * self.delta[edits].norm(dim=1)
-        turn = ~(self.done[edits] | self.judged[edits])
-        # Of an edit that is not judged, what is written is what was there.
-        place = torch.where(turn, count, 0)
-        self.losses[edits, place] = torch.where(turn, loss, self.losses[edits, place])
-        count, held = count + 1, torch.where(led == 1, held + 1, 0)
-        met = held > margin if own_rule else loss.double() < self.settings.stop_loss
-        done = met | ~loss.isfinite() | (count >= most)
-        for state, new in ((self.evaluations, count), (self.held, held), (self.led, led), (self.done, done)):
-            state[edits] = torch.where(turn, new, state[edits])
-        self.judged[edits] |= turn
+        turn = ~(done | self.judged[edits])
+        # Of an edit whose turn it is not, behind what is its history.
+        self.losses[edits, torch.where(turn, count, self.settings.most)] = loss
+        count = count + turn
+        held = torch.where(turn, (held + 1) * (led == 1), held)
+        going = held <= margin if own_rule else loss.double() >= self.settings.stop_loss
+        going = going & (loss.abs() < math.inf) & (count < most)
+        done = done | (turn & ~going)
+        self.evaluations[edits], self.held[edits], self.done[edits] = count, held, done
+        self.led[edits] = torch.where(turn, led, self.led[edits])
+        self.judged.index_fill_(0, edits, True)
         if own_rule:
-            stuck = turn & ~done & (count == _MOVED_BY) & (loss >= self.losses[edits, 0])
-            self.decay[edits] = torch.where(stuck, 0, decay)
-            for moment in (self.first, self.second, self.steps):
-                moment[edits] = torch.where(stuck.unsqueeze(1), 0, moment[edits])
-        return self.done[edits]
+            moves = ~(turn & going & (count == _MOVED_BY) & (loss >= self.losses[edits, 0]))
+            self.decay[edits] = decay * moves
+            self.steps[edits] = self.steps[edits] * moves.unsqueeze(1)
+        return done
 
     def move(self, edits: Tensor, gradient: Tensor) -> None:
         """One step of Adam (Kingma & Ba 2015) with the gradient (n, d) of the loss without decay, within the clamp."""
-        turn = (self.judged[edits] & ~self.done[edits]).unsqueeze(1)
-        delta, decay, limits = self.delta[edits], self.decay[edits], self.settings.clamp * self.v0_norms[edits]
+        judged, done = self.judged[edits], self.done[edits]
+        delta, steps = self.delta[edits], self.steps[edits]
         # The norm has no gradient at zero; autograd, which the released code uses, takes it as zero.
-        norms = delta.norm(dim=1)
-        gradient = gradient + torch.where(norms > 0, decay / norms, 0).unsqueeze(1) * delta
-        steps = self.steps[edits] + 1
-        first = self.first[edits].lerp(gradient, 0.1)
-        second = self.second[edits] * 0.999 + 0.001 * gradient**2
-        scale = second.sqrt() / (1 - 0.999**steps).sqrt().to(gradient.dtype) + 1e-8
-        moved = delta - (self.settings.learning_rate / (1 - 0.9**steps)).to(gradient.dtype) * first / scale
-        norms = moved.norm(dim=1)
-        moved *= torch.where(norms > limits, limits / norms, 1).unsqueeze(1)
-        new = ((self.delta, moved), (self.first, first), (self.second, second), (self.steps, steps))
-        for state, value in new:
-            state[edits] = torch.where(turn, value, state[edits])
-        self.judged[edits] &= ~turn.squeeze(1)
+        pull = self.decay[edits] / delta.norm(dim=1).clamp_min(_TINY)
+        gradient = torch.addcmul(gradient, pull.unsqueeze(1), delta)
+        begun = (steps > 0).to(delta.dtype)  # otherwise its moments are those of nothing, whatever is there
+        first, second = self.first[edits], self.second[edits]
+        new_first = (first * begun).lerp(gradient, 0.1)
+        new_second = (second * (0.999 * begun)).addcmul(gradient, gradient, value=0.001)
+        later = steps + 1
+        scale = new_second.sqrt() / (1 - 0.999**later).sqrt().to(delta.dtype) + 1e-8
+        moved = delta - (self.settings.learning_rate / (1 - 0.9**later)).to(delta.dtype) * new_first / scale
+        limits = self.settings.clamp * self.v0_norms[edits] / moved.norm(dim=1).clamp_min(_TINY)
+        moved = moved * limits.clamp_max(1).unsqueeze(1)
+        turn = (judged & ~done).unsqueeze(1)
+        self.delta[edits] = torch.where(turn, moved, delta)
+        self.first[edits] = torch.where(turn, new_first, first)
+        self.second[edits] = torch.where(turn, new_second, second)
+        self.steps[edits] = torch.where(turn, later, steps)
+        self.judged[edits] = judged & done
 
     def values(self) -> list[Value]:
         """What every edit has ended with."""
