@@ -1,6 +1,7 @@
 """Edits that take turns in slots, and steps that are captured, against a plain loop on the host."""
 
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,6 +17,7 @@ from rome_fast.models.rows import edit_rows, essence_row
 from rome_fast.models.runner import Runner
 from rome_fast.models.verification import verified
 from rome_fast.search import search, slots
+from rome_fast.search.capture import CudaRecorder
 from rome_fast.search.keys import ContextRow, run_to_layer
 from rome_fast.search.objective import Objective
 from rome_fast.search.search import Clock
@@ -315,6 +317,45 @@ def test_a_stage_within_another_counts_for_itself(monkeypatch):
     with clock("values"), clock("keys"):
         pass
     assert clock.seconds == {"keys": 2.0, "values": 8.0}
+
+
+def test_cuda_graphs_are_captured_on_a_stream_of_their_own_and_from_one_pool(monkeypatch):
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            said.append("replay")
+
+    @contextmanager
+    def block(name):
+        said.append(name)
+        yield
+        said.append("end")
+
+    usual, own = Stream("usual"), Stream("own")
+    fakes = {
+        "Stream": lambda _device: own,
+        "current_stream": lambda _device: usual,
+        "graph_pool_handle": lambda: "pool",
+        "stream": lambda stream: block(f"on {stream.name}"),
+        "CUDAGraph": Graph,
+        "graph": lambda _graph, pool, stream: block(f"capture from {pool} on {stream.name}"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    recorder = CudaRecorder(torch.device("cpu"))
+    assert recorder.warm_up(lambda: said.append("work") or 7) == 7
+    replay = recorder.capture(lambda: said.append("work"))
+    replay()
+    warm = ["own waits for usual", "on own", "work", "end", "usual waits for own"]
+    assert said == [*warm, "capture from pool on own", "work", "end", "replay"]
 
 
 @pytest.mark.parametrize("size", range(40))

@@ -10,7 +10,6 @@ rows, without a gradient: most are done then.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -69,63 +68,80 @@ def optimise_values(
     same number of rows with a target. Chunks are taken when there is room for them: at most `room` edits are optimised
     at once. `tell` is called with the number of edits done.
     """
-    mode = mode or usual_mode(runner)
     dtype = torch.promote_types(runner.dtype, torch.float32)
     state = State(edits, runner.hidden_size, settings, dtype, runner.device)
-    queue: Iterator[Chunk] | None = iter(chunks)
-    phases: list[_Phase] = []
-    entered = done = 0
+    done = 0
     with frozen_weights(runner.model):
-        while True:
-            while queue is not None and not (phases and phases[0].full):
-                chunk = next(queue, None)
-                if chunk is None:
-                    queue = None
-                    break
-                members = _members(chunk, entered, settings)
-                state.enter(sent(range(entered, entered + len(members)), torch.int64, runner.device), chunk.base_values)
-                entered += len(members)
-                phases = phases or _phases(runner, layer, state, mode, room or edits, drafts=members[0].all is not None)
-                phases[0].waiting += members
-            # Whoever is furthest goes first, as soon as there are enough of them.
-            for number, phase in reversed(list(enumerate(phases))):
-                more = queue is not None or any(earlier.busy for earlier in phases[:number])
-                if phase.busy and (phase.full or not more):
-                    break
+        search = _Search(runner, layer, state, mode or usual_mode(runner), room or edits, iter(chunks))
+        while turn := search.turn():
+            ended = search.step(*turn)
+            done += ended
+            if ended and tell is not None:
+                tell(done)
+        return state.values()
+
+
+class _Search:
+    """Edits on their way from the chunks through the phases."""
+
+    def __init__(
+        self, runner: Runner, layer: int, state: State, mode: Mode, room: int, chunks: Iterator[Chunk]
+    ) -> None:
+        self.runner, self.layer, self.state, self.mode, self.room = runner, layer, state, mode, room
+        self.chunks: Iterator[Chunk] | None = chunks  # None once all of them are taken
+        self.phases: list[_Phase] = []
+        self._taken = 0  # edits
+
+    def turn(self) -> tuple[int, bool] | None:
+        """The phase whose turn it is, and whether other edits may come to it yet; None when all edits are done.
+
+        It is that of those who are furthest, as soon as there are enough of them.
+        """
+        while self.chunks is not None and not (self.phases and self.phases[0].full):
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                self.chunks = None
             else:
-                return state.values()
-            left, ended = phase.step(more)
-            following = phases[number + 1 : number + 2]
-            if phase.drafts and left:
-                state.draft_ends(sent([member.edit for member in left], torch.int64, runner.device))
-                following[0].waiting += [replace(member.all, before=member.before) for member in left if member.all]
-            elif following:
-                following[0].waiting += [member for member, over in zip(left, ended, strict=True) if not over]
-            if not phase.drafts and any(ended):
-                done += sum(ended)
-                if tell is not None:
-                    tell(done)
+                self._take(chunk)
+        for number, phase in reversed(list(enumerate(self.phases))):
+            more = self.chunks is not None or any(earlier.busy for earlier in self.phases[:number])
+            if phase.busy and (phase.full or not more):
+                return number, more
+        return None
 
+    def step(self, number: int, more: bool) -> int:
+        """A step of a phase; how many edits are done with the last one."""
+        phase = self.phases[number]
+        left, ended = phase.step(more)
+        if phase.drafts and left:
+            self.state.draft_ends(sent([member.edit for member in left], torch.int64, self.runner.device))
+            self.phases[number + 1].waiting += [replace(m.all, before=m.before) for m in left if m.all is not None]
+            return 0
+        if not phase.moves:
+            self.phases[number + 1].waiting += [member for member, over in zip(left, ended, strict=True) if not over]
+        return sum(ended)
 
-def _members(chunk: Chunk, first: int, settings: ValueSettings) -> list[Member]:
-    """The edits of a chunk, numbered from `first` on, with the rows that they take their first steps on."""
-    starts = accumulate(map(len, chunk.rows), initial=0)
-    members = [
-        Member(first + i, rows, chunk.states, range(start, start + len(rows)))
-        for i, (rows, start) in enumerate(zip(chunk.rows, starts, strict=False))
-    ]
-    drafted = [draft_rows(rows, settings) for rows in chunk.rows]
-    return [member.some(chosen) if chosen else member for member, chosen in zip(members, drafted, strict=True)]
+    def _take(self, chunk: Chunk) -> None:
+        members, start = [], 0
+        for edit, rows in enumerate(chunk.rows, self._taken):
+            member = Member(edit, rows, chunk.states, range(start, start + len(rows)))
+            chosen = draft_rows(rows, self.state.settings)
+            members.append(member.some(chosen) if chosen else member)
+            start += len(rows)
+        edits = range(self._taken, self._taken + len(members))
+        self.state.enter(sent(edits, torch.int64, self.runner.device), chunk.base_values)
+        self._taken += len(members)
+        self.phases = self.phases or self._phases(drafts=members[0].all is not None)
+        self.phases[0].waiting += members
 
-
-def _phases(runner: Runner, layer: int, state: State, mode: Mode, room: int, *, drafts: bool) -> list["_Phase"]:
-    settings = state.settings
-    if not drafts:
-        return [_Phase(runner, layer, state, mode, room, settings.most, settings.margin)]
-    draft = _Phase(runner, layer, state, mode, room, settings.most - 1, settings.margin, drafts=True)
-    # A draft has had its margin of steps.
-    looks, last = (_Phase(runner, layer, state, mode, room, settings.most, 0, moves=moves) for moves in (False, True))
-    return [draft, looks, last] if mode.fixed else [draft, last]
+    def _phases(self, *, drafts: bool) -> list["_Phase"]:
+        settings, common = self.state.settings, (self.runner, self.layer, self.state, self.mode, self.room)
+        if not drafts:
+            return [_Phase(*common, settings.most, settings.margin)]
+        draft = _Phase(*common, settings.most - 1, settings.margin, drafts=True)
+        # A draft has had its margin of steps.
+        look, last = _Phase(*common, settings.most, 0, moves=False), _Phase(*common, settings.most, 0)
+        return [draft, look, last] if self.mode.fixed else [draft, last]
 
 
 class _Phase:
