@@ -305,7 +305,7 @@ def test_a_report_that_cannot_be_written_is_no_traceback(toy, capsys):
     assert "no/folder" in message
 
 
-VERBS = ("demo", "statistics", "edit", "evaluate", "revert", "bench", "profile")
+VERBS = ("demo", "statistics", "edit", "ledger", "evaluate", "revert", "bench", "profile")
 
 
 @pytest.mark.parametrize("verb", VERBS)

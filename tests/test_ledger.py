@@ -1,5 +1,6 @@
 """The ledger: one joint call in any number of parts, to the byte whatever came in between, and whole after any kill."""
 
+import errno
 import json
 import os
 import random
@@ -329,6 +330,22 @@ def test_a_torn_line_is_none_and_a_damaged_one_is_an_error(pool):
         log.write_bytes(b"".join(damaged))
         with pytest.raises(CheckpointError, match=r"log.jsonl, line \d: damaged, or not behind the line before it"):
             pool.entries()
+
+
+def test_a_full_disk_leaves_the_state_before(pool, monkeypatch):
+    write = os.write
+
+    def full(descriptor, data):
+        write(descriptor, bytes(data)[:40])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(CheckpointError, match=r"writing .*log.jsonl: No space left on device; free some space"):
+            pool.remove(subject="Apple")
+    assert asked(pool) == requests(OTHERS)
+    pool.remove(subject="Paris")
+    assert [event.kind for event in pool.log()] == ["add"] * 5 + ["replace", "remove"]
 
 
 def test_damaged_or_missing_values_are_an_error(pool, model, tokenizer):

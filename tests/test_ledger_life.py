@@ -149,6 +149,9 @@ def test_from_the_command_line(toy, capsys):
     run("ledger", "compact", "facts")
     assert capsys.readouterr().out.splitlines()[-1] == "facts: 3 edits, without a past"
 
+    for own in ("log.jsonl", "ledger.json", "values/000001.safetensors"):
+        if Path("facts", own).exists():
+            assert "is a file of the ledger facts" in fails(capsys, "ledger", "log", "facts", "--json", f"facts/{own}")
     assert "it is no ledger" in fails(capsys, "ledger", "list", "model")
     assert "wanted --out, --in-place, --lora or --delta" in fails(capsys, "ledger", "write", "facts")
     assert "which no entry has" in fails(capsys, "ledger", "remove", "facts", "abcd")

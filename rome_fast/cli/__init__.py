@@ -104,10 +104,11 @@ def _check_report(arguments: argparse.Namespace) -> None:
         for other in value if isinstance(value, list) else [value]:
             if name != "json" and isinstance(other, Path) and file.resolve() == other.resolve():
                 raise ArgumentError(f"json: {file} is what {name} names; choose another name")
-    folder = getattr(arguments, "model", None) or getattr(arguments, "directory", None)
-    # A model has JSON files of its own.
-    if folder and file.exists() and file.resolve().parent == Path(folder).resolve():
-        raise ArgumentError(f"json: {file} is a file of the model {folder}; choose another name")
+    model = getattr(arguments, "model", None) or getattr(arguments, "directory", None)
+    # Both have JSON files of their own.
+    for what, folder in (("model", model), ("ledger", getattr(arguments, "ledger", None))):
+        if folder and file.exists() and Path(folder).resolve() in file.resolve().parents:
+            raise ArgumentError(f"json: {file} is a file of the {what} {folder}; choose another name")
 
 
 def _write_json(file: Path, report: dict[str, Any]) -> None:
