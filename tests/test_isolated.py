@@ -23,7 +23,7 @@ from rome_fast import Edit
 from rome_fast.bench.flops import FlopCounter
 from rome_fast.edits import Probe
 from rome_fast.errors import ArgumentError
-from rome_fast.evaluation import RowUpdates, edited_perplexities, evaluate, score, sentence_perplexity
+from rome_fast.evaluation import RowUpdates, distractors, edited_perplexities, evaluate, score, sentence_perplexity
 from rome_fast.evaluation import isolated as module
 from rome_fast.models.runner import Runner
 from rome_fast.models.verification import verified
@@ -87,9 +87,14 @@ def one_by_one(model, deltas, measure):
 def assert_metrics_are_those_of_the_loop(model, tokenizer, deltas, allowed):
     """Every figure of every request; returns the metrics."""
     before, prefixes = all_bits(model), {"contexts": CONTEXTS, "unseen_contexts": ("Far away from here, ",)}
-    together = evaluate(model, tokenizer, REQUESTS, **prefixes, deltas=deltas)
+    distracting = distractors(REQUESTS)
+    together = evaluate(model, tokenizer, REQUESTS, **prefixes, distracting=distracting, deltas=deltas)
     assert not changed(model, before)
-    alone = one_by_one(model, deltas, lambda i: evaluate(model, tokenizer, [REQUESTS[i]], **prefixes)[0])
+
+    def measured(i):
+        return evaluate(model, tokenizer, [REQUESTS[i]], **prefixes, distracting=[distracting[i]])[0]
+
+    alone = one_by_one(model, deltas, measured)
     for mine, theirs in zip(together, alone, strict=True):
         for field in fields(mine):
             got, wanted = getattr(mine, field.name), getattr(theirs, field.name)
