@@ -14,7 +14,7 @@ adapters and trained weights are not passed over.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,10 @@ class LikeLlama:
 
     asked: Asked  # of attention
     activation: str  # a name of `kernels.gated_activation`
+
+    def of_layer(self, layer: int) -> "LikeLlama":
+        """The same of another layer."""
+        return replace(self, asked=self.asked._replace(layer=layer))
 
 
 class _Norm(NamedTuple):

@@ -249,7 +249,7 @@ class Runner:
         calls = self._arguments(hidden, positions, mask)
 
         def run_layer(layer: int, hidden: Tensor) -> Tensor:
-            if self.stream is not None:
+            if self.stream is not None and past is not None and past.fused:
                 # One after the other, which gives the same to the bit.
                 self.stream.take(layer)
                 out = self._run_fused(hidden, layer, layer + 1, positions, mask, past)

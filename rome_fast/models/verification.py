@@ -319,31 +319,39 @@ def _past_error(
     shares = shares and all(exact)
     past = replace(joined, apart=True)
     found: dict[int, LikeLlama] = {}
-    kinds: dict[Any, bool] = {}
-    try:
-        apart = shares
-        for layer in layers if shares else ():
-            apart = apart and missed(layer, past)[1]
-            asked = attention.asked_last()
-            streamed = runner.stream is not None
-            like = None if asked is None else fused.like_llama(runner.layers[layer], asked, streamed=streamed)
-            if like is not None:
+    kinds: dict[tuple[type, ...], LikeLlama] = {}  # what the last layer of these modules was found to be
+
+    def together(layer: int, like: LikeLlama, *, compared: bool) -> bool:
+        """Whether a layer can be run so; its gradient is looked at where that of another one was not `compared`."""
+        alone, module = replace(past, fused={layer: like}), runner.layers[layer]
+        streamed = runner.stream is not None
+        try:
+            if fused.layers_like_llama(alone.fused, [module], layer, runner.dtype, streamed=streamed) is None:
+                return False
+            return missed(layer, alone)[1] and (compared or not differs(layer, alone))
+        except _FAULTS as fault:
+            _pass_on(fault)
+            return False
+
+    def attends(layer: int) -> bool:
+        """Whether attention of a layer is right apart, or that of all of it as it is run together."""
+        kind = tuple(map(type, runner.layers[layer].modules()))
+        if kind in kinds:
+            like = kinds[kind].of_layer(layer)
+            if together(layer, like, compared=True):
                 found[layer] = like
+                return True
+        apart, asked = missed(layer, past)[1], attention.asked_last()
+        heard = None if asked is None else fused.like_llama(runner.layers[layer], asked, streamed=bool(runner.stream))
+        if heard is not None and heard == heard.of_layer(layer) and together(layer, heard, compared=False):
+            found[layer] = kinds[kind] = heard
+        return apart
+
+    try:
+        apart = shares and all(map(attends, layers))
     except _FAULTS as fault:
         _pass_on(fault)
         apart = False
-    for layer, like in list(found.items()) if apart else ():
-        together = replace(past, fused={layer: like})
-        kind = replace(like, asked=like.asked._replace(layer=0)), tuple(map(type, runner.layers[layer].modules()))
-        try:
-            if kind not in kinds:
-                kinds[kind] = not differs(layer, together)
-            wrong = not (kinds[kind] and missed(layer, together)[1])
-        except _FAULTS as fault:
-            _pass_on(fault)
-            wrong = True
-        if wrong:
-            del found[layer]
     return float(max(errors)), shares, apart, found if apart else {}
 
 
