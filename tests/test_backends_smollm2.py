@@ -105,10 +105,12 @@ def in_the_interpreter(out):
     """Write what triton's interpreter finds, with few and large tiles: it takes about as long for small ones."""
     from rome_fast.kernels import configs
 
+    from rome_fast.models import fused
+
     configs.SECOND_MOMENT[configs.OTHER] = configs.Tile(512, 512, 512, warps=4, stages=1, descriptors=False)
     configs.PREPARE_BLOCK = configs.ADD_BLOCK = (512, 512)
     configs.RANK_UPDATE_BLOCK = (256, 512)
-    configs.ROTATED_BLOCK, configs.GATED_BLOCK = 4096, 1 << 16
+    fused.ENABLED = False  # norms and rotations are a program for every position, which takes ten minutes here
     save_file(edited_by_the_backend_in_force(), out)
 
 
