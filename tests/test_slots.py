@@ -1,8 +1,10 @@
 """Edits that take turns in slots, and steps that are captured, against a plain loop on the host."""
 
+import math
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -279,35 +281,52 @@ def test_slots_that_do_not_fit_are_halved(in_slots, toy_tokenizers, monkeypatch)
     assert relative_error(delta_w(got), delta_w(wanted)) < rounding_of_edit(torch.float64, wanted.condition)
 
 
-def test_requests_share_slots_as_long_as_half_of_them_fit(monkeypatch):
-    @dataclass
-    class Shape:
-        suffix: int
-        before: int = 10
-        middle: int = 4
-        scored: int = 5
-        rows: tuple[int, ...] = (0,) * 5
+@dataclass
+class Asked:
+    suffix: int
+    before: int = 10
+    middle: int = 4
+    scored: int = 5
+    rows: tuple[int, ...] = (0,) * 5
 
+
+def test_as_many_slots_are_shared_as_cost_least(monkeypatch):
+    """Against all ways of parting requests where their length changes, with room for 200 positions."""
     sizer = BatchSizer(Runner(toy_model("gpt2")), LAYER)
     monkeypatch.setattr("rome_fast.models.batches.free_memory", lambda _device: 1 << 40)
-    monkeypatch.setitem(batches._MOST_POSITIONS, "cpu", 5 * 100)
-    # 50 edits of 2 positions fit, 33 of 3, 25 of 4, and 20 of 5.
-    waiting = [Shape(n) for n in (2, 3, 4, 5) for _ in range(40)]
-    assert sizer.share(waiting) == (120, 25)
-    assert sizer.share(waiting[40:]) == (120, 20)
-    assert sizer.share(waiting[::20]) == (8, 8)
-    found = [(len(places), room) for places, room in in_turn(sizer, waiting)]
-    assert found == [(120, 25), (40, 20)]
-    assert sizer.share([Shape(2), Shape(2, scored=4)]) == (1, 1)
-    with sizer.halving(33):
-        raise MemoryError
-    assert sizer.share(waiting[:40]) == (40, 16)
-    # By memory: an edit of two rows as long as the longest takes twice what one row does.
-    monkeypatch.setitem(batches._MOST_POSITIONS, "cpu", 1 << 30)
-    sizer.limit = None
+    monkeypatch.setitem(batches._MOST_POSITIONS, "cpu", 5 * 200)
+    lengths = [2] * 30 + [3] * 7 + [4] * 20 + [8] * 2
+    ends = [30, 37, 57, 59]
+
+    def cost(cuts, fixed):
+        total = 0.0
+        for start, end in pairwise((0, *cuts, 59)):
+            total += fixed * math.ceil((end - start) / min(200 // lengths[end - 1], end - start))
+            total += 0.5 * 5 * (end - start) * lengths[end - 1]
+        return total
+
+    parted = set()
+    for fixed in (0.0, 20.0, 60.0, 1e6):
+        monkeypatch.setitem(batches._FIXED_POSITIONS, "cpu", fixed)
+        found = list(in_turn(sizer, [Asked(n) for n in lengths]))
+        cuts = [places[-1] + 1 for places, _ in found][:-1]
+        ways = [some for count in range(4) for some in combinations(ends[:-1], count)]
+        assert cost(cuts, fixed) == min(cost(way, fixed) for way in ways)
+        assert [room for _, room in found] == [min(200 // lengths[p[-1]], len(p)) for p, _ in found]
+        parted.add(len(found))
+    assert len(parted) > 1
+
+
+def test_slots_are_as_many_as_fit(monkeypatch):
+    sizer = BatchSizer(Runner(toy_model("gpt2")), LAYER)
     needed = sizer._row_bytes(4, 10, 4, copies=batches._COPIES)
     monkeypatch.setattr("rome_fast.models.batches.free_memory", lambda _device: 5 * 7.5 * needed / batches._SHARE)
-    assert sizer.share([Shape(4)] * 9) == (9, 7)
+    assert sizer.share([Asked(4)] * 9) == (9, 7)
+    with sizer.halving(7):
+        raise MemoryError
+    assert sizer.share([Asked(4)] * 9) == (9, 3)
+    # Other numbers of rows with a target have other slots.
+    assert sizer.share([Asked(4), Asked(4, scored=4)]) == (1, 1)
 
 
 def test_a_stage_within_another_counts_for_itself(monkeypatch):

@@ -28,7 +28,7 @@ from ..models.verification import Verified, take_for_verified, verified
 from ..opening.defaults import default_layer, default_settings
 from ..search.requests import Request, tokenise
 from ..search.search import Clock
-from ..search.slots import Mode, rounded_up
+from ..search.slots import Mode
 from ..search.values import ValueSettings, draft_rows
 from .launches import Part, Recorder, Stretch, recording
 from .shapes import CONTEXTS, random_model, shape_config, small_model
@@ -234,7 +234,6 @@ def _batch(
     look = draft.pop() if len(draft) == 3 else []
     (_, contexts, own) = keys
     step_of_layer = [part.stretches for part in of_layer if part.stage == "values"][-3]
-    suffix = max(request.suffix for request in group)
 
     def padded(rows: Sequence[Sequence[object]]) -> int:
         return len(rows) * max(map(len, rows)) if slots else sum(map(len, rows))
@@ -243,7 +242,7 @@ def _batch(
         edits=len(group),
         rows=padded([request.rows for request in group]),
         draft_rows=padded(drafted),
-        suffix=rounded_up(suffix) if slots else suffix,
+        suffix=max(request.suffix for request in group),
         contexts=contexts,
         keys=own,
         draft_first=draft[0] if draft else [],

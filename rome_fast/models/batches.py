@@ -84,26 +84,35 @@ class BatchSizer:
         return sizes[0]
 
     def share(self, waiting: Sequence[Shaped]) -> tuple[int, int]:
-        """How many of the waiting requests, in their order, are to share slots, and how many slots for them fit.
+        """How many of the waiting requests, in their order, are to take turns in the same slots, and in how many.
 
-        As many as leave room for half of the slots at least that they would fill if all were as short as the first.
+        Of the ways of parting the requests by their length, the one that costs least is taken, as by `choose`; but here
+        slots are as many as fit at most, and are given to as many requests as there are.
         """
         budget, planned = self._budget(), self._planned(waiting)
+        fixed = _FIXED_POSITIONS.get(_kind(self.runner.device), _FIXED_POSITIONS["cpu"])
+        # Where the length changes, and the end.
+        ends = [i for i in range(1, len(planned)) if planned[i].suffix != planned[i - 1].suffix] + [len(planned)]
+        best = {len(planned): (0.0, 0, 0)}  # by the first request: cost of all from there on, count and slots
+        for start in reversed([0, *ends[:-1]]):
+            found = []
+            for end in (end for end in ends if end > start):
+                room, positions = self._room(planned[start:end], budget)
+                cost = fixed * -(-(end - start) // room) + _SHARE_OF_ROWS * positions * (end - start)
+                found.append((cost + best[end][0], end - start, room))
+            best[start] = min(found)
+        _, count, room = best[0]
+        self._needed = self._bytes(planned[:count], copies=_COPIES) // count
+        return count, room
+
+    def _room(self, some: Sequence[Shaped], budget: float) -> tuple[int, int]:
+        """How many slots for requests like these fit, as many as there are at most, and positions of one, padded."""
+        suffix, before, middle = (max(getattr(r, name) for r in some) for name in ("suffix", "before", "middle"))
+        rows = max(len(request.rows) for request in some)
+        positions = rows * (before + suffix if self.whole else suffix)
         most = _MOST_POSITIONS.get(_kind(self.runner.device), _ENOUGH_POSITIONS)
-        rooms: list[int] = []
-        suffix = before = middle = rows = needed = 0
-        for request in planned:
-            suffix, before = max(suffix, request.suffix), max(before, request.before)
-            middle, rows = max(middle, request.middle), max(rows, len(request.rows))
-            size = rows * self._row_bytes(suffix, before, middle, copies=_COPIES)
-            room = int(min(budget / size, most / (rows * (before + suffix if self.whole else suffix))))
-            room = max(1, min(room, len(planned) if self.limit is None else min(self.limit, len(planned))))
-            if rooms and 2 * room < rooms[0]:
-                break
-            rooms.append(room)
-            needed = size
-        self._needed = needed
-        return len(rooms), min(rooms[-1], len(rooms))
+        fit = min(budget / (rows * self._row_bytes(suffix, before, middle, _COPIES)), most / positions, len(some))
+        return max(1, int(fit) if self.limit is None else min(int(fit), self.limit)), positions
 
     def _budget(self) -> float:
         """Bytes."""
@@ -132,9 +141,9 @@ class BatchSizer:
                 return
             yield positions
 
-    def _bytes(self, batch: Sequence[Shaped]) -> int:
-        longest = (max(getattr(r, name) for r in batch) for name in ("suffix", "before", "middle"))
-        return sum(len(request.rows) for request in batch) * self._row_bytes(*longest)
+    def _bytes(self, batch: Sequence[Shaped], copies: int = 1) -> int:
+        suffix, before, middle = (max(getattr(r, name) for r in batch) for name in ("suffix", "before", "middle"))
+        return sum(len(request.rows) for request in batch) * self._row_bytes(suffix, before, middle, copies)
 
     @contextmanager
     def halving(self, size: int) -> Iterator[None]:

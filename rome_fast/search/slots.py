@@ -233,14 +233,24 @@ class _Phase:
         return [self.waiting.popleft() for _ in range(min(most, len(self.waiting)))]
 
     def _padded(self, members: Sequence[Member], count: int) -> Shape:
-        """A shape that these members fit into, no smaller than the last one but for the number of slots."""
+        """A shape that these members fit into, no smaller than the last one but for the number of slots.
+
+        Where steps are captured it is one of a few, since each has to be captured anew.
+        """
         rows = max(len(member.rows) for member in (*members, *self.waiting))
-        found = rows, *(rounded_up(max(getattr(m, name) for m in members)) for name in ("targets", "width", "middle"))
+        targets, width, middle = (max(getattr(m, name) for m in members) for name in ("targets", "width", "middle"))
+        if self._captured(count * rows, width):
+            width = rounded_up(width)
+        found = rows, rounded_up(targets), width, rounded_up(middle)
         if self._work is not None:
             last = self._work.objective.shape
             found = tuple(map(max, found, (last.rows[0], last.targets[0], last.width, last.middle)))
         rows, targets, width, middle = found
         return Shape((rows,) * count, (targets,) * count, width, middle)
+
+    def _captured(self, rows: int, width: int) -> bool:
+        """Whether steps on so many positions are to be captured."""
+        return self.moves and self.mode.recorder is not None and rows * width <= CAPTURED_POSITIONS
 
     def _numbers(self) -> Tensor:
         """(slots,) int64: the row of each slot's edit in the state."""
@@ -266,8 +276,8 @@ class _Phase:
         def move(gradient: Tensor) -> None:
             self.state.move(edits, gradient)
 
-        small = self.moves and sum(shape.rows) * shape.width <= CAPTURED_POSITIONS
-        self._work = _Work(objective, Step(evaluate, move, objective.renew, self.mode.recorder if small else None))
+        recorder = self.mode.recorder if self._captured(sum(shape.rows), shape.width) else None
+        self._work = _Work(objective, Step(evaluate, move, objective.renew, recorder))
         return self._work
 
 
