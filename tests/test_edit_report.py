@@ -258,19 +258,24 @@ def test_a_run_without_measures_says_so(toy):
     assert {row["kind"] for row in found.rows} <= {"made, not asked", "answers, met in part"}
 
 
-def test_a_model_has_its_edit_afterwards_as_before(toy_tokenizers):
-    model, edits = toy_model("llama"), [START, MIDDLE]
+def test_a_model_has_its_edit_afterwards_as_before(toy_tokenizers, monkeypatch):
+    monkeypatch.setattr("rome_fast.report.edit_data._TOGETHER", 1)
+    model, edits = toy_model("llama"), [MIDDLE, START]
     result = edited(model, toy_tokenizers[True], edits, measure=True)
     bits, counted = all_bits(model), []
     run = asked_run(result, edits, {"made_by": "a test"}, lambda done, total: counted.append((done, total)))
     assert changed(model, bits) == []
-    assert counted == [(2, 4), (4, 4)]
+    assert counted == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    # The shorter one was asked first.
+    answers = [m.answer for m in evaluate(model, toy_tokenizers[True], edits)]
+    assert [r.answer_after for r in run.records] == answers
+    assert answers[0] != answers[1]
     assert run.conditions["made_by"] == "a test"
     assert run.conditions["model"] == ""
     result.revert()
     assert result.delta.is_applied is False
     with pytest.raises(ArgumentError, match="edits: got others than those of the result"):
-        asked_run(result, [MIDDLE, START])
+        asked_run(result, [START, MIDDLE])
 
 
 def test_probes_of_an_edit_are_not_asked(toy_tokenizers, monkeypatch):

@@ -19,7 +19,7 @@ CONDITIONS_FILE, RECORDS_FILE = "conditions.json", "records.jsonl"
 
 _KIND = "edit run"
 _REMEDY = "give a folder that rome-fast edit --report wrote, or make the edit again"
-_TOGETHER = 32  # edits asked at a time
+_TOGETHER = 64  # edits asked at a time
 _NLL = ("before", "after", "origin", "since_origin")
 
 
@@ -140,9 +140,14 @@ def _asked(
 ) -> list[EditMetrics]:
     if result.tokenizer is None:
         raise ArgumentError("result: it has no tokenizer, without which its model cannot be asked")
-    found: list[EditMetrics] = []
+    # Texts of one length go on together, and those whose targets are of one length as well.
+    texts = result.tokenizer([text for e in edits for text in (e.text, e.boundary + e.target)])["input_ids"]
+    order = sorted(range(len(edits)), key=lambda i: (len(texts[2 * i]), len(texts[2 * i + 1])))
+    found: dict[int, EditMetrics] = {}
     for start in range(0, len(edits), _TOGETHER):
-        found += evaluate(result.model, result.tokenizer, edits[start : start + _TOGETHER], contexts)
+        some = order[start : start + _TOGETHER]
+        metrics = evaluate(result.model, result.tokenizer, [edits[i] for i in some], contexts)
+        found.update(zip(some, metrics, strict=True))
         if progress is not None:
             progress(done + len(found), total)
-    return found
+    return [found[i] for i in range(len(edits))]

@@ -72,8 +72,9 @@ def _share_bare(run: EditRun) -> Figure | str:
         return f"{title}: the run has none, as for subjects that begin the prompt where every row has a context."
     few = sum(share < ENOUGH_BARE for share in shares)
     caption = f"Median {number(median(shares))}; {few} of {len(shares)} below {ENOUGH_BARE:g} (dashed), too little."
-    high = max(1.0, math.ceil(max(shares) * 2) / 2)
-    low = min(0.0, math.floor(min(shares) * 2) / 2)
+    # To the next half, beyond rounding.
+    high = max(1.0, math.ceil(max(shares) * 2 - 0.01) / 2)
+    low = min(0.0, math.floor(min(shares) * 2 + 0.01) / 2)
     mark = [(ENOUGH_BARE, f"below {ENOUGH_BARE:g} no edit was seen to answer")]
     return title, histogram(f"{title}: {caption}", "share of δ", {"edits": shares}, low, high, mark), caption
 

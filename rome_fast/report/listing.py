@@ -98,7 +98,7 @@ _NARROW = """\
 .list thead tr { display: flex; flex-wrap: wrap; gap: 0.5rem; }
 .list thead th { width: auto !important; border: 1px solid var(--line); }
 .list tbody tr { display: grid; grid-template-columns: 1fr 1fr; padding: 0.5rem 0; }
-.list tbody tr { border-bottom: 2px solid var(--rule); }
+.list tbody tr { border-bottom: 2px solid var(--rule); content-visibility: auto; contain-intrinsic-size: auto 22rem; }
 .list td { border: 0; text-align: left; padding: 0.15rem 0.5rem; }
 .list td.text { grid-column: 1 / 3; }
 .list td::before { display: block; color: var(--faint); font-size: 0.75rem; }
