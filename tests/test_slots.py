@@ -1,5 +1,6 @@
 """Edits that take turns in slots, and steps that are captured, against a plain loop on the host."""
 
+import itertools
 import math
 import random
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from rome_fast.models.rows import edit_rows, essence_row
 from rome_fast.models.runner import Runner
 from rome_fast.models.verification import verified
 from rome_fast.search import search, slots
-from rome_fast.search.capture import CudaRecorder
+from rome_fast.search.capture import CudaRecorder, Step
 from rome_fast.search.keys import ContextRow, run_to_layer
 from rome_fast.search.objective import Objective
 from rome_fast.search.search import Clock
@@ -96,7 +97,8 @@ def assert_same(got, wanted, allowed=None):
 
 @pytest.fixture
 def as_captured(monkeypatch):
-    """transformers and our ops ask a GPU nothing while a graph is captured."""
+    """Steps are captured at once; transformers and our ops ask a GPU nothing meanwhile."""
+    monkeypatch.setattr("rome_fast.search.capture.CAPTURE_SECONDS", 0)
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
     monkeypatch.setattr("rome_fast.kernels.ops._may_read", lambda *_: False)
 
@@ -195,6 +197,7 @@ def test_a_step_asks_the_host_nothing(toy_tokenizers, as_captured, monkeypatch):
             found.by(replace(FIXED, recorder=Taped()), 3, WITHOUT_DRAFT)
 
 
+@pytest.mark.usefixtures("as_captured")
 def test_where_capture_fails_steps_are_launched_one_operator_after_the_other(toy_tokenizers):
     class Failing(Taped):
         def capture(self, work):
@@ -207,6 +210,7 @@ def test_where_capture_fails_steps_are_launched_one_operator_after_the_other(toy
     assert_same(got, wanted)
 
 
+@pytest.mark.usefixtures("as_captured")
 def test_a_capture_that_runs_out_of_memory_is_passed_on(toy_tokenizers):
     class Full(Taped):
         def capture(self, work):
@@ -217,6 +221,23 @@ def test_a_capture_that_runs_out_of_memory_is_passed_on(toy_tokenizers):
         found.by(replace(FIXED, recorder=Full()), 2, SETTINGS)
 
 
+def test_a_step_is_captured_once_launching_it_has_taken_as_long(monkeypatch):
+    """By a clock that goes on by a tenth of a second at each look, so that each half of a step has taken as much."""
+    now = itertools.count()
+    monkeypatch.setattr("rome_fast.search.capture.time.perf_counter", lambda: next(now) / 10)
+    monkeypatch.setattr("rome_fast.search.capture.CAPTURE_SECONDS", 0.55)
+    counter, graphs = torch.zeros(1), Taped()
+    step = Step(lambda: lambda: torch.ones(1), lambda gradient: counter.add_(gradient), lambda: None, graphs)
+    found = []
+    for _ in range(5):
+        step.evaluate()
+        step.move()
+        found.append((graphs.captured, float(counter)))
+    # After three steps of two halves, 0.6 s.
+    assert found == [(0, 1), (0, 2), (0, 3), (2, 4), (2, 5)]
+
+
+@pytest.mark.usefixtures("as_captured")
 def test_a_large_step_is_not_captured(toy_tokenizers, monkeypatch):
     monkeypatch.setattr(slots, "CAPTURED_POSITIONS", 0)
     graphs = Taped()

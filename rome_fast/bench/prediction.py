@@ -14,6 +14,7 @@ solves; the first use of a shape.
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ..errors import ArgumentError
 from ..methods import method_named
 from ..opening import checkpoints
 from ..runs.terminal import show
+from ..search.capture import CAPTURE_SECONDS
 from ..search.slots import CAPTURED_POSITIONS
 from .counting import Batch, Call, count_call
 from .launches import KINDS, Launches, Stretch, launched
@@ -123,26 +125,33 @@ class Phase(NamedTuple):
     evaluations: int
 
 
-def predict(calls: Sequence[Call], gpu: Gpu, rule: Rule, *, captured: float = 0) -> dict[str, float]:
-    """Seconds per edit of every stage, and of all together. Steps of at most `captured` positions are captured."""
+def predict(
+    calls: Sequence[Call], gpu: Gpu, rule: Rule, *, captured: float = 0, patience: float = 0
+) -> dict[str, float]:
+    """Seconds per edit of every stage, and of all together.
+
+    Steps of at most `captured` positions are captured, once launching them has taken `patience` seconds of the host.
+    """
     batches = [batch for call in calls for batch in call.batches]
     stages = {
         "contexts": sum(gpu.eager(call.batches[0].contexts) for call in calls),
         "keys": sum(gpu.eager(batch.keys) for batch in batches),
-        "values": sum(_values_seconds(batch, gpu, rule, captured) for batch in batches),
+        "values": sum(_values_seconds(batch, gpu, rule, captured, patience) for batch in batches),
         "update": sum(gpu.eager(batch.update) for batch in batches),
     }
     edits = sum(call.edits for call in calls)
     return {stage: seconds / edits for stage, seconds in (stages | {"all": sum(stages.values())}).items()}
 
 
-def _values_seconds(batch: Batch, gpu: Gpu, rule: Rule, captured: float) -> float:
-    """The second evaluation is captured, where there is a third one to gain by it."""
+def _values_seconds(batch: Batch, gpu: Gpu, rule: Rule, captured: float, patience: float) -> float:
+    """The second evaluation or a later one is captured, where there is a further one to gain by it."""
     total = 0.0
     for rows, first, step, evaluations in rule.parts(batch):
-        if evaluations > 2 and rows * batch.suffix <= captured:
-            total += gpu.eager(first) + gpu.launch_seconds * launched(step) + gpu.capture_seconds
-            total += (evaluations - 1) * gpu.busy(step)
+        launching = gpu.launch_seconds * launched(step)
+        eager = max(1, math.ceil(patience / launching)) if launching else evaluations
+        if evaluations > eager + 1 and rows * batch.suffix <= captured:
+            total += gpu.eager(first) + (eager - 1) * gpu.eager(step) + launching + gpu.capture_seconds
+            total += (evaluations - eager) * gpu.busy(step)
         else:
             total += gpu.eager(first) + (evaluations - 1) * gpu.eager(step)
     return total
@@ -246,7 +255,7 @@ def run_prediction(arguments: argparse.Namespace, edits: Sequence[Edit]) -> dict
                 "drafted": rule.drafted,
                 "seconds_per_edit": {
                     "eager": predict(calls, gpu, rule),
-                    "captured": predict(calls, gpu, rule, captured=CAPTURED_POSITIONS),
+                    "captured": predict(calls, gpu, rule, captured=CAPTURED_POSITIONS, patience=CAPTURE_SECONDS),
                 },
                 **totals(calls, gpu, rule),
             }

@@ -1,5 +1,6 @@
 """A step in two halves, loss and update, run operator by operator or captured in CUDA graphs and replayed."""
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 from ..models.batches import is_out_of_memory
+
+CAPTURE_SECONDS = 0.35
+"""What a capture costs beyond the launches in it: an H200's, as fitted in `rome_fast/bench/gpus/h200.json`."""
 
 Gradient = Callable[[], Tensor]
 T = TypeVar("T")
@@ -47,9 +51,10 @@ class CudaRecorder:
 
 
 class Step:
-    """`evaluate` returns the gradient on call, `move` takes it. Captured when it is run for the second time.
+    """`evaluate` returns the gradient on call, `move` takes it; captured once launching it has taken as long as that.
 
-    The first time is the warm-up that libraries need which allocate something when they are first called.
+    So what is lost is at most as much again as the best choice would have cost, however many steps there will be. The
+    first time it is run is the warm-up that libraries need which allocate something when they are first called.
     """
 
     def __init__(
@@ -60,13 +65,14 @@ class Step:
         recorder: Recorder | None,
     ) -> None:
         self._evaluate, self._move, self._renew, self.recorder = evaluate, move, renew, recorder
+        self._launched = 0.0  # seconds of the host
         self._runs = 0
         self._gradient: Gradient | None = None
         self._replays: tuple[Callable[[], None], Callable[[], None]] | None = None
 
     def evaluate(self) -> None:
         self._runs += 1
-        if self.recorder is not None and self._runs == 2:
+        if self.recorder is not None and self._replays is None and self._runs > 1 and self._launched >= CAPTURE_SECONDS:
             self._capture(self.recorder)
         if self._replays is not None:
             self._replays[0]()
@@ -82,7 +88,12 @@ class Step:
             self._launch(lambda: self._move(gradient()))
 
     def _launch(self, work: Callable[[], T]) -> T:
-        return work() if self.recorder is None else self.recorder.warm_up(work)
+        if self.recorder is None:
+            return work()
+        start = time.perf_counter()
+        found = self.recorder.warm_up(work)
+        self._launched += time.perf_counter() - start
+        return found
 
     def _capture(self, recorder: Recorder) -> None:
         def evaluate() -> None:
