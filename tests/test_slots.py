@@ -237,6 +237,21 @@ def test_a_step_is_captured_once_launching_it_has_taken_as_long(monkeypatch):
     assert found == [(0, 1), (0, 2), (0, 3), (2, 4), (2, 5)]
 
 
+def test_a_step_is_not_captured_for_the_last_few_times(monkeypatch):
+    """Steps of 0.2 s: two more would take 0.4."""
+    now = itertools.count()
+    monkeypatch.setattr("rome_fast.search.capture.time.perf_counter", lambda: next(now) / 10)
+    monkeypatch.setattr("rome_fast.search.capture.CAPTURE_SECONDS", 0.55)
+    graphs = Taped()
+    step = Step(lambda: lambda: torch.ones(1), lambda gradient: None, lambda: None, graphs)
+    for left in (5, 4, 3, 2, 1):
+        step.evaluate(left)
+        step.move()
+    assert graphs.captured == 0
+    step.evaluate(3)
+    assert graphs.captured == 2
+
+
 @pytest.mark.usefixtures("as_captured")
 def test_a_large_step_is_not_captured(toy_tokenizers, monkeypatch):
     monkeypatch.setattr(slots, "CAPTURED_POSITIONS", 0)

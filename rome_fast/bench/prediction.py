@@ -130,7 +130,8 @@ def predict(
 ) -> dict[str, float]:
     """Seconds per edit of every stage, and of all together.
 
-    Steps of at most `captured` positions are captured, once launching them has taken `patience` seconds of the host.
+    Steps of at most `captured` positions are captured, once launching them has taken `patience` seconds of the host, if
+    those that are left would take as many again.
     """
     batches = [batch for call in calls for batch in call.batches]
     stages = {
@@ -149,7 +150,8 @@ def _values_seconds(batch: Batch, gpu: Gpu, rule: Rule, captured: float, patienc
     for rows, first, step, evaluations in rule.parts(batch):
         launching = gpu.launch_seconds * launched(step)
         eager = max(1, math.ceil(patience / launching)) if launching else evaluations
-        if evaluations > eager + 1 and rows * batch.suffix <= captured:
+        worth = evaluations > eager + 1 and (evaluations - eager) * launching >= patience
+        if worth and rows * batch.suffix <= captured:
             total += gpu.eager(first) + (eager - 1) * gpu.eager(step) + launching + gpu.capture_seconds
             total += (evaluations - eager) * gpu.busy(step)
         else:

@@ -1,5 +1,6 @@
 """A step in two halves, loss and update, run operator by operator or captured in CUDA graphs and replayed."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -51,10 +52,11 @@ class CudaRecorder:
 
 
 class Step:
-    """`evaluate` returns the gradient on call, `move` takes it; captured once launching it has taken as long as that.
+    """`evaluate` returns the gradient on call, `move` takes it.
 
-    So what is lost is at most as much again as the best choice would have cost, however many steps there will be. The
-    first time it is run is the warm-up that libraries need which allocate something when they are first called.
+    It is captured once launching it has taken as long as a capture does, if it may take as long again: what is lost is
+    then no more than the best choice would have cost, however many steps follow. The first time it is run is the
+    warm-up that libraries need which allocate something when they are first called.
     """
 
     def __init__(
@@ -70,14 +72,19 @@ class Step:
         self._gradient: Gradient | None = None
         self._replays: tuple[Callable[[], None], Callable[[], None]] | None = None
 
-    def evaluate(self) -> None:
-        self._runs += 1
-        if self.recorder is not None and self._replays is None and self._runs > 1 and self._launched >= CAPTURE_SECONDS:
+    def evaluate(self, left: float = math.inf) -> None:
+        """With at most so many evaluations left, this one included."""
+        if self.recorder is not None and self._replays is None and self._pays(left):
             self._capture(self.recorder)
+        self._runs += 1
         if self._replays is not None:
             self._replays[0]()
         else:
             self._gradient = self._launch(self._evaluate)
+
+    def _pays(self, left: float) -> bool:
+        launched = self._launched
+        return self._runs > 0 and launched >= CAPTURE_SECONDS and launched / self._runs * left >= CAPTURE_SECONDS
 
     def move(self) -> None:
         """With the gradient where it was evaluated last."""

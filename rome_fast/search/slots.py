@@ -7,6 +7,7 @@ once that counts there, and a captured step has a fixed shape. Between the phase
 rows, without a gradient: most are done then.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -165,6 +166,7 @@ class _Phase:
         self.waiting: deque[Member] = deque()
         self.slots: list[Member | None] = []
         self._work: _Work | None = None
+        self._alone = 0  # steps since an edit was given a slot
 
     @property
     def present(self) -> list[Member]:
@@ -185,7 +187,8 @@ class _Phase:
         `more`: other edits may come yet.
         """
         objective, step = self._seat(more)
-        step.evaluate()
+        step.evaluate(math.inf if more or self.waiting else self.most - self._alone)
+        self._alone += 1
         read = _to_host(self._done)
         if self.moves and self.mode.ahead:
             step.move()
@@ -230,6 +233,8 @@ class _Phase:
         return work
 
     def _next(self, most: int) -> list[Member]:
+        if most and self.waiting:
+            self._alone = 0
         return [self.waiting.popleft() for _ in range(min(most, len(self.waiting)))]
 
     def _padded(self, members: Sequence[Member], count: int) -> Shape:
