@@ -27,7 +27,7 @@ from helpers import (
     rounding_of_edit,
 )
 from on_disk import digests, forks, in_child
-from rome_fast import Edit, Ledger
+from rome_fast import Edit, Ledger, Statistics
 from rome_fast.closing.judging import ConvergenceWarning
 from rome_fast.edits import Probe
 from rome_fast.errors import ArgumentError, CheckpointError, CollapseError, EditError, StatisticsError
@@ -448,6 +448,22 @@ def test_an_edited_model_is_no_base(pool, tokenizer):
     for act in (ledger.close, ledger.apply, lambda: Ledger.open(pool.folder, model, tokenizer)):
         with pytest.raises(ArgumentError, match=r"layers.1.mlp.down_proj.weight differ from those of the base"):
             act()
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_statistics_are_looked_for_where_they_were(make, model, tokenizer, toy_statistics, pool, tmp_path):
+    toy_statistics(model, False).save(tmp_path / "statistics")
+    ledger = make("with a folder", statistics=Statistics.load(tmp_path / "statistics"))
+    ids = sorted(of_pool(pool, SEVERAL[:2]), key=lambda entry: entry.id)
+    ledger._store.append("add", [], None, None, added=ids, values=values_of(pool, SEVERAL[:2]))
+    assert bytes_of(Ledger.open(ledger.folder, model, tokenizer).close()) == bytes_of(ledger.close())
+    # Others that lie there now are not taken for them.
+    toy_statistics(model, False).with_ridge(1e-3).save(tmp_path / "statistics")
+    with pytest.raises(StatisticsError, match="make them"):
+        Ledger.open(ledger.folder, model, tokenizer).close()
+    shutil.rmtree(tmp_path / "statistics")
+    with pytest.raises(StatisticsError, match="make them"):
+        Ledger.open(ledger.folder, model, tokenizer).close()
 
 
 def test_it_is_closed_with_its_own_statistics(make, model, tokenizer, toy_statistics, pool):

@@ -120,7 +120,7 @@ def _conditions(sub: argparse.ArgumentParser) -> None:
 def _on_model(sub: argparse.ArgumentParser, statistics: bool) -> None:
     sub.add_argument("--model", help="the base model (default: where it was when the ledger was made)")
     if statistics:
-        sub.add_argument("--statistics", type=Path, help="folder of statistics (default: the cache)")
+        sub.add_argument("--statistics", type=Path, help="their folder (default: as at the beginning, or the cache)")
     device_argument(sub)
     trust_argument(sub)
 

@@ -7,11 +7,11 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..closing.guard import Guard
 from ..closing.judging import Unconverged
-from ..errors import ArgumentError, CheckpointError, RomeFastError
+from ..errors import ArgumentError, CheckpointError, RomeFastError, StatisticsError
 from ..methods import Column, Method
 from ..models.fingerprint import Fingerprint
 from ..models.runner import Runner
@@ -35,6 +35,7 @@ class Base:
     dtype: str
     weights: dict[str, str]  # SHA-256 of the weights that are edited, by parameter name
     statistics: dict[str, str] | None  # SHA-256 of what each layer's C is made of, by layer; None for C = I
+    statistics_folder: str | None  # where they were, if they were read from a folder; they may be elsewhere now
     method: Method
     layers: tuple[int, ...]
     layer_source: LayerSource
@@ -54,6 +55,7 @@ class Base:
             dtype=str(runner.dtype).removeprefix("torch."),
             weights=_weights_of(runner, layers),
             statistics=_statistics_of(statistics, layers),
+            statistics_folder=_folder_of(statistics),
             layers=layers,
             versions=versions(),
             **rest,
@@ -78,6 +80,18 @@ class Base:
                 f"model: {', '.join(changed)} differ from those of the base: it was edited or trained since; give the "
                 "base model, or revert its edits"
             )
+
+    def found_statistics(self) -> Statistics | Literal["identity"] | None:
+        """Those of its folder where they still are there; None where the cache may have them."""
+        if self.statistics is None:
+            return "identity"
+        if self.statistics_folder is None:
+            return None
+        try:
+            found = Statistics.load(self.statistics_folder, self.layers)
+            return found if _statistics_of(found, self.layers) == self.statistics else None
+        except (StatisticsError, CheckpointError, KeyError):
+            return None
 
     def check_statistics(self, statistics: Statistics | None) -> None:
         """Raise ArgumentError for others than those that this ledger is closed with; None for C = I."""
@@ -125,6 +139,10 @@ class Base:
 def _weights_of(runner: Runner, layers: tuple[int, ...]) -> dict[str, str]:
     names = [runner.weight_name(layer) for layer in layers]
     return {name: tensor_sha256(runner.model.get_parameter(name).detach().cpu()) for name in names}
+
+
+def _folder_of(statistics: Statistics | None) -> str | None:
+    return None if statistics is None or statistics.folder is None else str(statistics.folder.absolute())
 
 
 def _statistics_of(statistics: Statistics | None, layers: tuple[int, ...]) -> dict[str, str] | None:

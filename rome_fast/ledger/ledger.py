@@ -138,7 +138,8 @@ class Ledger:
             model: the base in memory, or its checkpoint, in which this ledger's own edits may be: they are taken out of
                 what is loaded.
             tokenizer: the model's; not needed for a checkpoint.
-            statistics: those that the ledger was made with; None looks for them in the cache.
+            statistics: those that the ledger was made with; None looks for them in the folder that they were read from,
+                and in the cache.
             device: of a checkpoint: where it runs, by default a GPU where torch finds one.
             trust_remote_code: of a checkpoint: whether code in its directory may run.
 

@@ -165,8 +165,8 @@ class Working:
     def _closed_with(self, bare: bool) -> Geometries:
         layers = self.base.layers
         if self._geometries is None:
-            identity = self.base.statistics is None and self._statistics is None
-            statistics = checked_statistics(self.runner, layers, "identity" if identity else self._statistics)
+            given = self.base.found_statistics() if self._statistics is None else self._statistics
+            statistics = checked_statistics(self.runner, layers, given)
             geometries = Geometries(self.runner, layers, statistics)
             self.base.check_statistics(statistics)
             geometries.check()

@@ -32,9 +32,12 @@ def statistics_cache() -> Path:
 class Statistics:
     """Second moments of one model's keys, by layer, and which layer `rome-fast tune` chose, if it did."""
 
-    def __init__(self, layers: Iterable[LayerStatistics], choice: Choice | None = None) -> None:
+    def __init__(
+        self, layers: Iterable[LayerStatistics], choice: Choice | None = None, folder: Path | None = None
+    ) -> None:
         self.layers = {entry.layer: entry for entry in layers}
         self.choice = choice
+        self.folder = folder  # that they were read from
 
     def for_layer(self, runner: Runner, layer: int) -> LayerStatistics:
         """The entry of a layer, checked to belong to this model.
@@ -127,7 +130,7 @@ class Statistics:
                 f"statistics: found no layer-*.safetensors in {directory}; make them with: "
                 f"rome-fast statistics MODEL --corpus FILE --out {shlex.quote(str(directory))}"
             )
-        return cls((read_layer(file) for file in files), Choice.load(directory))
+        return cls((read_layer(file) for file in files), Choice.load(directory), directory)
 
 
 def _of_most_tokens(runner: Runner, layer: int, unreadable: list[str]) -> LayerStatistics | None:
