@@ -551,7 +551,7 @@ def test_quartiles_are_numpys():
 
 def test_points_and_bars_lie_where_their_numbers_are():
     svg = scatter("title", "x", "y", [(0.0, 0.0), (0.5, 2.0), (1.0, 4.0), (math.nan, 1.0)], 1.0)
-    assert 'd="M42.0 170.0h0M186.0 99.0h0M330.0 28.0h0"' in svg
+    assert 'd="M48.0 170.0h0M189.0 99.0h0M330.0 28.0h0"' in svg
     svg = bars("title", {"keys": 15.0, "values": 1500.0, "update": math.nan}, "s")
     widths = [float(w) for w in re.findall(r'<rect[^>]* width="([\d.]+)"', svg)]
     assert widths == [pytest.approx(1.54, abs=0.05), 154.0, 1.0]

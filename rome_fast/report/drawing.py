@@ -25,7 +25,7 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
 """Of figures in a page; it names the colours --before, --now and --bad beside those of every document."""
 
 _WIDTH, _HEIGHT = 340, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 330, 28, 170  # of what lies between the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 330, 28, 170  # of what lies between the axes
 _BAR, _NAMES, _BARS_END = 22, 122, 276  # height of a horizontal bar with its gap; where names end, and bars
 
 
