@@ -20,7 +20,7 @@ from .guard import Guard, judge, predicts_collapse
 from .judging import Unconverged, judge_convergence, tell_missed
 
 ENOUGH_BARE = 0.4
-"""Share of an edit that has to arrive without a context. Of those with less, one in twelve answered there (docs/collapse.md)."""
+"""Share of an edit that has to arrive without a context; with less, one in twelve answered there (docs/collapse.md)."""
 
 
 @dataclass
