@@ -1,5 +1,6 @@
 """Edits that take turns in slots, and steps that are captured, against a plain loop on the host."""
 
+import inspect
 import itertools
 import math
 import random
@@ -9,6 +10,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from transformers import masking_utils
 
 from helpers import CONTEXTS, LAYER, delta_w, edited, relative_error, rounding_of_edit
 from plain_search import plain_search
@@ -137,10 +139,13 @@ def test_every_way_of_keeping_slots_gives_the_same(kind, settings, whole, again,
     assert (not checked.shares_past, not checked.adds_unchanged) == (whole, again)
     wanted = found.plainly(settings)
     graphs = Taped()
-    for mode, room in ((TIGHT, 12), (FIXED, 4), (replace(FIXED, recorder=graphs), 4)):
+    # Where transformers makes a mask of a number of the host's, as 5.17 does, capture fails on a GPU and edits go on.
+    captures = kind != "bloom" or "torch.tensor(0.0" not in inspect.getsource(masking_utils.eager_mask)
+    captured = [(replace(FIXED, recorder=graphs), 4)] if captures else []
+    for mode, room in ((TIGHT, 12), (FIXED, 4), *captured):
         # Some of these models take norms or softmax in fp32 whatever their dtype.
         assert_same(found.by(mode, room, settings), wanted, ALLOWED[torch.float32])
-    assert graphs.played > graphs.captured > 0
+    assert not captures or graphs.played > graphs.captured > 0
 
 
 def test_an_edit_that_is_no_number_goes_and_leaves_nothing_behind(as_captured, toy_tokenizers):
