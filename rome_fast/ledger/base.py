@@ -82,7 +82,7 @@ class Base:
             )
 
     def found_statistics(self) -> Statistics | Literal["identity"] | None:
-        """Those of its folder where they still are there; None where the cache may have them."""
+        """Those of its folder where they still are there, checked; None where the cache may have them."""
         if self.statistics is None:
             return "identity"
         if self.statistics_folder is None:

@@ -165,10 +165,11 @@ class Working:
     def _closed_with(self, bare: bool) -> Geometries:
         layers = self.base.layers
         if self._geometries is None:
-            given = self.base.found_statistics() if self._statistics is None else self._statistics
-            statistics = checked_statistics(self.runner, layers, given)
+            found = self.base.found_statistics() if self._statistics is None else None
+            statistics = checked_statistics(self.runner, layers, self._statistics if found is None else found)
             geometries = Geometries(self.runner, layers, statistics)
-            self.base.check_statistics(statistics)
+            if found is None:
+                self.base.check_statistics(statistics)
             geometries.check()
             self._geometries = geometries
         if bare and not self._geometries.first_tokens:
