@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import kernels
+    from .closing.history import History
     from .editor import apply_edits, verify
     from .edits import Edit, Probe, load_edits
     from .errors import RomeFastError
@@ -25,6 +26,7 @@ __all__ = [
     "Delta",
     "Edit",
     "EditResult",
+    "History",
     "Ledger",
     "Plan",
     "Probe",
@@ -45,6 +47,7 @@ _HOMES = {
     "Delta": "updates.delta",
     "Edit": "edits",
     "EditResult": "result",
+    "History": "closing.history",
     "Ledger": "ledger",
     "Plan": "planning",
     "Probe": "edits",

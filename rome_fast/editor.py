@@ -20,6 +20,7 @@ from .closing.effect import Effect, judge_drift
 from .closing.flow import Flow
 from .closing.geometry import Geometries
 from .closing.guard import Guard, check_guard
+from .closing.history import History
 from .closing.judging import Unconverged, check_unconverged, unconverged_error
 from .closing.neighbours import tell_nearest
 from .edits import Edit, checked_edits, find_conflicts
@@ -66,6 +67,7 @@ def apply_edits(
     unconverged: Unconverged = "skip",
     seed: int = 0,
     measure: bool = True,
+    history: History | bool = False,
     out: str | Path | None = None,
     in_place: bool = False,
     link: Link = "copy",
@@ -108,6 +110,9 @@ def apply_edits(
         unconverged: what to do with an edit whose target leads in less than half of its rows at the end: "skip"
             (leave it out, with a warning), "write" or "raise". One whose loss is not finite is never written.
         measure: whether to fill the records' probabilities (two forward passes over each edit's texts).
+        history: what the model was edited to before, `result.history` of the call that did: its keys get nothing added,
+            so that the edits of before stay as they are. True for a model that has none; `result.history` is then of
+            this call's edits, or of both. Layers and method are those of before.
         out: a new directory for the edited checkpoint.
         in_place: of a checkpoint directory, instead of `out`: change that very directory. A process killed meanwhile
             leaves it as it was or, once any rome_fast command has looked at it again, edited.
@@ -166,6 +171,7 @@ def apply_edits(
         runner, tokenizer = opened.runner, opened.tokenizer
         admit_tokenizer(tokenizer, runner.model, [f"{edit.text} {edit.target}" for edit in edits])
         chosen = chosen_for(runner, how, given, settings, statistics)
+        before = _checked_history(history, runner, chosen, how)
         geometries = Geometries(runner, chosen.layers, checked_statistics(runner, chosen.layers, statistics))
         geometries.check()
 
@@ -178,7 +184,7 @@ def apply_edits(
             processes.agree("model, edits, options", repr(mine))
         with clock("rows"):
             requests = [tokenise(runner, tokenizer, edit, texts, how) for edit in edits]
-        if any(request.bare for request in requests):
+        if any(request.bare for request in requests) or (before is not None and bool(before.first_tokens.any())):
             with clock("first tokens"):
                 geometries.first_tokens = first_token_statistics(runner, chosen.layers)
         effect = Effect(runner, tokenizer, edits, texts) if measure and processes.rank == 0 else None
@@ -190,7 +196,8 @@ def apply_edits(
         search = Search(
             runner, tokenizer, chosen.layers, how, texts, chosen.settings, clock, progress, total, processes
         )
-        flow = Flow(search, Closing(runner, how, geometries, guard), guard, unconverged, total)
+        closing = Closing(runner, how, geometries, guard, before)
+        flow = Flow(search, closing, guard, unconverged, total)
         groups = [requests] if schedule == "joint" else _batches(requests, batch_size)
         with _undone_on_failure(runner.model) as applied:
             records = _apply_in_turn(flow, groups, applied)
@@ -224,6 +231,7 @@ def apply_edits(
                 clock.seconds,
                 tokenizer,
                 nll,
+                None if before is None else closing.history_by_now(),
             )
             if processes.rank == 0:
                 _write(result, opened, destination, link)
@@ -293,6 +301,18 @@ def _check_choices(schedule: str, unconverged: str, batch_size: int) -> None:
     check_unconverged(unconverged)
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
+
+
+def _checked_history(given: History | bool, runner: Runner, chosen: Selection, how: Method) -> History | None:
+    """The one that this call goes on from; None where nobody asks for any."""
+    if given is False:
+        return None
+    if given is True:
+        return History.none(runner, chosen.layers, len(how.columns))
+    if not isinstance(given, History):
+        raise ArgumentError(f"history: got {type(given).__name__}, wanted result.history of an earlier edit, or True")
+    given.check(runner, chosen.layers, len(how.columns))
+    return given
 
 
 def _checked_edits(given: object) -> list[Edit]:

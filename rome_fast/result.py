@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .closing.effect import ContextNLL
+from .closing.history import History
 from .errors import ArgumentError
 from .models.runner import Runner
 from .opening.defaults import LayerSource
@@ -32,6 +33,8 @@ class EditResult:
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
     context_nll: ContextNLL | None = None  # None where it was not measured, or no context has two tokens
+    # Of the model as it is now, for the next call's `history`; None where this one was called without.
+    history: History | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # Kept with the Delta, for as long as the edit is in the model; it must not hold the model itself.

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ..kernels import prefixed_solve
 from ..methods import Column, Factors, Keys, Method, close
+from ..models.fingerprint import Fingerprint
 from ..models.runner import Runner
 from ..search.keys import Trail
 from ..search.search import Search, Solved
 from ..updates.delta import Delta, LowRank
 from .geometry import Geometry
 from .guard import Guard, largest_harmless
+from .history import History
 from .walk import Walk
 
 
@@ -32,8 +34,8 @@ class Closed:
     # no row is of the prompt alone.
     arrived_bare: list[float | None]
     missed: list[float]  # of every edit: ‖added − wanted‖ / ‖wanted‖ over its columns; 0 where nothing is wanted
-    # Of every layer: u and k of all columns, for methods that remember them.
-    columns: dict[int, tuple[Tensor, Tensor]]
+    columns: dict[int, tuple[Tensor, Tensor]]  # of every layer: u and k of all columns
+    first_tokens: list[bool]  # of every column: whether it was solved with C + λ C₁
     limits: dict[int, float | None]  # ‖Δ‖ / ‖W‖ of one edit in a layer above which a collapse is predicted
 
     @property
@@ -61,8 +63,10 @@ class Closing:
     method: Method
     layers: Mapping[int, Geometry]  # by edit layer, ascending
     guard: Guard
-    # u and k of earlier groups by layer, for methods that remember them.
+    history: History | None = None  # of the model as it is given; later groups are then remembered as well
+    # u and k of earlier groups by layer, where they are remembered, and which of them are of first tokens.
     _earlier: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False)
+    _first_tokens: list[bool] = field(default_factory=list, init=False, repr=False)
 
     def close(self, solved: Sequence[Solved], search: Search) -> Closed:
         """The closed form for these edits together, held where that would be too large, unless the guard is off."""
@@ -89,10 +93,33 @@ class Closing:
         return found
 
     def remember(self, closed: Closed) -> None:
-        """Keep the columns of updates that are about to be applied, where the method asks for it."""
-        if self.method.remembers:
+        """Keep the columns of updates that are about to be applied, where the method or a history asks for it."""
+        if self.method.remembers or self.history is not None:
             for layer, columns in closed.columns.items():
-                self._earlier.setdefault(layer, []).append(columns)
+                self._earlier_at(layer).append(columns)
+            self._first_tokens += closed.first_tokens
+
+    def history_by_now(self) -> History:
+        """Of all that is remembered."""
+        keys = {}
+        for layer in self.layers:
+            known = [k.cpu() for _, k in self._earlier_at(layer)]
+            keys[layer] = (
+                torch.cat(known) if known else torch.empty(0, self.runner.weight(layer).shape[1], device="cpu")
+            )
+        before = [] if self.history is None else self.history.first_tokens.tolist()
+        first_tokens = torch.tensor([*before, *self._first_tokens], dtype=torch.bool, device="cpu")
+        fingerprint = Fingerprint.of(self.runner, min(self.layers))
+        return History(fingerprint, keys, first_tokens, len(self.method.columns))
+
+    def _earlier_at(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        if layer not in self._earlier:
+            self._earlier[layer] = []
+            if self.history is not None and len(self.history):
+                keys = self.history.keys[layer].to(self.runner.device)
+                flags = self.history.first_tokens.tolist()
+                self._earlier[layer].append((self._solved_for(keys.split(1), flags, self.layers[layer])[1], keys))
+        return self._earlier[layer]
 
     def delta(self, closed: Closed) -> Delta:
         """The Delta of updates, in fp32 (fp64 for an fp64 model)."""
@@ -111,13 +138,14 @@ class Closing:
             shares,
             factors.missed.tolist(),
             {layer: (columns[0], columns[1])},
+            self._apart(solved),
             {layer: self.layers[layer].limit},
         )
 
     def _close_on_the_way(self, solved: Sequence[Solved], search: Search, *, held: bool) -> Closed:
         layers = list(self.layers)
         walks = self._walks(solved, search)
-        closed = Closed({}, {}, [], [], {}, {})
+        closed = Closed({}, {}, [], [], {}, self._apart(solved), {})
         # The search may have been for more layers than these.
         start = _trail(solved[0], False).first
         for number, layer in enumerate(layers):
@@ -257,36 +285,32 @@ class Closing:
     def _solve(
         self, layer: int, solved: Sequence[Solved], u: Tensor, keys: Tensor, residuals: Tensor, norm: float | None
     ) -> Factors:
-        penalty: float | Tensor = self.method.penalty
-        if self.method.ridge_of(len(solved)):
-            penalty = self._ridges(solved, u, keys) + penalty
-        earlier = self._earlier.get(layer, [])
+        earlier = self._earlier_at(layer)
         if earlier:
             u = torch.cat([u, *(e[0].to(u.dtype) for e in earlier)])
             keys = torch.cat([keys, *(e[1].to(keys.dtype) for e in earlier)])
             residuals = torch.cat([residuals, residuals.new_zeros(len(u) - len(residuals), residuals.shape[1])])
-            if isinstance(penalty, Tensor):
-                penalty = torch.cat([penalty, penalty.new_full((len(u) - len(penalty),), self.method.penalty)])
+        before = len(u) - len(self.method.columns) * len(solved)
+        penalty: float | Tensor = self.method.penalty
+        if ridge := self.method.ridge_of(len(solved) + before // len(self.method.columns)):
+            apart = self._apart(solved)
+            if before:
+                apart += [] if self.history is None else self.history.first_tokens.tolist()
+                apart += self._first_tokens
+            penalty = ridge * _mean_diagonals(u, keys, apart) + penalty
         return close(
             u,
             keys,
             residuals,
             columns=len(self.method.columns),
-            earlier=sum(len(e[0]) for e in earlier),
+            earlier=before,
             penalty=penalty,
             harmless=float("inf") if norm is None else largest_harmless(self.guard, norm, self.layers[layer].limit),
         )
 
-    def _ridges(self, solved: Sequence[Solved], u: Tensor, keys: Tensor) -> Tensor:
-        """(columns,) fp64: the method's ridge, of columns that are solved with C and with C + λ C₁ apart.
-
-        The latter's uᵀ k are a hundredth of the others'.
-        """
-        diagonal = (u.to(torch.float64) * keys.to(torch.float64)).sum(1).abs()
-        own = [c.at == "unprefixed" and each.bare is not None for c in self.method.columns for each in solved]
-        apart = torch.tensor(own, device=u.device)
-        means = [diagonal[some].mean() if bool(some.any()) else diagonal.new_zeros(()) for some in (~apart, apart)]
-        return self.method.ridge_of(len(solved)) * torch.where(apart, means[1], means[0])
+    def _apart(self, solved: Sequence[Solved]) -> list[bool]:
+        """Which columns are solved with C + λ C₁."""
+        return [c.at == "unprefixed" and each.bare is not None for c in self.method.columns for each in solved]
 
     def _update(self, factors: Factors) -> LowRank:
         return LowRank(factors.left.to(self._wide).contiguous(), factors.right.to(self._wide).contiguous())
@@ -297,6 +321,17 @@ class Closing:
     @property
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.runner.dtype, torch.float32)
+
+
+def _mean_diagonals(u: Tensor, keys: Tensor, apart: Sequence[bool]) -> Tensor:
+    """(columns,) fp64: the mean uᵀ k of columns, of those that are solved with C and with C + λ C₁ apart.
+
+    The latter's are a hundredth of the others'.
+    """
+    diagonal = (u.to(torch.float64) * keys.to(torch.float64)).sum(1).abs()
+    those = torch.tensor(apart, device=u.device)
+    means = [diagonal[some].mean() if bool(some.any()) else diagonal.new_zeros(()) for some in (~those, those)]
+    return torch.where(those, means[1], means[0])
 
 
 def _trail(solved: Solved, bare: bool) -> Trail:

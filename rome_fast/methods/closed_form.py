@@ -34,7 +34,7 @@ class Factors:
     Of r columns, those at places e, edits + e, 2 edits + e, … belong to edit e; columns of earlier batches are last.
     """
 
-    left: Tensor  # (d, r)
+    left: Tensor  # (d, r), or of fewer columns where there are earlier ones
     right: Tensor  # (r, d_ff)
     denominators: Tensor  # (edits,) uᵀ k_den of the first column of every edit
     numerator_norms: Tensor  # (edits,) ‖r uᵀ‖ of the same
@@ -135,8 +135,12 @@ def close(
     if columns > 1:
         off, asked = (t.reshape(columns, edits).norm(dim=0) for t in (off, asked))
     missed = torch.where(asked > 0, off / asked, 0.0)
-    left = scale[:, None] * left
-    return Factors(left.T, u, denominators[:edits], numerators, update_norms, missed, norm, condition)
+    left, right = (scale[:, None] * left).T, u
+    if earlier:
+        # As their residuals are zero, Δ has the column space of the others, and no more than their number of factors.
+        basis = torch.linalg.qr(r[:own].T).Q
+        left, right = basis, (basis.T @ left) @ right
+    return Factors(left, right, denominators[:edits], numerators, update_norms, missed, norm, condition)
 
 
 def _solved(gram: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
