@@ -450,6 +450,21 @@ def test_an_edited_model_is_no_base(pool, tokenizer):
             act()
 
 
+def test_another_tokenizer_is_refused(make, pool, model, toy_tokenizers):
+    """Rows that were kept stand behind the contexts' tokens of that time."""
+    with pytest.raises(ArgumentError, match="tokenizer: got one that cuts the contexts of this ledger into other tok"):
+        Ledger.open(pool.folder, model, toy_tokenizers[True])
+    other = Ledger.create(pool.folder.parent / "bos", model, toy_tokenizers[True], **{**USUAL, **MADE["one layer"]})
+    with pytest.raises(ArgumentError, match="made alike: tokens differ"):
+        pool.merge(other)
+    # Ledgers from before there was one say nothing of it.
+    file = pool.folder / "ledger.json"
+    document = json.loads(file.read_text())
+    del document["tokens"]
+    file.write_text(json.dumps(document))
+    assert Ledger.open(pool.folder, model, toy_tokenizers[True]).merge(other) == []
+
+
 @pytest.mark.usefixtures("empty_cache")
 def test_statistics_are_looked_for_where_they_were(make, model, tokenizer, toy_statistics, pool, tmp_path):
     toy_statistics(model, False).save(tmp_path / "statistics")

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from .shared import (
 
 if TYPE_CHECKING:
     from ..ledger import Entry, Ledger
+    from ..weights import OnRead
 
 NAME = "ledger"
 SUMMARY = "keep edits in a folder: add, replace, remove, and write a model with all of them"
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="seed of the prefix contexts")
     sub.add_argument("--contexts", type=Path, metavar="FILE", help="prefix contexts (default: sampled)")
     sub.add_argument("--settings", nargs="+", metavar="KEY=VALUE", help="of the search of values")
+    _memory(sub)
     device_argument(sub)
     dtype_argument(sub)
     trust_argument(sub)
@@ -121,8 +122,13 @@ def _on_model(sub: argparse.ArgumentParser, statistics: bool) -> None:
     sub.add_argument("--model", help="the base model (default: where it was when the ledger was made)")
     if statistics:
         sub.add_argument("--statistics", type=Path, help="their folder (default: as at the beginning, or the cache)")
+    _memory(sub)
     device_argument(sub)
     trust_argument(sub)
+
+
+def _memory(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--memory", help="how much of the model may be in memory, as 8GiB (default: what is free)")
 
 
 def _create(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -131,21 +137,12 @@ def _create(arguments: argparse.Namespace) -> dict[str, Any]:
     changes = parsed_settings(arguments.settings or [])
     contexts = read_contexts(arguments.contexts) if arguments.contexts else None
     from ..ledger import Ledger
-    from ..opening import checkpoints
     from ..opening.defaults import explain_layer
-    from ..runs.processes import own_device
     from ..runs.terminal import say
 
-    model, tokenizer, _ = checkpoints.load(
-        arguments.model,
-        device=own_device(arguments.device),
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
-    )
     ledger = Ledger.create(
         arguments.ledger,
-        model,
-        tokenizer,
+        arguments.model,
         statistics="identity" if arguments.identity else _statistics(arguments),
         method=arguments.method,
         layer=arguments.layer,
@@ -155,6 +152,10 @@ def _create(arguments: argparse.Namespace) -> dict[str, Any]:
         guard=arguments.guard,
         unconverged=arguments.unconverged,
         seed=arguments.seed,
+        memory=arguments.memory,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
     )
     base = ledger.base
     say(f"{ledger.folder}: an empty ledger for {arguments.model} ({base.fingerprint}, {base.dtype})")
@@ -175,11 +176,10 @@ def _put(arguments: argparse.Namespace, method: Callable[["Ledger"], Callable[..
 
     _model_of(arguments)
     edits = as_asked(read_edits(arguments), arguments)
-    ledger = _opened(arguments)
-    before = {entry.edit.question: entry for entry in ledger.entries()}
     tags = {} if arguments.tags is None else {"tags": arguments.tags}
-    with ExitStack() as stack:
-        advance, _ = stack.enter_context(progress("values", "edits"))
+    with progress("values", "edits") as (advance, reading):
+        ledger = _opened(arguments, reading)
+        before = {entry.edit.question: entry for entry in ledger.entries()}
         ids = method(ledger)(edits, who=arguments.who, why=arguments.why, progress=advance, **tags)
     for id, edit in zip(ids, edits, strict=True):
         old = before.get(edit.question)
@@ -273,11 +273,13 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ..opening.opening import Destination
     from ..report import edit_table
     from ..runs.terminal import say, show
 
     if not (arguments.out or arguments.in_place or arguments.lora or arguments.delta):
         raise ArgumentError("out: got None, wanted --out, --in-place, --lora or --delta")
+    Destination(arguments.out, arguments.in_place, arguments.lora).check()
     model = _model_of(arguments)
     ledger = _opened(arguments)
     chosen = {"tags": arguments.tags, "at": arguments.at}
@@ -315,12 +317,17 @@ def _model_of(arguments: argparse.Namespace) -> str:
 
     if arguments.model is None:
         arguments.model = Ledger.open(arguments.ledger).base.model
-    if not arguments.model:
-        raise ArgumentError("model: got None, and the ledger does not say where its base was, wanted --model")
+        if not arguments.model:
+            raise ArgumentError("model: got None, and the ledger does not say where its base was, wanted --model")
+        if Path(arguments.model).is_absolute() and not Path(arguments.model).is_dir():
+            raise ArgumentError(
+                f"model: got None, and the base is no longer at {arguments.model}, where it was when the ledger was "
+                "made; wanted --model"
+            )
     return str(arguments.model)
 
 
-def _opened(arguments: argparse.Namespace) -> "Ledger":
+def _opened(arguments: argparse.Namespace, on_read: "OnRead | None" = None) -> "Ledger":
     """The ledger with its base model."""
     from ..ledger import Ledger
 
@@ -328,8 +335,10 @@ def _opened(arguments: argparse.Namespace) -> "Ledger":
         arguments.ledger,
         arguments.model,
         statistics=_statistics(arguments),
+        memory=arguments.memory,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
+        on_read=on_read,
     )
 
 

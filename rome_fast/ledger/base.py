@@ -9,14 +9,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from ..closing.guard import Guard
 from ..closing.judging import Unconverged
 from ..errors import ArgumentError, CheckpointError, RomeFastError, StatisticsError
 from ..methods import Column, Method
 from ..models.fingerprint import Fingerprint
+from ..models.rows import encode
 from ..models.runner import Runner
 from ..opening.checkpoints import versions
 from ..opening.defaults import LayerSource
+from ..opening.opening import Opened
 from ..search.values import ValueSettings
 from ..statistics import Statistics
 from ..updates.chains import tensor_sha256
@@ -44,20 +48,33 @@ class Base:
     guard: Guard
     unconverged: Unconverged
     versions: dict[str, str]
+    # SHA-256 of the contexts' tokens, which stand before those of all rows; None in ledgers that do not say.
+    tokens: str | None = None
 
     @classmethod
-    def of(cls, runner: Runner, layers: tuple[int, ...], statistics: Statistics | None, **rest: Any) -> "Base":
+    def of(
+        cls,
+        opened: Opened,
+        layers: tuple[int, ...],
+        statistics: Statistics | None,
+        contexts: tuple[str, ...],
+        **rest: Any,
+    ) -> "Base":
         """That of a model as it is; `rest` are the other fields."""
+        runner, name = opened.runner, str(opened.model.config._name_or_path)
         return cls(
             id=secrets.token_hex(8),
-            model=str(runner.model.config._name_or_path),
+            # The ledger may be opened elsewhere.
+            model=str(Path(name).absolute()) if name and Path(name).is_dir() else name,
             fingerprint=Fingerprint.of(runner, layers[-1]),
             dtype=str(runner.dtype).removeprefix("torch."),
             weights=_weights_of(runner, layers),
             statistics=_statistics_of(statistics, layers),
             statistics_folder=_folder_of(statistics),
             layers=layers,
+            contexts=contexts,
             versions=versions(),
+            tokens=_tokens_of(opened.tokenizer, contexts),
             **rest,
         )
 
@@ -79,6 +96,14 @@ class Base:
             raise ArgumentError(
                 f"model: {', '.join(changed)} differ from those of the base: it was edited or trained since; give the "
                 "base model, or revert its edits"
+            )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise ArgumentError for one that cuts the contexts into other tokens."""
+        if self.tokens is not None and _tokens_of(tokenizer, self.contexts) != self.tokens:
+            raise ArgumentError(
+                "tokenizer: got one that cuts the contexts of this ledger into other tokens than before, wanted the "
+                "one it was made with: what was found for its edits belongs to those tokens"
             )
 
     def found_statistics(self) -> Statistics | Literal["identity"] | None:
@@ -107,7 +132,10 @@ class Base:
         """The names of what another ledger is bound to differently, as far as entries depend on it."""
         found = [] if self.fingerprint.matches(other.fingerprint) else ["fingerprint"]
         names = ("dtype", "weights", "statistics", "method", "layers", "settings", "contexts")
-        return found + [name for name in names if getattr(self, name) != getattr(other, name)]
+        found += [name for name in names if getattr(self, name) != getattr(other, name)]
+        if self.contexts == other.contexts and None not in (self.tokens, other.tokens) and self.tokens != other.tokens:
+            found.append("tokens")
+        return found
 
     def to_bytes(self) -> bytes:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -134,6 +162,11 @@ class Base:
             return cls(**{**own, "settings": ValueSettings(**own["settings"])})
         except (ValueError, KeyError, TypeError, AttributeError, RomeFastError) as error:
             raise CheckpointError(f"{file}: it is not of a ledger of this release ({error!r})") from error
+
+
+def _tokens_of(tokenizer: PreTrainedTokenizerBase, contexts: tuple[str, ...]) -> str:
+    ids = [tokens.ids for tokens in encode(tokenizer, contexts)]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def _weights_of(runner: Runner, layers: tuple[int, ...]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +17,15 @@ from ..edits import Edit, checked_edits, find_conflicts
 from ..errors import ArgumentError, ConvergenceError, EditError
 from ..methods import DEFAULT_METHOD, Method, method_named
 from ..models.runner import evaluating
-from ..opening.admission import admit_tokenizer, plain_modes
-from ..opening.opening import Destination, given_layers, open_model
+from ..opening.admission import admit_tokenizer, checked_dtype, plain_modes
+from ..opening.opening import Destination, given_layers, open_checkpoint, open_model
+from ..runs.processes import ALONE
 from ..search.search import Progress, Solved
 from ..search.values import ValueSettings
 from ..statistics import Statistics
 from ..updates import chains, saving
 from ..updates.delta import Delta
-from ..weights import Link, check_link
+from ..weights import Link, OnRead, check_link
 from .base import Base
 from .entries import (
     Entry,
@@ -35,7 +37,7 @@ from .entries import (
     request_id,
 )
 from .store import Store, check_absent
-from .working import Working, last_written, load_base
+from .working import Working, check_base, last_written, open_base
 
 
 class LedgerWarning(UserWarning):
@@ -72,8 +74,8 @@ class Ledger:
     def create(
         cls,
         folder: str | Path,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel | str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         statistics: Statistics | Literal["identity"] | None = None,
         method: str | Method = DEFAULT_METHOD,
@@ -84,10 +86,16 @@ class Ledger:
         guard: Guard = "raise",
         unconverged: Unconverged = "skip",
         seed: int = 0,
+        memory: int | str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        on_read: OnRead | None = None,
     ) -> "Ledger":
-        """Make an empty ledger for a model in memory, its base. How edits are made is settled here once for all.
+        """Make an empty ledger for a model, its base. How edits are made is settled here once for all.
 
-        The arguments are those of `apply_edits`, and so are the errors; ArgumentError where `folder` exists.
+        The arguments are those of `apply_edits`, and so are the errors; ArgumentError where `folder` exists. A
+        checkpoint is only read; what is in memory of it stays there for as long as the ledger lives.
         """
         folder = Path(folder)
         check_absent(folder)
@@ -95,19 +103,37 @@ class Ledger:
         check_guard(guard)
         check_unconverged(unconverged)
         given = given_layers(layer, layers)
-        with plain_modes():
-            opened = open_model(model, tokenizer, Destination(), memory=None, device=None, dtype=None)
+        with plain_modes(), ExitStack() as stack:
+            if isinstance(model, str | Path):
+                opened = open_checkpoint(
+                    stack,
+                    model,
+                    tokenizer,
+                    None,
+                    layers=given,
+                    method=how,
+                    statistics=statistics,
+                    memory=memory,
+                    device=device,
+                    dtype=checked_dtype(dtype),
+                    trust_remote_code=trust_remote_code,
+                    processes=ALONE,
+                    on_read=on_read,
+                )
+            else:
+                wanted = checked_dtype(dtype)
+                opened = open_model(model, tokenizer, Destination(), memory=memory, device=device, dtype=wanted)
             runner = opened.runner
-            admit_tokenizer(tokenizer, model)
+            admit_tokenizer(opened.tokenizer, runner.model)
             chosen = chosen_for(runner, how, given, settings, statistics)
             checked = checked_statistics(runner, chosen.layers, statistics)
             if checked is not None:
                 for each in chosen.layers:
                     checked.for_layer(runner, each)
-            with evaluating(model):
-                texts = contexts_for(model, tokenizer, contexts, seed)
+            with evaluating(runner.model):
+                texts = contexts_for(runner.model, opened.tokenizer, contexts, seed)
             base = Base.of(
-                runner,
+                opened,
                 chosen.layers,
                 checked,
                 method=how,
@@ -117,8 +143,8 @@ class Ledger:
                 guard=guard,
                 unconverged=unconverged,
             )
-            working = Working(base, model, tokenizer, statistics)
-            return cls(Store.create(folder, base), base, working)
+            store = Store.create(folder, base)
+            return cls(store, base, Working(base, opened, statistics, stack.pop_all()))
 
     @classmethod
     def open(
@@ -128,8 +154,10 @@ class Ledger:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         statistics: Statistics | Literal["identity"] | None = None,
+        memory: int | str | None = None,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
+        on_read: OnRead | None = None,
     ) -> "Ledger":
         """Open a ledger, with its base model for what needs that.
 
@@ -140,8 +168,11 @@ class Ledger:
             tokenizer: the model's; not needed for a checkpoint.
             statistics: those that the ledger was made with; None looks for them in the folder that they were read from,
                 and in the cache.
+            memory: of a checkpoint: how much of it may be in memory at a time, as of `apply_edits`; by default what is
+                free. What stays in memory is there for as long as the ledger lives.
             device: of a checkpoint: where it runs, by default a GPU where torch finds one.
             trust_remote_code: of a checkpoint: whether code in its directory may run.
+            on_read: called with (bytes read, bytes per second) while weights are read.
 
         Raises CheckpointError for a folder that is no ledger, or a damaged one, ModelError for a model that cannot be
         edited, ArgumentError for another model than the base, and for one with edits in it.
@@ -149,14 +180,26 @@ class Ledger:
         store = Store(Path(folder))
         base = store.base()
         store.events()
-        working = None
-        if isinstance(model, str | Path):
-            model, own = load_base(base, model, device, trust_remote_code)
-            tokenizer = tokenizer or own
-        if model is not None:
-            with plain_modes():
-                working = Working(base, model, tokenizer, statistics)
-        return cls(store, base, working)
+        if model is None:
+            if memory is not None:
+                raise ArgumentError("memory: got a budget without a model, wanted the base's checkpoint as well")
+            return cls(store, base, None)
+        with plain_modes(), ExitStack() as stack:
+            if isinstance(model, str | Path):
+                opened = open_base(
+                    stack,
+                    base,
+                    model,
+                    tokenizer,
+                    memory=memory,
+                    device=device,
+                    trust_remote_code=trust_remote_code,
+                    on_read=on_read,
+                )
+            else:
+                opened = open_model(model, tokenizer, Destination(), memory=memory, device=device, dtype=None)
+            check_base(base, opened)
+            return cls(store, base, Working(base, opened, statistics, stack.pop_all()))
 
     @property
     def folder(self) -> Path:
@@ -397,6 +440,11 @@ class Ledger:
             delta = self.close(tags=tags, at=at)
             delta.apply(model)
             return delta
+        if working.runner.stream is not None:
+            raise ArgumentError(
+                "model: the ledger's own is read from its checkpoint while it runs, as it does not fit the memory; "
+                "write an edited checkpoint by write(), or give a model in memory"
+            )
         with working.unedited():
             delta = self._closed(tags, at)
             if delta.updates:

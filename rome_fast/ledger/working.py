@@ -1,13 +1,14 @@
 """A ledger's base model at work: it finds values, closes them, and holds the update, all beside its own weights."""
 
 import json
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..closing.closing import Closing
 from ..closing.effect import ContextNLL, Effect, judge_drift
@@ -17,38 +18,68 @@ from ..editor import checked_statistics
 from ..edits import Edit
 from ..errors import CheckpointError
 from ..models.runner import evaluating
-from ..opening import checkpoints
 from ..opening.admission import admit_tokenizer, plain_modes
-from ..opening.opening import Destination, check_weights, open_model
+from ..opening.opening import Opened, check_weights, open_checkpoint
 from ..result import EditResult
-from ..runs.processes import own_device
+from ..runs.processes import ALONE
 from ..search.requests import Request, tokenise
 from ..search.search import Clock, Progress, Search, Solved
 from ..statistics import Statistics, first_token_statistics
 from ..updates import chains
 from ..updates.delta import Delta
 from ..updates.samples import Sample
-from ..weights import Checkpoint, stored_name
+from ..weights import Checkpoint, OnRead, stored_name
 from .base import Base
 
 
-def load_base(
-    base: Base, source: str | Path, device: str | torch.device | None, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model from its checkpoint, without what the ledger has written there last; raises CheckpointError."""
-    model, tokenizer, directory = checkpoints.load(
-        source, device=own_device(device), dtype=base.dtype, trust_remote_code=trust_remote_code
+def open_base(
+    stack: ExitStack,
+    base: Base,
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    memory: int | str | None,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+    on_read: OnRead | None,
+) -> Opened:
+    """The base model from its checkpoint, without what the ledger has written there last; raises CheckpointError.
+
+    It is there until the stack is closed.
+    """
+
+    def layers(config: PretrainedConfig) -> Sequence[int]:
+        # What has fewer of them is not the base, which is said of it when it is compared.
+        count = config.get_text_config().num_hidden_layers
+        return [layer for layer in base.layers if layer < count] or [count - 1]
+
+    opened = open_checkpoint(
+        stack,
+        source,
+        tokenizer,
+        None,
+        layers=layers,
+        method=base.method,
+        statistics="identity" if base.statistics is None else None,
+        memory=memory,
+        device=device,
+        # Under a budget weights are as they are stored.
+        dtype=getattr(torch, base.dtype) if memory is None else None,
+        trust_remote_code=trust_remote_code,
+        processes=ALONE,
+        on_read=on_read,
     )
-    last = last_written(base, directory)
-    if last is not None:
+    directory = opened.source
+    last = None if directory is None else last_written(base, directory)
+    if directory is not None and last is not None:
         originals, faults = last.checked_originals()
         if faults:
             raise CheckpointError("; ".join(faults))
         checkpoint = Checkpoint.open(directory)
         for name in base.weights:
-            if (stored := stored_name(checkpoint, name, model)) in originals:
-                model.get_parameter(name).data.copy_(originals[stored])
-    return model, tokenizer
+            if (stored := stored_name(checkpoint, name, opened.model)) in originals:
+                opened.model.get_parameter(name).data.copy_(originals[stored])
+    return opened
 
 
 def last_written(base: Base, checkpoint: str | Path) -> chains.Recorded | None:
@@ -58,21 +89,22 @@ def last_written(base: Base, checkpoint: str | Path) -> chains.Recorded | None:
     return last if isinstance(about, dict) and about.get("id") == base.id else None
 
 
+def check_base(base: Base, opened: Opened) -> None:
+    """Raise what `apply_edits` does for a model that cannot be edited, and ArgumentError for another than the base."""
+    admit_tokenizer(opened.tokenizer, opened.model)
+    base.check_model(opened.runner)
+    base.check_tokenizer(opened.tokenizer)
+    check_weights(opened.runner, base.layers)
+
+
 class Working:
-    """The base model of a ledger. Raises what `apply_edits` does for one that cannot be edited."""
+    """The base model of a ledger. `stack` is closed with it, for a model that is read while it runs."""
 
     def __init__(
-        self,
-        base: Base,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        statistics: Statistics | Literal["identity"] | None,
+        self, base: Base, opened: Opened, statistics: Statistics | Literal["identity"] | None, stack: ExitStack
     ) -> None:
-        opened = open_model(model, tokenizer, Destination(), memory=None, device=None, dtype=None)
         self.base, self.runner, self.tokenizer = base, opened.runner, opened.tokenizer
-        admit_tokenizer(self.tokenizer, self.model)
-        base.check_model(self.runner)
-        check_weights(self.runner, base.layers)
+        weakref.finalize(self, stack.close)
         self.applied: Delta | None = None  # the one that the ledger has put into the model last
         self._statistics = statistics
         self._geometries: Geometries | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ArgumentError, ModelError
 from ..methods import Method
@@ -102,9 +102,9 @@ def open_checkpoint(
     stack: ExitStack,
     source: str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
-    destination: Destination,
+    destination: Destination | None,
     *,
-    layers: tuple[Any, ...] | None,
+    layers: tuple[Any, ...] | Callable[[PretrainedConfig], Sequence[int]] | None,
     method: Method,
     statistics: Statistics | str | None,
     memory: int | str | None,
@@ -114,8 +114,13 @@ def open_checkpoint(
     processes: Processes,
     on_read: OnRead | None,
 ) -> Opened:
-    """A checkpoint, as a whole where it fits, until the stack is closed; raises what `apply_edits` does of one."""
-    if destination.out is None and destination.lora is None and not destination.in_place:
+    """A checkpoint, as a whole where it fits, until the stack is closed; raises what `apply_edits` does of one.
+
+    `destination` is None for one that others write from.
+    """
+    if destination is None:
+        destination = Destination()
+    elif destination.out is None and destination.lora is None and not destination.in_place:
         raise ArgumentError(
             "out: got None, wanted a new directory, since the model is a checkpoint on disk; "
             "in_place=True changes the checkpoint itself"
