@@ -145,6 +145,12 @@ def test_from_the_command_line(toy, capsys):
     run("ledger", "write", "facts", "--delta", "delta.safetensors", "--tags", "a")
     run("ledger", "write", "facts", "--lora", "adapter")
     assert rome_fast.Delta.load("delta.safetensors").updates[DOWN.format(LAYER)].left.shape[1] == 2
+    capsys.readouterr()
+    run("ledger", "write", "facts", "--lora", "small", "--rank", 1, "--json", "small.json")
+    (about,) = json.loads(Path("small.json").read_text())["truncation"].values()
+    assert (about["rank"], about["of"], about["output_error"]) == (1, 3, None)
+    said = f"{DOWN.format(LAYER)}: rank 1 of 3, off by {about['error']:.1%} of the update"
+    assert said in capsys.readouterr().out.splitlines()
     assert sorted(os.listdir("adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
     run("ledger", "compact", "facts")
     assert capsys.readouterr().out.splitlines()[-1] == "facts: 3 edits, without a past"
@@ -154,6 +160,10 @@ def test_from_the_command_line(toy, capsys):
             assert "is a file of the ledger facts" in fails(capsys, "ledger", "log", "facts", "--json", f"facts/{own}")
     assert "it is no ledger" in fails(capsys, "ledger", "list", "model")
     assert "wanted --out, --in-place, --lora or --delta" in fails(capsys, "ledger", "write", "facts")
+    assert "got one without --lora" in fails(capsys, "ledger", "write", "facts", "--delta", "d", "--rank", 1)
+    assert "rank: got 0, wanted a whole number" in fails(
+        capsys, "ledger", "write", "facts", "--lora", "none", "--rank", 0
+    )
     assert "which no entry has" in fails(capsys, "ledger", "remove", "facts", "abcd")
     assert "ids: got none or conditions as well" in fails(capsys, "ledger", "remove", "facts")
     assert "there with another target" in fails(capsys, "ledger", "add", "facts", "--edits", "edits.jsonl")

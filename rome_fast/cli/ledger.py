@@ -89,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--out", type=Path, help="new directory for the edited checkpoint")
     target.add_argument("--in-place", action="store_true", help="change the base's directory; revert leads back to it")
     target.add_argument("--lora", type=Path, metavar="DIR", help="new directory for an adapter of PEFT")
+    sub.add_argument("--rank", type=int, metavar="N", help="of --lora: at most so much, as near as that can be")
     target.add_argument("--delta", type=Path, metavar="FILE", help="the update alone, for evaluate --delta")
     sub.add_argument("--tags", nargs="+", metavar="TAG", help="only entries with one of these")
     sub.add_argument("--link", choices=("copy", "hard"), default="copy", help="shards that stay as they are")
@@ -279,12 +280,14 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if not (arguments.out or arguments.in_place or arguments.lora or arguments.delta):
         raise ArgumentError("out: got None, wanted --out, --in-place, --lora or --delta")
+    if arguments.rank is not None and not arguments.lora:
+        raise ArgumentError("rank: got one without --lora, wanted both or none")
     Destination(arguments.out, arguments.in_place, arguments.lora).check()
     model = _model_of(arguments)
     ledger = _opened(arguments)
     chosen = {"tags": arguments.tags, "at": arguments.at}
     if arguments.lora:
-        delta = ledger.to_lora(arguments.lora, **chosen)
+        delta = ledger.to_lora(arguments.lora, rank=arguments.rank, **chosen)
         where = f"adapter: {arguments.lora}, for {model} as it is"
     elif arguments.delta:
         delta = ledger.close(**chosen)
@@ -297,8 +300,12 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     records = delta.report.get("edits", [])
     if records:
         show(edit_table(records))
+    truncation = delta.report.get("truncation", {})
+    for name, about in truncation.items():
+        outputs = "" if about["output_error"] is None else f", {about['output_error']:.1%} of its outputs"
+        say(f"{name}: rank {about['rank']} of {about['of']}, off by {about['error']:.1%} of the update{outputs}")
     say(where)
-    return {**_about(ledger), **chosen, "edits": [record.to_json() for record in records]}
+    return {**_about(ledger), **chosen, "truncation": truncation, "edits": [record.to_json() for record in records]}
 
 
 def _compact(arguments: argparse.Namespace) -> dict[str, Any]:

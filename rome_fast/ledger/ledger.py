@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from ..search.values import ValueSettings
 from ..statistics import Statistics
 from ..updates import chains, saving
 from ..updates.delta import Delta
+from ..updates.truncation import check_rank
 from ..weights import Link, OnRead, check_link
 from .base import Base
 from .entries import (
@@ -498,11 +499,28 @@ class Ledger:
                 delta.revert(working.model)
         return delta
 
-    def to_lora(self, directory: str | Path, *, tags: Sequence[str] | None = None, at: int | None = None) -> Delta:
-        """Close, and write the update as an adapter of PEFT for the base; errors as of `close` and `Delta.to_lora`."""
-        with self._model.unedited():
+    def to_lora(
+        self,
+        directory: str | Path,
+        *,
+        rank: int | None = None,
+        tags: Sequence[str] | None = None,
+        at: int | None = None,
+    ) -> Delta:
+        """Close, and write the update as an adapter of PEFT for the base; errors as of `close` and `Delta.to_lora`.
+
+        With a `rank`, the approximation of so small a rank whose outputs are nearest on keys distributed as the
+        statistics of this ledger. How far it is off stands in the returned Delta's report, under "truncation" by
+        parameter name; the Delta itself is the whole update.
+        """
+        if rank is not None:
+            check_rank(rank)
+        working = self._model
+        with working.unedited():
             delta = self._closed(tags, at)
-            delta.to_lora(directory, self._model.model)
+            found = delta.to_adapter(directory, working.model, rank, working.factor)
+        if found:
+            delta.report["truncation"] = {name: asdict(about) for name, about in found.items()}
         return delta
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..closing.closing import Closing
@@ -168,6 +169,11 @@ class Working:
             clock.seconds,
             self.tokenizer,
         )
+
+    def factor(self, name: str) -> Tensor | None:
+        """Cholesky factor of C of the layer that a weight is of; None for C = I."""
+        layer = next(layer for layer in self.base.layers if self.runner.weight_name(layer) == name)
+        return self._closed_with(False)[layer].factor
 
     def put_in(self, delta: Delta) -> ContextNLL | None:
         """Apply an update to the base; CollapseError or a warning, as the guard says, where it reads much worse then.

@@ -3,10 +3,10 @@
 import json
 import os
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,14 @@ from transformers import PreTrainedModel
 from ..errors import ArgumentError, CheckpointError
 from ..kernels import rank_update_
 from ..models import is_transposed, oriented
+from ..models.runner import Runner
 from ..weights import load_tensors, save_tensors
 from ..weights.files import atomic_write, os_errors
 from .samples import Sample
+from .truncation import Truncation, check_rank, truncated
+
+if TYPE_CHECKING:
+    from ..statistics import Statistics
 
 _FORMAT = "rome_fast delta 1"
 _FINGERPRINT = "fingerprint"
@@ -210,31 +215,64 @@ class Delta:
         except (ArgumentError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"delta: {file} is a safetensors file but not a delta ({error})") from error
 
-    def to_lora(self, directory: str | Path, model: PreTrainedModel) -> None:
+    def to_lora(
+        self,
+        directory: str | Path,
+        model: PreTrainedModel,
+        *,
+        rank: int | None = None,
+        statistics: "Statistics | None" = None,
+    ) -> dict[str, Truncation]:
         """Write a PEFT adapter whose product equals this Delta; `model` tells how its layers are stored.
 
-        Raises ArgumentError when the directory exists, when the Delta changes nothing, or does not fit the model, and
-        CheckpointError where it cannot be written.
+        With a `rank`, that of the best approximation of so small a rank: of the one whose outputs are nearest on keys
+        distributed as C of `statistics`, or without those of the nearest matrix. Returns how far it is off by parameter
+        name, which the file's metadata say as well; nothing without a rank.
+
+        Raises ArgumentError when the directory exists, when the Delta changes nothing, does not fit the model, or for a
+        rank below 1, StatisticsError for those of other layers or of another model, and CheckpointError where it cannot
+        be written.
         """
+        runner = Runner(model)
+        layers = {} if statistics is None else {runner.weight_name(n): n for n in range(len(runner.layers))}
+
+        def factor(name: str) -> Tensor | None:
+            return None if statistics is None else statistics.for_layer(runner, layers[name]).factor(runner.device)
+
+        return self.to_adapter(directory, model, rank, factor)
+
+    def to_adapter(
+        self, directory: str | Path, model: PreTrainedModel, rank: int | None, factor: Callable[[str], Tensor | None]
+    ) -> dict[str, Truncation]:
+        """The same with the Cholesky factor of C by parameter name, None where there is no C."""
         directory = Path(directory)
+        if rank is not None:
+            check_rank(rank)
         if os.path.lexists(directory):
             raise ArgumentError(f"directory: {directory} exists already; choose another name or remove it")
         if not self.updates:
             raise ArgumentError("delta: it is empty, so there is no adapter to write")
         # Not whether these are the weights it was made for: an adapter is put on those by whoever loads it.
         self.check(model, force=True)
-        ranks = {name: update.left.shape[1] for name, update in self.updates.items()}
+        tensors, ranks, found = {}, {}, {}
+        for name, update in self.updates.items():
+            left, right = update.left, update.right
+            if rank is not None:
+                left, right, found[name] = truncated(left, right, rank, factor(name))
+            ranks[name] = left.shape[1]
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = right.float().contiguous().cpu()
+            tensors[f"{module}.lora_B.weight"] = left.float().contiguous().cpu()
         transposed = any(is_transposed(model, name) for name in self.updates)
         config = _adapter_config(ranks, transposed, str(model.config._name_or_path))
-        tensors = {}
-        for name, update in self.updates.items():
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = update.right.float().contiguous().cpu()
-            tensors[f"{module}.lora_B.weight"] = update.left.float().contiguous().cpu()
+        metadata = {"format": "pt"}
+        if found:
+            metadata["truncation"] = json.dumps({name: asdict(about) for name, about in found.items()})
         with os_errors(f"writing {directory}"):
             directory.mkdir(parents=True)
-        save_tensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
+        save_tensors(directory / "adapter_model.safetensors", tensors, metadata)
         atomic_write(directory / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+        return found
 
 
 _SIDES = ("left", "right")
