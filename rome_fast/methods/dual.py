@@ -27,6 +27,7 @@ METHOD = Method(
     ridge=0.003,
     ridge_per_edit=1 / 420,
     largest_ridge=0.75,
+    merges=True,
     spread=True,
     sharing=0.75,
     arrival="ahead",

@@ -49,6 +49,9 @@ class Method:
     penalty: float = 0.0  # S = penalty · I: λ of MEMIT, the L2 of AlphaEdit
     null_space: float | None = None  # the eigenvalue of C below which a direction belongs to its null space
     remembers: bool = False  # keys of earlier batches are columns with a residual of zero
+    # Edits of one subject that are made together have one value, found on the rows of all of them, as their keys are
+    # nearly the same (MEMIT-Merge, Dong et al. 2025, 2502.07322).
+    merges: bool = False
     spread: bool = False  # over several layers, unless the call says which
     # With n layers left, one is asked for 1 / n^sharing of what is still missing: 1 in MEMIT, ½ in PMET (Li et al.
     # 2024).

@@ -31,6 +31,8 @@ class Request:
     starts_bare: bool = True  # whether the unprefixed row is among them
     # The row without a context as a request of its own, where the method gives it a key and a value of its own.
     bare: "Request | None" = None
+    # Those that are to have one value, where this is all of them: its rows with a target are theirs, in their order.
+    parts: "tuple[Request, ...]" = ()
 
     @property
     def scored(self) -> int:
@@ -73,6 +75,43 @@ def tokenise(
         bare = replace(request, rows=with_essence([ContextRow(unprefixed, 0)]), starts_bare=True)
         request = replace(request, bare=bare)
     return request
+
+
+MOST_MERGED = 8
+"""Requests that are given one value at most: their rows are run together."""
+
+
+def by_subject(edits: Sequence[Edit]) -> list[list[int]]:
+    """Places of the edits of each subject, of chats behind what else is said in them."""
+    places: dict[tuple[str, str | None], list[int]] = {}
+    for i, edit in enumerate(edits):
+        places.setdefault((edit.subject.strip(), edit.head), []).append(i)
+    return list(places.values())
+
+
+def merged_by_subject(group: Sequence[Request]) -> list[tuple[Request, list[int]]]:
+    """The requests with those of one subject made one, and the places of these; see `Method.merges`."""
+    found = []
+    for own in by_subject([request.edit for request in group]):
+        # An essence is that of a first row which begins with it, or else a row behind all others.
+        own.sort(key=lambda i: len(group[i].rows) > group[i].scored)
+        some = [own[start : start + MOST_MERGED] for start in range(0, len(own), MOST_MERGED)]
+        found += [(_as_one([group[i] for i in few]), few) for few in some]
+    return found
+
+
+def _as_one(requests: Sequence[Request]) -> Request:
+    first = requests[0]
+    if len(requests) == 1:
+        return first
+    bare = bare_requests(requests)
+    return replace(
+        first,
+        rows=[row for request in requests for row in request.rows[: request.scored]] + first.rows[first.scored :],
+        middle=max(request.middle for request in requests),
+        bare=_as_one(bare) if bare else None,
+        parts=tuple(requests),
+    )
 
 
 def by_head(group: Sequence[Request]) -> list[tuple[str | None, list[int]]]:

@@ -17,7 +17,7 @@ from ..models.runner import Runner
 from ..models.verification import reads_past_apart, verified
 from ..runs.processes import ALONE, Processes
 from .keys import Trail, run_to_layer
-from .requests import Request, bare_requests, by_head
+from .requests import Request, bare_requests, by_head, merged_by_subject
 from .slots import Chunk, Mode, optimise_values, usual_mode
 from .values import Value, ValueSettings, search_runner
 
@@ -97,27 +97,44 @@ class Search:
         """Where δ is found."""
         return self.layers[-1]
 
-    def find(self, group: Sequence[Request]) -> list[Solved]:
+    def find(self, group: Sequence[Request], *, merge: bool = True) -> list[Solved]:
         """Keys and values of every request, in the order given, found in batches that fit the memory.
 
+        Where the method merges, and `merge`, requests of one subject get one value; where none is found that way, one
+        each if these are.
         Several processes deal the requests out, by length, and all get what each of them has found.
         """
         with self.clock("keys"):
             # From group to group the edit layers' weights may change; those above do not, nor what is below.
             self._above = self._above or search_runner(self.runner, self.settings)
         self._round += 1
+        if not (merge and self.method.merges):
+            return [solved for (solved,) in self._find_all(group)]
+        merged = merged_by_subject(group)
+        found: dict[int, Solved] = {}
+        for (_, places), parts in zip(merged, self._find_all([request for request, _ in merged]), strict=True):
+            found.update(zip(places, parts, strict=True))
+        apart = [i for _, places in merged if len(places) > 1 for i in places if not found[i].found]
+        if apart:
+            self.done -= len(apart)
+            own = self._find_all([group[i] for i in apart])
+            found.update((i, solved) for i, (solved,) in zip(apart, own, strict=True) if solved.found)
+        return [found[i] for i in range(len(group))]
+
+    def _find_all(self, group: Sequence[Request]) -> list[list[Solved]]:
+        """Of every request, what was found for it, or for each of its parts."""
         if self.processes.count == 1:
             return self._find_own(group)
         order = in_order(group)
         own = [group[i] for number, i in enumerate(order) if self.processes.takes(number)]
         found = self._find_own(own) if own else []
-        parts = self.processes.gather([solved.to(torch.device("cpu")) for solved in found])
-        self.done += len(group) - len(own)
+        parts = self.processes.gather([[solved.to(torch.device("cpu")) for solved in each] for each in found])
+        self.done += _count(group) - _count(own)
         if self.progress is not None:
             self.progress(self.done, self.total)
         count = self.processes.count
         dealt = {i: parts[number % count][number // count] for number, i in enumerate(order)}
-        return [dealt[i].to(self.runner.device) for i in range(len(group))]
+        return [[solved.to(self.runner.device) for solved in dealt[i]] for i in range(len(group))]
 
     def contexts_behind(self, head: str | None) -> Contexts | None:
         """What the model makes of the contexts; None for a model whose rows cannot go on from that."""
@@ -134,44 +151,47 @@ class Search:
             del self._contexts[next(iter(self._contexts))]
         return contexts
 
-    def _find_own(self, group: Sequence[Request]) -> list[Solved]:
-        solved: dict[int, Solved] = {}
+    def _find_own(self, group: Sequence[Request]) -> list[list[Solved]]:
+        solved: dict[int, list[Solved]] = {}
         for head, places in by_head(group):
             with self.clock("keys"):
                 contexts = self.contexts_behind(head)
             some = [group[i] for i in places]
             if head is None:
                 some = [replace(r, middle=r.middle + r.head, head=0) if r.head else r for r in some]
-            found = [replace(each, head=head) for each in self._find_behind(contexts, some)]
+            found = [[replace(each, head=head) for each in parts] for parts in self._find_behind(contexts, some)]
             solved.update(zip(places, found, strict=True))
         return [solved[i] for i in range(len(group))]
 
-    def _find_behind(self, contexts: Contexts | None, group: Sequence[Request]) -> list[Solved]:
+    def _find_behind(self, contexts: Contexts | None, group: Sequence[Request]) -> list[list[Solved]]:
         """Keys and values of requests that share their contexts, the bare ones' with them."""
         solved = self._find(contexts, group, None)
         twofold = [i for i, request in enumerate(group) if request.bare is not None]
         if twofold:
             # A first token's own value is many times as long (the attention sink), and no measure of what to add to it.
-            bases = [solved[i].mean_value for i in twofold]
-            for i, bare in zip(twofold, self._find(contexts, bare_requests(group), bases), strict=True):
-                value = replace(bare.value, delta=BARE_SCALE * bare.value.delta)
-                solved[i] = replace(solved[i], bare=replace(bare, value=value))
+            bases = [torch.stack([each.mean_value for each in solved[i]]).mean(0) for i in twofold]
+            for i, found in zip(twofold, self._find(contexts, bare_requests(group), bases), strict=True):
+                own = iter(found)
+                parts = zip(solved[i], group[i].parts or [group[i]], strict=True)
+                solved[i] = [
+                    each if part.bare is None else replace(each, bare=_shortened(next(own))) for each, part in parts
+                ]
         return solved
 
     def _find(
         self, contexts: Contexts | None, group: Sequence[Request], bases: Sequence[Tensor] | None
-    ) -> list[Solved]:
-        """One key and value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only."""
+    ) -> list[list[Solved]]:
+        """One value of each; `bases` are the v₀ whose length bounds δ, given for bare requests only."""
         apart = reads_past_apart(self.runner, verified(self.runner, self.layer))
         sizer = BatchSizer(self.runner, self.layer, whole=contexts is None, apart=apart)
-        solved: dict[int, Solved] = {}
+        solved: dict[int, list[Solved]] = {}
         mode = self.mode or usual_mode(self._above or self.runner)
         for places, room in in_turn(sizer, group) if mode.fixed else ((p, len(p)) for p in in_batches(sizer, group)):
             with sizer.halving(room):
                 base = None if bases is None else torch.stack([bases[i] for i in places])
                 found = self._solve(contexts, [group[i] for i in places], base, room, mode)
                 solved.update(zip(places, found, strict=True))
-                self.done += 0 if bases is not None else len(places)
+                self.done += 0 if bases is not None else _count([group[i] for i in places])
                 self.largest_batch = max(self.largest_batch, room)
             if self.progress is not None:
                 self.progress(self.done, self.total)
@@ -179,7 +199,7 @@ class Search:
 
     def _solve(
         self, contexts: Contexts | None, group: Sequence[Request], bases: Tensor | None, room: int, mode: Mode
-    ) -> list[Solved]:
+    ) -> list[list[Solved]]:
         """The same of requests with the same number of rows with a target, `room` of them at once."""
         above, settings = self._above or self.runner, self.settings
         if bases is not None:
@@ -216,10 +236,33 @@ class Search:
             values = optimise_values(
                 above, chain([first], several), self.layer, settings, len(group), room=room, mode=mode, tell=tell
             )
-        return [
-            Solved(keys, row_values[0], mean, value, request.starts_bare, trail=trail)
-            for request, value, (keys, row_values, mean, trail) in zip(group, values, known, strict=True)
-        ]
+        return [_parted(request, value, *rest) for request, value, rest in zip(group, values, known, strict=True)]
+
+
+def _parted(
+    request: Request, value: Value, keys: Tensor, row_values: Tensor, mean: Tensor, trail: Trail | None
+) -> list[Solved]:
+    """What was found for a request, or for each of its parts, from what was for all their rows."""
+    parts = request.parts
+    if not parts:
+        return [Solved(keys, row_values[0], mean, value, request.starts_bare, trail=trail)]
+    # At least that share of each one's rows: those in which the target does not lead may all be of one of them.
+    value = replace(value, led=max(0.0, 1 - len(parts) * (1 - value.led)))
+    found, start = [], 0
+    for part in parts:
+        rows = torch.arange(start, start := start + part.scored, device=keys.device)
+        own, of_part = row_values[rows], None if trail is None else trail.rows(rows)
+        found.append(Solved(keys[rows], own[0], own.mean(0), value, part.starts_bare, trail=of_part))
+    return found
+
+
+def _shortened(bare: Solved) -> Solved:
+    return replace(bare, value=replace(bare.value, delta=BARE_SCALE * bare.value.delta))
+
+
+def _count(group: Sequence[Request]) -> int:
+    """How many edits these are."""
+    return sum(len(request.parts) or 1 for request in group)
 
 
 class Clock:
