@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from ..edits import Edit, Probe
 from ..errors import ArgumentError, CheckpointError, EditError
-from ..search.requests import Request
+from ..search.requests import Request, by_subject
 
-Kind = Literal["add", "replace", "remove", "merge", "compact"]
+Kind = Literal["add", "replace", "remove", "merge", "compact", "find"]
+"""What an event does; "find" puts in values alone, of entries of one subject that are made together."""
 
 _LEAST_PREFIX = 4  # characters of an id
 _TOLD = 10
@@ -73,7 +74,7 @@ class Event:
     removed: tuple[str, ...]  # ids
     file: str | None  # with the values that were found for it
     sha256: str | None  # of that file
-    values: tuple[str, ...]  # ids of the values in it
+    values: tuple[str, ...]  # names of the values in it: ids, or those of `value_names`
 
     def to_json(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -154,6 +155,22 @@ def request_id(edit: Edit) -> str:
     """What the value of an edit depends on, beside what a ledger is bound to, as 16 hex digits."""
     asked = [edit.text, edit.subject_at, edit.subject, edit.boundary, edit.target, edit.end, edit.user_at]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def value_names(entries: Sequence[Entry], *, merges: bool) -> dict[str, str]:
+    """By id, what the value of each entry is called when they are made together.
+
+    One that is found alone has the entry's id; where a method merges, one that is found with others of its subject has
+    theirs in its name as well.
+    """
+    names = {entry.id: entry.id for entry in entries}
+    if merges:
+        for places in by_subject([entry.edit for entry in entries]):
+            ids = sorted(entries[i].id for i in places)
+            if len(ids) > 1:
+                digest = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:16]
+                names |= {id: f"{id}-{digest}" for id in ids}
+    return names
 
 
 def edit_json(edit: Edit) -> dict[str, Any]:

@@ -134,12 +134,23 @@ class Working:
                     delta.apply(self.model)
 
     def find(self, edits: Sequence[Edit], progress: Progress | None) -> tuple[list[Request], list[Solved]]:
-        """The value of every edit, on the base, as `apply_edits` finds them together; inside `unedited`."""
-        admit_tokenizer(self.tokenizer, self.model, [f"{edit.text} {edit.target}" for edit in edits])
-        requests = [tokenise(self.runner, self.tokenizer, e, self.base.contexts, self.base.method) for e in edits]
-        search = self._searching(Clock(self.runner.device))
+        """The value of every edit alone, on the base; inside `unedited`."""
+        requests, search = self._tokenised(edits), self._searching(Clock(self.runner.device))
         search.progress, search.total, search.done = progress, len(edits), 0
-        return requests, search.find(requests)
+        return requests, search.find(requests, merge=False)
+
+    def find_merged(self, groups: Sequence[Sequence[Edit]]) -> list[list[Solved]]:
+        """The values of edits of one subject each that are made together, as `apply_edits` finds them.
+
+        Group by group, so that none depends on the others.
+        """
+        search = self._searching(Clock(self.runner.device))
+        search.progress = None
+        return [search.find(self._tokenised(group)) for group in groups]
+
+    def _tokenised(self, edits: Sequence[Edit]) -> list[Request]:
+        admit_tokenizer(self.tokenizer, self.model, [f"{edit.text} {edit.target}" for edit in edits])
+        return [tokenise(self.runner, self.tokenizer, e, self.base.contexts, self.base.method) for e in edits]
 
     def close(self, requests: Sequence[Request], solved: Sequence[Solved]) -> EditResult:
         """The update for all of them, at least one, by the closing of `apply_edits`; inside `unedited`."""
