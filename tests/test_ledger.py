@@ -579,9 +579,11 @@ def test_what_is_there_already_and_what_is_not(pool):
     for arguments in ({}, {"ids": ["abcd"], "subject": "Apple"}):
         with pytest.raises(ArgumentError, match="ids: got none or conditions as well"):
             pool.remove(**arguments)
-    with pytest.raises(ArgumentError, match="ids: got conditions that no entry meets"):
+    with pytest.raises(ArgumentError, match="text: got 'Atlantis', which none of 5 entries meets"):
         pool.remove(text="Atlantis")
-    with pytest.raises(ArgumentError, match="ids: got conditions that no entry meets"):
+    with pytest.raises(ArgumentError, match="text, subject: got 'Berlin', 'Rome', which none of 5"):
+        pool.remove(text="Berlin", subject="Rome")
+    with pytest.raises(ArgumentError, match="ids: got none, wanted at least one"):
         pool.remove([])
     for id, problem in (("zzzz", "which no entry has"), ("", "at least its first 4"), (5, "at least its first 4")):
         with pytest.raises(ArgumentError, match=f"ids: got {id!r}.*{problem}"):

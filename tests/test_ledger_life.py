@@ -6,14 +6,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import oracle
 import rome_fast
-from helpers import CONTEXTS, LAYER, all_bits, bits, changed
+from helpers import CONTEXTS, LAYER, all_bits, bits, changed, rounding, rounding_of_log_p
 from rome_fast import Ledger, Statistics
 from rome_fast.cli import main
 from rome_fast.models.runner import Runner
+from rome_fast.report.edit_data import read_run
 from rome_fast.statistics.store import cache_folder
 from rome_fast.updates import chains
 from test_ledger import SEVERAL, bytes_of
@@ -81,6 +84,14 @@ def fails(capsys, *arguments):
     return captured.err.partition("rome-fast: ")[2]
 
 
+def mean_keys(folder):
+    """(d_ff,) of every entry, in their order."""
+    ledger = Ledger.open(folder)
+    events = ledger.log()
+    found = ledger._store.values(events, [entry.id for entry in ledger.entries()])
+    return [each.keys.double().mean(0) for each in found.values()]
+
+
 def edits_file(path, edits):
     lines = [{"prompt": e.prompt, "subject": e.subject, "target_new": e.target} for e in edits]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -135,8 +146,30 @@ def test_from_the_command_line(toy, capsys):
     model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), AutoTokenizer.from_pretrained("model")
     delta = Ledger.open("facts", model, tokenizer).close()
     wanted = bytes(bits(delta.edited(model)[DOWN.format(LAYER)]))
-    run("ledger", "write", "facts", "--out", "edited", "--device", "cpu")
-    assert "undo with: rome-fast revert edited" in capsys.readouterr().out
+    capsys.readouterr()
+    run("ledger", "write", "facts", "--out", "edited", "--device", "cpu", "--report", "page", "--json", "write.json")
+    printed, report = capsys.readouterr().out, json.loads(Path("write.json").read_text())
+    assert "undo with: rome-fast revert edited" in printed
+    nll = report["context_nll"]
+    assert f"mean NLL of the contexts: {nll['before']:.3f} → {nll['after']:.3f} nats a token" in printed
+    assert report["entries"] == [entry.id for entry in Ledger.open("facts").entries()]
+    keys = [key / key.norm() for key in mean_keys("facts")]
+    for i, record in enumerate(report["edits"]):
+        cosines = [float(keys[i] @ key) if i != j else -1.0 for j, key in enumerate(keys)]
+        assert record["nearest"] == cosines.index(max(cosines))
+        assert record["nearest_cosine"] == pytest.approx(max(cosines), rel=rounding(torch.float32, 80))
+        assert record["applied"]
+    # Asked with the edits and without, as edit asks; the model is as the one that was written.
+    asked = read_run(Path("page")).records
+    edited = AutoModelForCausalLM.from_pretrained("edited")
+    for record in asked:
+        for model, p in (("model", record.probability_before), ("edited", record.probability_after)):
+            loaded = edited if model == "edited" else AutoModelForCausalLM.from_pretrained(model)
+            true = oracle.target_probability(loaded, AutoTokenizer.from_pretrained(model), record.text, record.target)
+            true = float(torch.tensor(true).log().mean().exp())
+            assert p == pytest.approx(true, rel=2 * rounding_of_log_p(torch.float32))
+        assert record.answer_after is not None
+    assert Path("page/report.html").read_bytes().startswith(b"<!")
     run("ledger", "write", "facts", "--in-place", "--at", 1)
     run("ledger", "write", "facts", "--in-place")
     for folder in ("edited", "model"):
@@ -160,6 +193,11 @@ def test_from_the_command_line(toy, capsys):
             assert "is a file of the ledger facts" in fails(capsys, "ledger", "log", "facts", "--json", f"facts/{own}")
     assert "it is no ledger" in fails(capsys, "ledger", "list", "model")
     assert "wanted --out, --in-place, --lora or --delta" in fails(capsys, "ledger", "write", "facts")
+    assert "wanted a model that can be asked" in fails(
+        capsys, "ledger", "write", "facts", "--delta", "d", "--report", "other"
+    )
+    assert "page exists already" in fails(capsys, "ledger", "write", "facts", "--in-place", "--report", "page")
+    assert "which is the ledger" in fails(capsys, "ledger", "write", "facts", "--in-place", "--report", "facts/page")
     assert "got one without --lora" in fails(capsys, "ledger", "write", "facts", "--delta", "d", "--rank", 1)
     assert "rank: got 0, wanted a whole number" in fails(
         capsys, "ledger", "write", "facts", "--lora", "none", "--rank", 0

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, RomeFastError
 from .edit import parsed_settings
 from .shared import (
+    Unreported,
     as_asked,
     chat_arguments,
     device_argument,
@@ -23,6 +24,8 @@ from .shared import (
 
 if TYPE_CHECKING:
     from ..ledger import Entry, Ledger
+    from ..report.edit_data import EditRun
+    from ..result import EditResult
     from ..weights import OnRead
 
 NAME = "ledger"
@@ -93,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--delta", type=Path, metavar="FILE", help="the update alone, for evaluate --delta")
     sub.add_argument("--tags", nargs="+", metavar="TAG", help="only entries with one of these")
     sub.add_argument("--link", choices=("copy", "hard"), default="copy", help="shards that stay as they are")
+    sub.add_argument("--report", type=Path, metavar="DIR", help="new folder for a page on every edit, with its data")
     _at(sub)
     _on_model(sub, statistics=True)
     sub = action("compact", _compact, "forget events and values that are no longer in use")
@@ -274,8 +278,11 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ..opening.defaults import explain_layer
     from ..opening.opening import Destination
+    from ..records import report_json
     from ..report import edit_table
+    from ..report.edit import REPORT_FILE, write_run
     from ..runs.terminal import say, show
 
     if not (arguments.out or arguments.in_place or arguments.lora or arguments.delta):
@@ -284,6 +291,8 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ArgumentError("rank: got one without --lora, wanted both or none")
     Destination(arguments.out, arguments.in_place, arguments.lora).check()
     model = _model_of(arguments)
+    runs: list[EditRun] = []
+    asking = None if arguments.report is None else _asking(arguments, runs)
     ledger = _opened(arguments)
     chosen = {"tags": arguments.tags, "at": arguments.at}
     if arguments.lora:
@@ -294,18 +303,53 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
         delta.save(arguments.delta)
         where = f"update: {arguments.delta}, for {model} as it is"
     else:
-        delta = ledger.write(model, arguments.out, in_place=arguments.in_place, link=arguments.link, **chosen)
+        target = {"out": arguments.out, "in_place": arguments.in_place, "link": arguments.link}
+        delta = ledger.write(model, **target, report=asking, **chosen)
         edited = arguments.out or model
         where = f"edited checkpoint: {edited}" + (f" (undo with: rome-fast revert {edited})" if delta.updates else "")
-    records = delta.report.get("edits", [])
-    if records:
-        show(edit_table(records))
-    truncation = delta.report.get("truncation", {})
-    for name, about in truncation.items():
+    if delta.report.get("edits"):
+        show(edit_table(delta.report["edits"]))
+        say(explain_layer(ledger.base.layers, ledger.base.layer_source, model))
+    if nll := delta.report.get("context_nll"):
+        say(f"mean NLL of the contexts: {nll['before']:.3f} → {nll['after']:.3f} nats a token")
+    for name, about in delta.report.get("truncation", {}).items():
         outputs = "" if about["output_error"] is None else f", {about['output_error']:.1%} of its outputs"
         say(f"{name}: rank {about['rank']} of {about['of']}, off by {about['error']:.1%} of the update{outputs}")
     say(where)
-    return {**_about(ledger), **chosen, "truncation": truncation, "edits": [record.to_json() for record in records]}
+    report = {"edits": [], **report_json(delta.report)}
+    report |= {**_about(ledger), **chosen, "entries": report.get("ledger", {}).get("entries", [])}
+    for run in runs:
+        try:
+            write_run(arguments.report, run)
+        except RomeFastError as error:
+            raise Unreported(str(error), report) from error
+        say(f"report: {arguments.report / REPORT_FILE}")
+    if arguments.report and not runs:
+        say("report: none, as no edit is in the update")
+    return report
+
+
+def _asking(arguments: argparse.Namespace, runs: list["EditRun"]) -> Callable[["EditResult"], None]:
+    """What asks the edited model for its report, and puts that behind `runs`; ArgumentError where none can be had."""
+    from ..ledger import Ledger
+    from ..report.edit import check_new_report
+    from ..report.edit_data import asked_run
+
+    if not (arguments.out or arguments.in_place):
+        raise ArgumentError("report: got it without --out or --in-place, wanted a model that can be asked")
+    source = Path(arguments.model)
+    places = ("the model", source if source.exists() else None), ("that of --out", arguments.out)
+    check_new_report(arguments.report, *places, ("the ledger", arguments.ledger))
+    named = ("model", "ledger", "tags", "at", "out", "in_place", "memory")
+    given = {name: getattr(arguments, name) for name in named}
+    about = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    edits = [entry.edit for entry in Ledger.open(arguments.ledger).entries(tags=arguments.tags, at=arguments.at)]
+
+    def ask(result: "EditResult") -> None:
+        with progress("asking", "questions") as (advance, _):
+            runs.append(asked_run(result, edits, about, advance))
+
+    return ask
 
 
 def _compact(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Ledger: edits as data. A folder that keeps requests and the values found for them, and closes them ever anew."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..methods import DEFAULT_METHOD, Method, method_named
 from ..models.runner import evaluating
 from ..opening.admission import admit_tokenizer, checked_dtype, plain_modes
 from ..opening.opening import Destination, given_layers, open_checkpoint, open_model
+from ..result import EditResult
 from ..runs.processes import ALONE
 from ..search.requests import by_subject
 from ..search.search import Progress, Solved
@@ -338,8 +339,15 @@ class Ledger:
             else:
                 found = [state.named(id) for id in ([ids] if isinstance(ids, str) else ids)]
             found = list({entry.id: entry for entry in found}.values())
+            if not found and ids is not None:
+                raise ArgumentError("ids: got none, wanted at least one")
             if not found:
-                raise ArgumentError("ids: got conditions that no entry meets, or none; see what is in by entries()")
+                conditions = {"text": text, "subject": subject, "tags": tags}
+                given = {name: value for name, value in conditions.items() if value is not None}
+                raise ArgumentError(
+                    f"{', '.join(given)}: got {', '.join(map(repr, given.values()))}, which none of {len(state)} "
+                    "entries meets; see what is in by entries()"
+                )
             self._store.append("remove", events, who, why, removed=[entry.id for entry in found])
         return found
 
@@ -431,7 +439,7 @@ class Ledger:
         `apply_edits`, StatisticsError, and CheckpointError for damaged values; the model is as before in any case.
         """
         with self._model.unedited():
-            return self._closed(tags, at)
+            return _delta_of(self._closed(tags, at))
 
     def apply(
         self, model: PreTrainedModel | None = None, *, tags: Sequence[str] | None = None, at: int | None = None
@@ -454,11 +462,11 @@ class Ledger:
                 "write an edited checkpoint by write(), or give a model in memory"
             )
         with working.unedited():
-            delta = self._closed(tags, at)
-            if delta.updates:
-                working.put_in(delta)
-            working.applied = delta
-        return delta
+            result = self._closed(tags, at)
+            if result is not None and result.delta.updates:
+                working.put_in(result)
+            working.applied = _delta_of(result)
+        return working.applied
 
     def write(
         self,
@@ -469,12 +477,15 @@ class Ledger:
         tags: Sequence[str] | None = None,
         at: int | None = None,
         link: Link = "copy",
+        report: Callable[[EditResult], None] | None = None,
     ) -> Delta:
         """Close, and write the edited model: a checkpoint of the base as `out`, or the base's own directory changed.
 
         With `in_place`, `source` is the base's checkpoint, or one that this ledger has written last: what that was
         edited to before is replaced, all of it or nothing, also in case of a kill, and `rome-fast revert` leads back
-        to the base. An empty ledger then gives the base back. Returns the Delta. Raises what `apply` and
+        to the base. An empty ledger then gives the base back. Returns the Delta, whose report says what became of every
+        edit. `report` is called once all is written, while the update is still in the model: with what `apply_edits`
+        would return, probabilities measured. Raises what `apply` and
         `EditResult.save` do, and CheckpointError for a `source` with other edits.
         """
         if (out is None) != in_place:
@@ -484,24 +495,25 @@ class Ledger:
         destination.check()
         working = self._model
         with working.unedited():
-            delta = self._closed(tags, at)
-            if not delta.updates:
+            result = self._closed(tags, at)
+            delta = _delta_of(result)
+            if result is None or not delta.updates:
                 if not in_place:
                     raise ArgumentError("out: no edit is in the ledger's update, so there is nothing to write")
                 if last_written(self.base, source) is not None:
                     chains.revert(source)
                 saving.check_unedited(working.model, self.base.weights, Path(source))
                 return delta
-            nll = working.put_in(delta)
+            working.put_in(result, [] if report is None else self._state(at).matching(tags=tags))
             try:
-                if nll is not None:
-                    delta.report["context_nll"] = vars(nll)
                 if out is not None:
                     saving.save(working.model, delta, out, source, tokenizer=working.tokenizer, link=link)
                 else:
                     with chains.changing_in_place(source):
                         replaces = last_written(self.base, source) is not None
                         saving.save_in_place(working.model, delta, Path(source), replaces=replaces)
+                if report is not None:
+                    report(result)
             finally:
                 delta.revert(working.model)
         return delta
@@ -524,7 +536,7 @@ class Ledger:
             check_rank(rank)
         working = self._model
         with working.unedited():
-            delta = self._closed(tags, at)
+            delta = _delta_of(self._closed(tags, at))
             found = delta.to_adapter(directory, working.model, rank, working.factor)
         if found:
             delta.report["truncation"] = {name: asdict(about) for name, about in found.items()}
@@ -551,11 +563,12 @@ class Ledger:
             raise ArgumentError(f"at: got {at!r}, wanted the number of an event, one of {first} .. {last}")
         return [event for event in events if event.number <= at]
 
-    def _closed(self, tags: Sequence[str] | None, at: int | None) -> Delta:
+    def _closed(self, tags: Sequence[str] | None, at: int | None) -> EditResult | None:
+        """None where no entry is asked for."""
         events = self._until(at)
         entries = State(events).matching(tags=tags)
         if not entries:
-            return Delta({})
+            return None
         found = self._found_for(events, entries)
         result = self._model.close([entry.request for entry in entries], found)
         result.delta.report["ledger"] = {
@@ -564,7 +577,7 @@ class Ledger:
             "tags": None if tags is None else list(checked_tags(tags)),
             "entries": [entry.id for entry in entries],
         }
-        return result.delta
+        return result
 
     def _names(self, entries: Sequence[Entry]) -> dict[str, str]:
         return value_names(entries, merges=self.base.method.merges)
@@ -650,6 +663,10 @@ def _checked(given: object) -> list[Edit]:
         raise ArgumentError("edits: got none, wanted at least one")
     find_conflicts(edits)
     return edits
+
+
+def _delta_of(result: EditResult | None) -> Delta:
+    return Delta({}) if result is None else result.delta
 
 
 def _compared(here: State, there: State) -> Diff:

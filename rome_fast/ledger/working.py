@@ -4,6 +4,7 @@ import json
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..closing.closing import Closing
-from ..closing.effect import ContextNLL, Effect, judge_drift
+from ..closing.effect import Effect, judge_drift
 from ..closing.flow import Flow
 from ..closing.geometry import Geometries
+from ..closing.neighbours import tell_nearest
 from ..editor import checked_statistics
 from ..edits import Edit
 from ..errors import CheckpointError
@@ -31,6 +33,7 @@ from ..updates.delta import Delta
 from ..updates.samples import Sample
 from ..weights import Checkpoint, OnRead, stored_name
 from .base import Base
+from .entries import Entry
 
 
 def open_base(
@@ -159,6 +162,7 @@ class Working:
         closing = Closing(self.runner, base.method, self._closed_with(bare), base.guard)
         flow = Flow(self._searching(clock), closing, base.guard, base.unconverged, len(requests))
         made, records = flow.close(requests, [each.to(self.runner.device) for each in solved])
+        tell_nearest(records, flow.keys)
         delta = Delta({}) if made is None else made
         weights = {self.runner.weight_name(layer): self.runner.weight(layer) for layer in base.layers}
         delta.samples = {n: Sample.of(weights[n], update.left, update.right) for n, update in delta.updates.items()}
@@ -186,21 +190,25 @@ class Working:
         layer = next(layer for layer in self.base.layers if self.runner.weight_name(layer) == name)
         return self._closed_with(False)[layer].factor
 
-    def put_in(self, delta: Delta) -> ContextNLL | None:
+    def put_in(self, result: EditResult, asked: Sequence[Entry] = ()) -> None:
         """Apply an update to the base; CollapseError or a warning, as the guard says, where it reads much worse then.
 
-        Inside `unedited`; after an error the model is as it was.
+        Fills in what was measured: the contexts' NLL, and where the entries that the records are of are to be `asked`,
+        their probabilities. Inside `unedited`; after an error the model is as it was.
         """
-        effect = Effect(self.runner, self.tokenizer, [], self.base.contexts)
+        effect = Effect(self.runner, self.tokenizer, [entry.edit for entry in asked], self.base.contexts)
         effect.before()
-        delta.apply(self.model)
+        result.delta.apply(self.model)
         try:
-            nll = effect.after([])
-            judge_drift(nll, self.base.guard)
+            result.context_nll = effect.after(result.records if asked else [])
+            for entry, record in zip(asked, result.records, strict=False):
+                if entry.needs_prefix and self.base.method.bare:
+                    record.needs_prefix = not record.argmax_after
+            judge_drift(result.context_nll, self.base.guard)
         except BaseException:
-            delta.revert(self.model)
+            result.delta.revert(self.model)
             raise
-        return nll
+        result.delta.report["context_nll"] = None if result.context_nll is None else asdict(result.context_nll)
 
     def _searching(self, clock: Clock) -> Search:
         if self._search is None:
