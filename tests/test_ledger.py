@@ -154,7 +154,13 @@ def test_any_number_of_calls_is_one_joint_edit(how, make, model, tokenizer, no_s
     before = all_bits(model)
     no_search()
     # The same batches, and the same order: the same arithmetic.
-    assert bytes_of(at_once.close()) == bytes_of(joint[0].delta)
+    closed = at_once.close()
+    assert bytes_of(closed) == bytes_of(joint[0].delta)
+    near = [[(r.nearest, r.nearest_cosine) for r in each] for each in (closed.report["edits"], joint[0].records)]
+    assert near[0] == near[1]
+    # Of keys whose rows are run again, the mean is kept.
+    kept = at_once._store.values(at_once.log(), sorted(ids)).values()
+    assert {len(each.keys) for each in kept} == ({1} if len(at_once.base.layers) > 1 else {2, 3})
     # Values found in other batches are those to rounding, which the solve magnifies by its condition at most.
     allowed = rounding_of_edit(torch.float64) * joint[1].condition
     assert difference(parts.close(), joint[1].delta) < allowed

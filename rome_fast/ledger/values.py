@@ -73,7 +73,8 @@ def _packed(prefix: str, solved: Solved, tensors: dict[str, Tensor]) -> dict[str
     """Put a value's tensors among the others; returns the rest of it."""
     value, trail = solved.value, solved.trail
     own = {
-        "keys": solved.keys,
+        # Of several layers, rows are run again, and of these keys only the mean is asked for, to tell edits apart.
+        "keys": solved.keys if trail is None else solved.keys.mean(0, keepdim=True),
         "unprefixed_value": solved.unprefixed_value,
         "mean_value": solved.mean_value,
         "delta": value.delta,
