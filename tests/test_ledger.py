@@ -456,6 +456,24 @@ def test_an_edited_model_is_no_base(pool, tokenizer):
             act()
 
 
+def test_layers_that_values_depend_on_are_those_of_the_base(pool, tokenizer):
+    """One above those that are edited, as where somebody else has edited it."""
+    model = toy_model("llama", dtype=torch.float64)
+    ledger = Ledger.open(pool.folder, model, tokenizer, statistics="identity")
+    with torch.no_grad():
+        model.get_parameter("model.layers.2.mlp.down_proj.weight").add_(1e-6)
+    for act in (
+        ledger.close,
+        lambda: ledger.add(Edit("{} is", "Rome", "Paris")),
+        lambda: Ledger.open(pool.folder, model, tokenizer),
+    ):
+        with pytest.raises(ArgumentError, match="model: layers above layer 1 differ from those of the base"):
+            act()
+    other = Ledger.create(pool.folder.parent / "other", model, tokenizer, **{**USUAL, **MADE["one layer"]})
+    with pytest.raises(ArgumentError, match="made alike: whole differ"):
+        pool.merge(other)
+
+
 def test_another_tokenizer_is_refused(make, pool, model, toy_tokenizers):
     """Rows that were kept stand behind the contexts' tokens of that time."""
     with pytest.raises(ArgumentError, match="tokenizer: got one that cuts the contexts of this ledger into other tok"):
@@ -591,6 +609,15 @@ def test_what_is_there_already_and_what_is_not(pool):
         pool.remove(text="Berlin", subject="Rome")
     with pytest.raises(ArgumentError, match="ids: got none, wanted at least one"):
         pool.remove([])
+    for what in ({"text": 5}, {"subject": ["Apple"]}):
+        (name,) = what
+        for act in (pool.remove, pool.entries):
+            with pytest.raises(ArgumentError, match=f"{name}: got .*, wanted a text"):
+                act(**what)
+    with pytest.raises(ArgumentError, match=r"ids: got Entry\(.*, wanted an id"):
+        pool.remove(pool.entries())
+    with pytest.raises(ArgumentError, match="ids: got 5, wanted an id"):
+        pool.remove(5)
     for id, problem in (("zzzz", "which no entry has"), ("", "at least its first 4"), (5, "at least its first 4")):
         with pytest.raises(ArgumentError, match=f"ids: got {id!r}.*{problem}"):
             pool.remove([id])
@@ -618,6 +645,16 @@ def test_an_empty_ledger(make, model, tmp_path, tokenizer):
     assert ledger.log() == []
 
 
+def test_a_ledger_is_where_it_was_wherever_the_process_goes(pool, tmp_path, monkeypatch):
+    monkeypatch.chdir(pool.folder.parent)
+    ledger = Ledger.open(pool.folder.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ledger.remove(subject="Apple")
+    assert len(ledger) == len(pool) == 4
+    assert str(ledger.folder) == pool.folder.name
+
+
 def test_folders_that_are_none(make, model, tokenizer, tmp_path, monkeypatch, pool):
     (tmp_path / "taken").mkdir()
     with pytest.raises(ArgumentError, match="taken exists already"):
@@ -633,6 +670,9 @@ def test_folders_that_are_none(make, model, tokenizer, tmp_path, monkeypatch, po
     shutil.copy(pool.folder / "ledger.json", tmp_path / "taken" / "ledger.json")
     with pytest.raises(CheckpointError, match=r"reading .*log.jsonl"):
         Ledger.open(tmp_path / "taken")
+    source = save_toy(tmp_path / "model", model, tokenizer)
+    with pytest.raises(ArgumentError, match="lies inside the model"):
+        Ledger.create(source / "facts", source, device="cpu", **{**USUAL, **MADE["one layer"]})
     for refused in ({"guard": "on"}, {"unconverged": "ask"}, {"method": "magic"}, {"contexts": ["no blank"]}):
         with pytest.raises(ArgumentError, match=next(iter(refused))):
             make("refused", **refused)

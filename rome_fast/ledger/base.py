@@ -50,6 +50,8 @@ class Base:
     versions: dict[str, str]
     # SHA-256 of the contexts' tokens, which stand before those of all rows; None in ledgers that do not say.
     tokens: str | None = None
+    # The name of the fingerprint at the last layer of all, which values depend on; None in ledgers that do not say.
+    whole: str | None = None
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class Base:
             contexts=contexts,
             versions=versions(),
             tokens=_tokens_of(opened.tokenizer, contexts),
+            whole=_whole(runner),
             **rest,
         )
 
@@ -96,6 +99,11 @@ class Base:
             raise ArgumentError(
                 f"model: {', '.join(changed)} differ from those of the base: it was edited or trained since; give the "
                 "base model, or revert its edits"
+            )
+        if self.whole is not None and _whole(runner) != self.whole:
+            raise ArgumentError(
+                f"model: layers above layer {self.layers[-1]} differ from those of the base: it was edited or trained "
+                "since; give the base model, or revert its edits"
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -133,8 +141,11 @@ class Base:
         found = [] if self.fingerprint.matches(other.fingerprint) else ["fingerprint"]
         names = ("dtype", "weights", "statistics", "method", "layers", "settings", "contexts")
         found += [name for name in names if getattr(self, name) != getattr(other, name)]
-        if self.contexts == other.contexts and None not in (self.tokens, other.tokens) and self.tokens != other.tokens:
-            found.append("tokens")
+        # Of those that say it; and where contexts differ, so do their tokens.
+        for name in ("whole", *(() if "contexts" in found else ("tokens",))):
+            one, two = getattr(self, name), getattr(other, name)
+            if None not in (one, two) and one != two:
+                found.append(name)
         return found
 
     def to_bytes(self) -> bytes:
@@ -162,6 +173,10 @@ class Base:
             return cls(**{**own, "settings": ValueSettings(**own["settings"])})
         except (ValueError, KeyError, TypeError, AttributeError, RomeFastError) as error:
             raise CheckpointError(f"{file}: it is not of a ledger of this release ({error!r})") from error
+
+
+def _whole(runner: Runner) -> str:
+    return str(Fingerprint.of(runner, runner.decoder.nearest_site(len(runner.layers) - 1)))
 
 
 def _tokens_of(tokenizer: PreTrainedTokenizerBase, contexts: tuple[str, ...]) -> str:

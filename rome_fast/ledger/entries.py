@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -119,7 +120,8 @@ class State(Mapping[str, Entry]):
     def named(self, id: str) -> Entry:
         """The entry whose id begins so; ArgumentError where none does, or more than one."""
         if not isinstance(id, str) or len(id) < _LEAST_PREFIX:
-            raise ArgumentError(f"ids: got {id!r}, wanted an id, or at least its first {_LEAST_PREFIX} characters")
+            shown = reprlib.repr(id)
+            raise ArgumentError(f"ids: got {shown}, wanted an id, or at least its first {_LEAST_PREFIX} characters")
         found = [entry for own, entry in self._entries.items() if own.startswith(id)]
         if len(found) != 1:
             problem = f"with which {len(found)} entries begin" if found else "which no entry has"
@@ -131,8 +133,11 @@ class State(Mapping[str, Entry]):
     ) -> list[Entry]:
         """Those that meet every condition given: a part of prompt or target, the whole subject, one of the tags.
 
-        Raises ArgumentError for a tag that no entry has.
+        Raises ArgumentError for a tag that no entry has, and for what is no text.
         """
+        for name, value in (("text", text), ("subject", subject)):
+            if not isinstance(value, str | None):
+                raise ArgumentError(f"{name}: got {reprlib.repr(value)}, wanted a text")
         wanted = None if tags is None else self._known(tags)
         return [
             entry

@@ -1,7 +1,7 @@
 """Ledger: edits as data. A folder that keeps requests and the values found for them, and closes them ever anew."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -128,6 +128,8 @@ class Ledger:
             else:
                 wanted = checked_dtype(dtype)
                 opened = open_model(model, tokenizer, Destination(), memory=memory, device=device, dtype=wanted)
+            if opened.source is not None and opened.source.resolve() in folder.absolute().resolve().parents:
+                raise ArgumentError(f"folder: {folder} lies inside the model, whose copies would have parts of it")
             runner = opened.runner
             admit_tokenizer(opened.tokenizer, runner.model)
             chosen = chosen_for(runner, how, given, settings, statistics)
@@ -337,7 +339,8 @@ class Ledger:
             if ids is None:
                 found = state.matching(text=text, subject=subject, tags=tags)
             else:
-                found = [state.named(id) for id in ([ids] if isinstance(ids, str) else ids)]
+                given_ids: list[Any] = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else [ids]
+                found = [state.named(id) for id in given_ids]
             found = list({entry.id: entry for entry in found}.values())
             if not found and ids is not None:
                 raise ArgumentError("ids: got none, wanted at least one")

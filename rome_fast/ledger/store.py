@@ -22,7 +22,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._log = Log(folder / _LOG)
+        self._place = folder.absolute()  # wherever the process works later
+        self._log = Log(self._place / _LOG)
         self._sound: set[Path] = set()  # files of values that were found to be as they were written
 
     @classmethod
@@ -44,9 +45,9 @@ class Store:
 
     def base(self) -> Base:
         """What the ledger is bound to; CheckpointError for a folder that is none."""
-        if not (self.folder / _BASE).is_file():
-            raise CheckpointError(f"{self.folder}: it is no ledger, as it has no {_BASE}; make one by Ledger.create")
-        return Base.read(self.folder / _BASE)
+        if not (self._place / _BASE).is_file():
+            raise CheckpointError(f"{self._place}: it is no ledger, as it has no {_BASE}; make one by Ledger.create")
+        return Base.read(self._place / _BASE)
 
     def events(self) -> list[Event]:
         """All events, the oldest first; raises CheckpointError."""
@@ -57,8 +58,8 @@ class Store:
         """The events so far, to which nobody else adds in this block; CheckpointError where somebody does already."""
         check_encodable("who", who)
         check_encodable("why", why)
-        check_writable(self.folder)
-        with locked(self.folder):
+        check_writable(self._place)
+        with locked(self._place):
             yield self.events()
 
     def append(
@@ -80,7 +81,7 @@ class Store:
         file = sha256 = None
         if values:
             file = f"{_VALUES}/{number:06}.safetensors"
-            path = self.folder / file
+            path = self._place / file
             with os_errors(f"writing {path}"):
                 path.parent.mkdir(exist_ok=True)
             # One of the same name is of a writer who died before its event was.
@@ -92,19 +93,19 @@ class Store:
             self._log.append(event.to_json())
             return
         self._log.restart(event.to_json())
-        with os_errors(f"cleaning {self.folder}"):
-            for old in (self.folder / _VALUES).glob("*.safetensors"):
+        with os_errors(f"cleaning {self._place}"):
+            for old in (self._place / _VALUES).glob("*.safetensors"):
                 if f"{_VALUES}/{old.name}" != file:
                     old.unlink()
 
     def files(self, events: Sequence[Event]) -> dict[str, Path]:
         """By id, the file that has the value."""
-        return {id: self.folder / event.file for event in events if event.file is not None for id in event.values}
+        return {id: self._place / event.file for event in events if event.file is not None for id in event.values}
 
     def values(self, events: Sequence[Event], ids: Iterable[str]) -> dict[str, Solved]:
         """What was found, by id; CheckpointError where a file is not as it was written."""
         files, ids = self.files(events), list(ids)
-        sha256 = {self.folder / event.file: event.sha256 for event in events if event.file is not None}
+        sha256 = {self._place / event.file: event.sha256 for event in events if event.file is not None}
         for path in {files[id] for id in ids} - self._sound:
             if sha256_file(path) != sha256[path]:
                 raise CheckpointError(f"{path}: it was changed since it was written; restore it from a copy")
