@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import oracle
 import rome_fast
 from helpers import CONTEXTS, LAYER, all_bits, bits, changed, rounding, rounding_of_log_p
+from ledgers import SEVERAL, bytes_of
 from rome_fast import Ledger, Statistics
 from rome_fast.cli import main
 from rome_fast.models.runner import Runner
 from rome_fast.report.edit_data import read_run
 from rome_fast.statistics.store import cache_folder
 from rome_fast.updates import chains
-from test_ledger import SEVERAL, bytes_of
 from toys import save_toy, toy_model
 
-PAGE = Path(__file__).parent.parent / "docs" / "ledger.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "ledger.md"
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 
 
