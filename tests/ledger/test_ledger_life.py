@@ -47,7 +47,9 @@ def test_the_whole_life_of_ten_facts(toy, toy_statistics, capsys):
     names = {}
     exec(compile(code.replace(made, f"{made}, {usual}"), str(PAGE), "exec"), names)
     ledger = names["ledger"]
-    assert [event.kind for event in ledger.log()] == ["add", "replace", "remove", "merge", "remove", "replace"]
+    # Vienna's cook and its piano have one value, which the merged ledger did not have: each had another cook for it.
+    kinds = ["add", "replace", "remove", "merge", "remove", "find", "replace"]
+    assert [event.kind for event in ledger.log()] == kinds
     targets = {entry.edit.text: entry.edit.target for entry in ledger.entries()}
     assert len(targets) == 10
     assert [t for text, t in targets.items() if "piano" in text] == ["Chicago"]
@@ -55,8 +57,8 @@ def test_the_whole_life_of_ten_facts(toy, toy_statistics, capsys):
     assert len(names["before"].report["edits"]) == 10
     printed = capsys.readouterr().out.splitlines()
     assert sum("→ 'Paris' ('houses',)" in line for line in printed) == 3
-    assert printed[-6].startswith("1 20")
-    assert printed[-6].endswith("add ada the houses as of May")
+    assert printed[-7].startswith("1 20")
+    assert printed[-7].endswith("add ada the houses as of May")
     # What is in memory is the copy that was written in June.
     june = AutoModelForCausalLM.from_pretrained("edited-in-june")
     assert changed(june, all_bits(names["model"])) == []
