@@ -69,6 +69,10 @@ NORM_WIDTH = 16384
 ROTATED_BLOCK = 1024
 GATED_BLOCK = 1024
 
+# Of a row of logits, and of that of an edit's state, at a time.
+LOGITS_BLOCK = 4096
+STATE_BLOCK = 2048
+
 
 def architecture(device: torch.device) -> int:
     """The key of `SECOND_MOMENT` for a device; OTHER for a CPU, where only the interpreter runs."""

@@ -2,7 +2,8 @@
 
 As operators they carry a name in a profile, and torch.compile takes each as one step instead of breaking its graph.
 Registered by hand: `torch.library.custom_op` costs 45 µs a call, this 6 µs (torch 2.13, one CPU thread). Those of a
-layer have a gradient, by operators of their own. What the others change comes first in the schema and is not returned,
+layer have a gradient, by operators of their own. Those of a step of the search have no public function: what they are
+given is the search's own. What operators change comes first in the schema and is not returned,
 which torch asks of operators.
 """
 
@@ -283,7 +284,58 @@ def _layer_op_on_triton(op: str, x: Tensor) -> bool:
     return choose(op, x.device, no_triton=obstacle).backend == "triton"
 
 
-def _fake_nothing(*_: Tensor | None) -> None:
+def _target_losses_(before: Tensor, unknown: Tensor, logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _step_op_on_triton("target_losses_", logits):
+        from .steps import target_losses_triton_
+
+        with launching_on(logits.device):
+            return target_losses_triton_(before, unknown, logits, *others)
+    return reference.target_losses_ref_(before, unknown, logits, *others)
+
+
+def _fake_target_losses_(
+    _before: Tensor,
+    _unknown: Tensor,
+    logits: Tensor,
+    _label: Tensor,
+    share: Tensor,
+    _kl_factor: float,
+    _scale: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = logits.new_empty(logits.shape if wanted else 0)
+    return logits.new_empty(len(logits)), share.new_empty(share.shape), gradient
+
+
+def _stop_rule_(*arguments: Any) -> None:
+    delta = arguments[9]
+    if _step_op_on_triton("stop_rule_", delta):
+        from .steps import stop_rule_triton_
+
+        with launching_on(delta.device):
+            stop_rule_triton_(*arguments)
+    else:
+        reference.stop_rule_ref_(*arguments)
+
+
+def _clamped_adam_(delta: Tensor, *others: Any) -> None:
+    if _step_op_on_triton("clamped_adam_", delta):
+        from .steps import clamped_adam_triton_
+
+        with launching_on(delta.device):
+            clamped_adam_triton_(delta, *others)
+    else:
+        reference.clamped_adam_ref_(delta, *others)
+
+
+def _step_op_on_triton(op: str, x: Tensor) -> bool:
+    obstacle = None
+    if x.dtype != torch.float32:
+        obstacle = f"there is no kernel for {str(x.dtype).removeprefix('torch.')}"
+    return choose(op, x.device, no_triton=obstacle).backend == "triton"
+
+
+def _fake_nothing(*_: object) -> None:
     """What an op in place returns."""
 
 
@@ -345,6 +397,26 @@ _register(
     _gated_activation_backward,
     _fake_gated_activation_backward,
 )
+_register(
+    "target_losses_(Tensor(a!) before, Tensor(b!) unknown, Tensor logits, Tensor label, Tensor share,"
+    " float kl_factor, float scale, bool wanted) -> (Tensor, Tensor, Tensor)",
+    _target_losses_,
+    _fake_target_losses_,
+)
+_register(
+    "stop_rule_(Tensor(a!) ended, Tensor(b!) decay, Tensor(c!) steps, Tensor(d!) losses, Tensor(e!) led,"
+    " Tensor(f!) evaluations, Tensor(g!) held, Tensor(h!) done, Tensor(i!) judged, Tensor delta, Tensor edits,"
+    " Tensor loss, Tensor share, float? stop_loss, int most, int margin, int moved_by) -> ()",
+    _stop_rule_,
+    _fake_nothing,
+)
+_register(
+    "clamped_adam_(Tensor(a!) delta, Tensor(b!) first, Tensor(c!) second, Tensor(d!) steps, Tensor(e!) judged,"
+    " Tensor done, Tensor decay, Tensor norms, Tensor edits, Tensor gradient, float learning_rate, float clamp,"
+    " float tiny) -> ()",
+    _clamped_adam_,
+    _fake_nothing,
+)
 
 for _name, _gradients, _keep in (
     ("suffix_attention", _suffix_attention_gradients, _keep_for_backward),
@@ -369,3 +441,6 @@ rotate_heads = _REGISTERED.rotate_heads
 rotate_heads_backward = _REGISTERED.rotate_heads_backward
 gated_activation = _REGISTERED.gated_activation
 gated_activation_backward = _REGISTERED.gated_activation_backward
+target_losses_ = _REGISTERED.target_losses_
+stop_rule_ = _REGISTERED.stop_rule_
+clamped_adam_ = _REGISTERED.clamped_adam_

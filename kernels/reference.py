@@ -358,3 +358,124 @@ def gated_activation_backward_ref(gradient: Tensor, gate: Tensor, up: Tensor, ac
     """gradient · up · act′(gate) and gradient · act(gate)."""
     of_gate = _ACTIVATION_GRADIENTS[activation](_wide(gradient) * up, _wide(gate))
     return of_gate.to(gate.dtype), ACTIVATIONS[activation](gate).mul_(gradient)
+
+
+def target_losses_ref_(
+    before: Tensor,
+    unknown: Tensor,
+    logits: Tensor,
+    label: Tensor,
+    share: Tensor,
+    kl_factor: float,
+    scale: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of rows of logits (n, size): −share · log p(label), and behind these kl_factor · KL(p ‖ before).
+
+    The rows behind have log-probabilities `before` (n − targets, size) that they are compared with; where these are
+    `unknown` they become those of now. Returns the loss of every row, for every target whether it is the most probable
+    token or of share 0 (1 or 0), and, if `wanted`, the gradient of scale · sum of the losses at the logits.
+    """
+    count, label = len(label), label.unsqueeze(1)
+    # Unlike log_softmax, logsumexp adds in pairs, which over a vocabulary is several times as exact.
+    total = logits.logsumexp(1, keepdim=True)
+    nll = (total[:count] - logits[:count].gather(1, label)).squeeze(1) * share
+    right = (logits[:count].argmax(1) == label.squeeze(1)) | (share == 0)
+    after = logits[count:] - total[count:]
+    before.copy_(torch.where(unknown.unsqueeze(1), after, before))
+    unknown.zero_()
+    gain, weights = after - before, after.exp()
+    divergence = (weights * gain).sum(1)
+    gradient = logits.new_empty(0)
+    if wanted:
+        gradient = torch.empty_like(logits)
+        weighed = share.unsqueeze(1) * scale
+        torch.sub(logits[:count], total[:count], out=gradient[:count]).exp_().mul_(weighed)
+        gradient[:count].scatter_add_(1, label, -weighed)
+        torch.mul(weights, gain - divergence.unsqueeze(1), out=gradient[count:]).mul_(kl_factor * scale)
+    return torch.cat([nll, divergence * kl_factor]), right.to(share.dtype), gradient
+
+
+def stop_rule_ref_(
+    ended: Tensor,
+    decay: Tensor,
+    steps: Tensor,
+    losses: Tensor,
+    led: Tensor,
+    evaluations: Tensor,
+    held: Tensor,
+    done: Tensor,
+    judged: Tensor,
+    delta: Tensor,
+    edits: Tensor,
+    loss: Tensor,
+    share: Tensor,
+    stop_loss: float | None,
+    most: int,
+    margin: int,
+    moved_by: int,
+) -> None:
+    """Whether each of some edits (slots,) has `ended`, by its loss without decay and the share of rows that lead.
+
+    The others are rows of all edits, see `rome_fast.search.optimiser.State`. An edit that is done, or judged and not
+    moved since, stays as it is. Without `stop_loss` the target has to lead in every row `margin` times after the first.
+    """
+    over, own_decay, count, in_a_row = done[edits], decay[edits], evaluations[edits], held[edits]
+    loss = loss + own_decay * delta[edits].norm(dim=1)
+    turn = ~(over | judged[edits])
+    # Of an edit whose turn it is not, behind what is its history.
+    losses[edits, torch.where(turn, count, losses.shape[1] - 1)] = loss
+    count = count + turn
+    in_a_row = torch.where(turn, (in_a_row + 1) * (share == 1), in_a_row)
+    going = in_a_row <= margin if stop_loss is None else loss.double() >= stop_loss
+    going = going & (loss.abs() < torch.inf) & (count < most)
+    over = over | (turn & ~going)
+    evaluations[edits], held[edits], done[edits] = count, in_a_row, over
+    led[edits] = torch.where(turn, share, led[edits])
+    judged.index_fill_(0, edits, True)
+    ended.copy_(over)
+    if stop_loss is None:
+        moves = ~(turn & going & (count == moved_by) & (loss >= losses[edits, 0]))
+        decay[edits] = own_decay * moves
+        steps[edits] = steps[edits] * moves.unsqueeze(1)
+
+
+def clamped_adam_ref_(
+    delta: Tensor,
+    first: Tensor,
+    second: Tensor,
+    steps: Tensor,
+    judged: Tensor,
+    done: Tensor,
+    decay: Tensor,
+    norms: Tensor,
+    edits: Tensor,
+    gradient: Tensor,
+    learning_rate: float,
+    clamp: float,
+    tiny: float,
+) -> None:
+    """One step of Adam (Kingma & Ba 2015) of some edits (slots,) that are judged and not done, within clamp · norm.
+
+    `gradient` (slots, d) is that of the loss without decay · ‖δ‖, whose own has no value at zero; autograd, which the
+    released code uses, takes it as zero, and so does `tiny` in the place of the norm.
+    """
+    was_judged, over = judged[edits], done[edits]
+    old, count = delta[edits], steps[edits]
+    pull = decay[edits] / old.norm(dim=1).clamp_min(tiny)
+    gradient = torch.addcmul(gradient, pull.unsqueeze(1), old)
+    begun = (count > 0).to(old.dtype)  # otherwise its moments are those of nothing, whatever is there
+    one, two = first[edits], second[edits]
+    new_one = (one * begun).lerp(gradient, 0.1)
+    new_two = (two * (0.999 * begun)).addcmul(gradient, gradient, value=0.001)
+    later = count + 1
+    scale = new_two.sqrt() / (1 - 0.999**later).sqrt().to(old.dtype) + 1e-8
+    moved = old - (learning_rate / (1 - 0.9**later)).to(old.dtype) * new_one / scale
+    limits = clamp * norms[edits] / moved.norm(dim=1).clamp_min(tiny)
+    moved = moved * limits.clamp_max(1).unsqueeze(1)
+    turn = (was_judged & ~over).unsqueeze(1)
+    delta[edits] = torch.where(turn, moved, old)
+    first[edits] = torch.where(turn, new_one, one)
+    second[edits] = torch.where(turn, new_two, two)
+    steps[edits] = torch.where(turn, later, count)
+    judged[edits] = was_judged & over

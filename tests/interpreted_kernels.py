@@ -24,6 +24,8 @@ from test_layer_ops import ACTIVATIONS, EPS
 from test_layer_ops import CASES as LAYER_CASES
 from test_layer_ops import assert_as_right_as as assert_layer_op_as_right_as
 from test_layer_ops import with_gradients as layer_op_with_gradients
+from test_step_ops import SIZES as LOSS_SIZES
+from test_step_ops import Edits, check_faults, check_losses, judged_by, moved_by
 from test_suffix_attention import ALL_AT_ONCE, CASES, arguments, assert_as_right_as, with_gradients
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run these through test_kernels_triton.py"
@@ -558,3 +560,49 @@ def test_the_public_ops_reach_the_kernels(monkeypatch: pytest.MonkeyPatch, gener
         kernels.suffix_attention(**arguments((1, 1, 1, 1, 129, 1, 1, None), F32, {}))
     with pytest.raises(RuntimeError, match="ROME_FAST_KERNELS=triton: fp64 rows have no 16-bit pieces"):
         kernels.second_moment_(torch.zeros(2, 2), x.double())
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("sizes", LOSS_SIZES)
+def test_target_losses(sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more blocks than one."""
+    monkeypatch.setattr(configs, "LOGITS_BLOCK", 128)
+    check_losses(sizes, F32)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_target_losses_of_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "LOGITS_BLOCK", 16)
+    check_faults()
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("stop_loss", [None, 0.6])
+def test_the_stop_rule_is_the_reference(stop_loss: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "STATE_BLOCK", 16)
+    state = Edits(35, 33)
+    edits = torch.cat([torch.randperm(34)[:30], torch.tensor([34, 34])])  # two free slots
+    state.done[34] = state.judged[34] = True
+    got, ended = judged_by(kernels.operators.stop_rule_, state, edits, stop_loss)
+    wanted, over = judged_by(reference.stop_rule_ref_, state, edits, stop_loss)
+    assert torch.equal(ended, over)
+    wanted.losses[:, -1] = state.losses[:, -1]  # where the reference puts what has no place
+    for name, one in vars(got).items():
+        # A norm of 33 numbers, times the decay, added to a loss.
+        torch.testing.assert_close(one, getattr(wanted, name), rtol=8 * 2**-23, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("forced")
+def test_clamped_adam_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "STATE_BLOCK", 16)
+    state = Edits(35, 33)
+    edits = torch.cat([torch.randperm(34)[:30], torch.tensor([34, 34])])
+    state.judged = torch.arange(35) % 5 < 4  # of the first in both columns, and of free slots' edit
+    state.done[34] = True
+    got, _ = moved_by(kernels.operators.clamped_adam_, state, edits)
+    wanted, _ = moved_by(reference.clamped_adam_ref_, state, edits)
+    assert not torch.equal(got.delta, state.delta)
+    for name, one in vars(got).items():
+        # Ten operations on each number; of what is taken from another one, up to a few times as large.
+        torch.testing.assert_close(one, getattr(wanted, name), rtol=20 * 2**-23, atol=20 * 2**-23, equal_nan=True)

@@ -3,7 +3,9 @@
 `pytest -s` prints the table. What this cannot show is numbers and speed; the interpreter shows the numbers.
 """
 
+import math
 import re
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels extra is not installed")
 
-from rome_fast.kernels import configs, layer, low_rank_apply, rank_update, second_moment, solve, suffix
+from rome_fast.kernels import configs, layer, low_rank_apply, rank_update, second_moment, solve, steps, suffix
 from rome_fast.kernels.reference import SuffixCall
 
 from crosscompile import SHARED_LIMIT, Compiled, compiling_for
@@ -231,3 +233,26 @@ def test_layer_ops_do_not_spill(capability: int, name: str, table: Callable[...,
     for kernel in found:
         table(capability, name, kernel)
         check(kernel, capability)
+
+
+@pytest.mark.parametrize(
+    ("capability", "d"), [(80, 4096), (90, 576), (90, 4096), (90, configs.NORM_WIDTH), (100, 4096)]
+)
+def test_ops_of_a_step_do_not_spill(capability: int, d: int, table: Callable[..., None], tmp_path: Path) -> None:
+    state, number, flag = torch.zeros(3, d), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
+    count, one = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3)
+    with compiling_for(capability, steps, tmp_path) as found:
+        for wanted in (False, True):
+            steps.target_losses_triton_(state[:1], flag[:1], state, number[:2], one[:2], 0.1, 1.0, wanted)
+        for stop_loss in (None, 0.05):
+            counters = one, count, torch.zeros(3, 9), one, number, number, flag, flag
+            steps.stop_rule_triton_(flag, *counters, state, number, one, one, stop_loss, 9, 4, 6)
+        steps.clamped_adam_triton_(state, state, state, count, flag, flag, one, one, number, state, 0.5, 4.0, 1e-20)
+    names = ["_target_losses_kernel"] * 2 + ["_stop_rule_kernel"] * 2 + ["_clamped_adam_kernel"]
+    assert [kernel.name for kernel in found] == names
+    for kernel in found:
+        table(capability, d, kernel)
+        check(kernel, capability)
+    # What is compared or computed in fp64 has constants of that.
+    for kernel, number in ((found[3], 0.05), (found[4], math.log(0.9)), (found[4], math.log(0.999))):
+        assert f"{struct.unpack('>Q', struct.pack('>d', number))[0]:016X}" in kernel.ptx.upper()

@@ -26,6 +26,38 @@ def positions_first(x):
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
 
 
+def step_samples():
+    """Of the ops of a step of the search."""
+    wide, number, flag = torch.rand(4, 6), torch.arange(3), torch.zeros(3, dtype=torch.bool)
+
+    def state():
+        return torch.rand(4), torch.rand(4, 1).double(), torch.rand(4, 9), torch.rand(4)
+
+    def whole():
+        return torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+
+    def flags():
+        return torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+
+    logits = torch.rand(3, 6)
+    decay, steps, *_ = state()
+    done, judged = flags()
+    adam = (wide.clone(), torch.rand(4, 6), torch.rand(4, 6), steps, judged, done, decay, torch.rand(4))
+    return [
+        (OPS.target_losses_, (torch.rand(1, 6), flag[:1].clone(), logits, number[:2], torch.rand(2), 0.1, 2.0, True)),
+        (OPS.target_losses_, (torch.rand(1, 6), ~flag[:1], logits, number[:2], torch.rand(2), 0.1, 2.0, False)),
+        (
+            OPS.stop_rule_,
+            (flag.clone(), *state(), *whole(), *flags(), wide, number, torch.rand(3), torch.ones(3), None, 8, 0, 6),
+        ),
+        (
+            OPS.stop_rule_,
+            (flag.clone(), *state(), *whole(), *flags(), wide, number, torch.rand(3), torch.ones(3), 0.5, 8, 0, 6),
+        ),
+        (OPS.clamped_adam_, (*adam, number, torch.rand(3, 6), 0.5, 4.0, 1e-20)),
+    ]
+
+
 def samples():
     """Arguments of every op: (operator, arguments)."""
     factor = torch.linalg.cholesky(torch.eye(5) * 2 + 0.3)
@@ -62,10 +94,11 @@ def samples():
         (OPS.rotate_heads_backward, (query, key, query, key, angles, angles, weight, weight, 1e-3)),
         (OPS.gated_activation, (x, update, "gelu_tanh")),
         (OPS.gated_activation_backward, (query, query, query.transpose(1, 2).contiguous().transpose(1, 2), "silu")),
+        *step_samples(),
     ]
 
 
-@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("number", range(24))
 def test_an_operator_is_true_to_its_schema_and_its_fake(number):
     operator, arguments = samples()[number]
     results = torch.library.opcheck(operator.default, arguments)

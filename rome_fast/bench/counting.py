@@ -88,9 +88,9 @@ def count_call(
     """What one call with these edits of a shape launches on a GPU with so many bytes of memory.
 
     `identity`: C is the identity; otherwise it has a factor. `apart=False`: the past is gathered, joined and attended
-    to by the library, also where that is not needed, and layers are run as they are written; `fused=False`: only that.
-    `slots=False`: edits are parted into batches, each of which has the size that its edits need; otherwise slots are
-    kept as on a GPU. `extrapolated=False`: all layers are run.
+    to by the library, also where that is not needed, layers are run as they are written, and what a step does besides
+    is composed in torch; `fused=False`: only the last two. `slots=False`: edits are parted into batches, each of which
+    has the size that its edits need; otherwise slots are kept as on a GPU. `extrapolated=False`: all layers are run.
 
     Raises ArgumentError for an unknown shape, for chats, and for a method whose edits are more than a value in a layer.
     """
@@ -166,7 +166,7 @@ class _Model:
             answer = torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu")
             return answer.fill_(next(done) if tensor.dtype == torch.bool else 1).tolist()
 
-        recorder = Recorder(read)
+        recorder = Recorder(read, composed=not self.found.runs_fused)
         width = self.runner.weight(self.layer).shape[1]
         factor = None if self.identity else torch.empty(width, width, dtype=torch.float64, device=_META)
         settings = replace(self.settings, stop="argmax", margin=0, steps=_MANY_STEPS)

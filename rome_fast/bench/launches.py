@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..kernels import configs
+from ..kernels import configs, operators, reference
 from .flops import flops_of
 
 Kind = Literal["products", "attention", "joining", "pointwise"]
@@ -81,15 +81,25 @@ _GATHERS = {"index", "index_select", "gather", "embedding"}  # they read as much
 _FILLS = {"copy_", "fill_", "zero_"}  # they do not read what they write to
 _JOINS = {"cat", "stack"}
 
+# Ops of a step of the search in plain torch, as which they can be counted.
+_COMPOSED = {
+    operators.target_losses_.default: reference.target_losses_ref_,
+    operators.stop_rule_.default: reference.stop_rule_ref_,
+    operators.clamped_adam_.default: reference.clamped_adam_ref_,
+}
+
 _LIBRARY_TILE, _LIBRARY_TILE_BACKWARD = (64, 128), (128, 128)  # queries, keys: fmha_cutlassF … 64x128, B … 128x128
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operators on tensors of the meta device in `parts`. To be entered by `recording`."""
+    """Records the operators on tensors of the meta device in `parts`. To be entered by `recording`.
 
-    def __init__(self, read: Read) -> None:
+    `composed`: what a step of the search does besides the model is taken for what it is in plain torch.
+    """
+
+    def __init__(self, read: Read, *, composed: bool = False) -> None:
         super().__init__()
-        self.read = read
+        self.read, self.composed = read, composed
         self.stage = ""
         self.parts: list[Part] = []
         self._any: Tensor | None = None  # what `any` has returned last
@@ -113,6 +123,9 @@ class Recorder(TorchDispatchMode):
             stretches[-1][Launches("item", "pointwise", False, 1, 0, args[0].nbytes)] += 1
             stretches.append(Counter())
             return torch.full((), args[0] is not self._any, dtype=args[0].dtype, device="cpu").item()
+        if self.composed and func in _COMPOSED:
+            with self:
+                return _COMPOSED[func](*args, **kwargs)
         out = func(*args, **kwargs)
         if func.overloadpacket is torch.ops.aten.any:
             self._any = out

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels import operators
 from ..models.past import ContextPast, attention_mask
 from ..models.rows import Row
 from ..models.runner import Runner
@@ -83,12 +84,15 @@ class _Index:
     at: Tensor  # (rows,) where in the suffix the subject's last token is
     # (slots,) the row of each where the subject's last token stands behind nothing but the subject: its essence.
     essence: Tensor
-    # (targets,) each: row and position that are scored, for which token, in which slot's loss with which share.
+    scored: Tensor  # (rows,) 1 for a row with a target, 0 for another one, in the dtype of a loss
+    # (targets,) each: the row that is scored, for which token, with which share of its slot's loss.
     row: Tensor
-    time: Tensor
     label: Tensor
-    slot: Tensor
     share: Tensor
+    # (targets + slots,) each: positions that enter the loss, counted through all rows, and in which slot's; those of
+    # the essences are behind those that are scored.
+    place: Tensor
+    slot: Tensor
 
     @classmethod
     def of(cls, members: Sequence[Member | None], shape: Shape, dtype: torch.dtype, device: torch.device) -> "_Index":
@@ -96,7 +100,8 @@ class _Index:
         owner: list[int] = []
         at: list[int] = []
         essence: list[int] = []
-        targets: list[tuple[int, int, int, int]] = []
+        has_target: list[int] = []
+        targets: list[tuple[int, int, int, int]] = []  # row, label, place, slot
         shares: list[float] = []
         for slot, (member, rows, count) in enumerate(zip(members, shape.rows, shape.targets, strict=True)):
             start, first = len(owner), len(shares)
@@ -106,18 +111,24 @@ class _Index:
             owner += [slot] * rows
             at += [row.subject if whole else 0 for row in own] + [own[0].subject if whole else 0] * (rows - len(own))
             essence.append(start + (scored % len(own) if own else 0))
-            for place, row in enumerate(own):
+            has_target += [1] * scored + [0] * (rows - scored)
+            for number, row in enumerate(own, start):
                 before = 0 if whole else row.subject
                 for offset, label in enumerate(row.labels):
-                    targets.append((start + place, row.target + offset - 1 - before, label, slot))
+                    place = number * shape.width + row.target + offset - 1 - before
+                    targets.append((number, label, place, slot))
                     shares.append(1 / (len(row.labels) * scored))
             empty = count - (len(shares) - first)
-            targets += [(start, 0, 0, slot)] * empty
+            targets += [(start, 0, start * shape.width, slot)] * empty
             shares += [0.0] * empty
-        columns = (owner, at, essence, *zip(*targets, strict=True))
+        rows_of, labels, places, slots = map(list, zip(*targets, strict=True))
+        places += [row * shape.width + at[row] for row in essence]
+        slots += range(len(members))
+        columns = (owner, at, essence, rows_of, labels, places, slots)
         numbers = sent([number for column in columns for number in column], torch.int64, device)
-        owned, where, said, row, time, label, of = numbers.split([len(column) for column in columns])
-        return cls(owned, where, said, row, time, label, of, sent(shares, dtype, device))
+        owned, where, said, row, label, place, of = numbers.split([len(column) for column in columns])
+        scored, share = sent([*has_target, *shares], dtype, device).split([len(has_target), len(shares)])
+        return cls(owned, where, said, scored, row, label, share, place, of)
 
     def copy_(self, other: "_Index") -> None:
         for name, tensor in vars(self).items():
@@ -225,7 +236,7 @@ class Objective:
         if past is None:
             rows = torch.arange(len(added), device=added.device)
             return suffix.index_put((rows, at), added, accumulate=True)
-        return torch.cat([suffix[:, :1] + added.unsqueeze(1), suffix[:, 1:]], 1)
+        return _AddedToFirst.apply(suffix, added)
 
     def evaluate(self, delta: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
         """At δ (slots, d): loss without decay and share of rows that lead (slots,), gradient (slots, d) on call.
@@ -242,51 +253,66 @@ class Objective:
             hidden = self.runner.run(
                 hidden, self.layer + 1, top, positions=self._positions, mask=self._mask, past=self.states.past
             )
-            scored = hidden[index.row, index.time]
-            essence = hidden[index.essence, index.at[index.essence]]
-            loss, led, gradients = self._head(scored.detach(), essence.detach(), gradient)
+            picked = hidden.flatten(0, 1).index_select(0, index.place)
+            loss, led, of_picked = self._head(picked.detach(), gradient)
 
         def of_delta() -> Tensor:
-            return torch.autograd.grad([scored, essence], [delta], gradients)[0] / self.scale
+            (found,) = torch.autograd.grad([picked], [delta], [of_picked])
+            return found if self.scale == 1 else found / self.scale
 
         return loss, led, of_delta
 
-    def _head(self, scored: Tensor, essence: Tensor, wanted: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _head(self, picked: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and its gradient at the positions that enter it, a bounded number of logits rows at a time."""
         t = self.index
-        loss = torch.zeros(len(t.essence), dtype=t.share.dtype, device=scored.device)
-        leads = torch.ones_like(t.owner, dtype=loss.dtype)
-        both = torch.cat([scored, essence])
-        gradient = torch.empty_like(both)
+        targets = len(t.label)
+        values: list[Tensor] = []
+        rights: list[Tensor] = []
+        gradients: list[Tensor] = []
         rows = max(1, _HEAD_ELEMENTS // self.runner.vocab_size)
-        for start in range(0, len(both), rows):
-            hidden = both[start : start + rows].requires_grad_(wanted)
+        for start in range(0, len(picked), rows):
+            hidden = picked[start : start + rows].requires_grad_(wanted)
             logits = exact_head(self.runner, hidden)
-            # Unlike log_softmax, logsumexp adds in pairs, which over a vocabulary is several times as exact.
-            total = logits.logsumexp(1, keepdim=True)
-            count = max(0, min(len(scored) - start, rows))  # of the rows here that have a target; an essence is behind
-            part = slice(start, start + count)
-            label = t.label[part].unsqueeze(1)
-            nll = (total[:count] - logits[:count].gather(1, label)).squeeze(1) * t.share[part]
-            after = logits[count:] - total[count:]
-            part_of_essence = slice(start + count - len(scored), start + len(hidden) - len(scored))
-            unknown = self.unknown[part_of_essence].unsqueeze(1)
-            before = torch.where(unknown, after.detach(), self.before[part_of_essence])
-            self.before[part_of_essence] = before
-            divergence = (after.exp() * (after - before)).sum(1) * self.kl_factor
+            part = slice(start, start + rows)
+            essence = slice(max(0, start - targets), max(0, start + len(hidden) - targets))
+            value, right, gradient = operators.target_losses_(
+                self.before[essence],
+                self.unknown[essence],
+                logits.detach(),
+                t.label[part],
+                t.share[part],
+                self.kl_factor,
+                self.scale,
+                wanted,
+            )
+            values.append(value)
+            rights.append(right)
             if wanted:
-                (gradient[start : start + rows],) = torch.autograd.grad(
-                    (nll.sum() + divergence.sum()) * self.scale, [hidden]
-                )
-            loss.index_add_(0, t.slot[part], nll.detach())
-            loss[part_of_essence] += divergence.detach()
-            right = (logits[:count].argmax(1) == label.squeeze(1)) | (t.share[part] == 0)
-            leads.scatter_reduce_(0, t.row[part], right.to(leads.dtype), "amin")
-        self.unknown.zero_()
-        # Of rows without a target each has one at most, its essence row, which counted as leading.
-        led = torch.zeros_like(loss).index_add_(0, t.owner, leads)
-        extra = torch.zeros_like(loss).index_add_(0, t.owner, torch.ones_like(leads)) - self.scored
-        return loss, (led - extra) / self.scored, list(gradient.split([len(scored), len(essence)]))
+                gradients += torch.autograd.grad([logits], [hidden], [gradient])
+        loss = torch.zeros(len(t.essence), dtype=t.share.dtype, device=picked.device)
+        led = torch.zeros_like(loss)
+        loss.index_add_(0, t.slot, _joined(values))
+        # A row leads if all its targets do.
+        led.index_add_(0, t.owner, t.scored.scatter_reduce(0, t.row, _joined(rights), "amin"))
+        return loss, led / self.scored, _joined(gradients) if wanted else picked
+
+
+class _AddedToFirst(torch.autograd.Function):
+    """Hidden states (rows, time, d) with something (rows, d) added to the first of each row; a gradient to that."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, added: Tensor) -> Tensor:
+        out = hidden.clone()
+        out[:, 0] += added
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0][:, 0]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _chosen(members: Sequence[Member], width: int) -> RowStates:
@@ -362,5 +388,7 @@ def exact_head(runner: Runner, hidden: Tensor) -> Tensor:
     BLAS multiplies few rows, below four with AVX2 and below eight in its plain code, by adding one token of the
     vocabulary after the other; rows of zeros avoid it.
     """
-    added = max(0, _HEAD_ROWS - len(hidden))
+    if hidden.device.type != "cpu" or len(hidden) >= _HEAD_ROWS:
+        return runner.exact_logits(hidden)
+    added = _HEAD_ROWS - len(hidden)
     return runner.exact_logits(torch.nn.functional.pad(hidden, (0, 0, 0, added)))[: len(hidden)]

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels import operators
 from .values import Value, ValueSettings
 
 _MOVED_BY = 6  # evaluations, after which the loss of an edit has fallen, unless its decay holds it at zero
@@ -48,54 +49,49 @@ class State:
         for state in (self.held, self.done, self.judged):
             state.index_fill_(0, edits, 0)
 
-    def judge(self, edits: Tensor, loss: Tensor, led: Tensor, most: int, margin: int) -> Tensor:
-        """Whether each of some edits (n,) is done, by its loss without decay and the share of rows that lead.
+    def judge(self, edits: Tensor, loss: Tensor, led: Tensor, most: int, margin: int, ended: Tensor) -> None:
+        """Say in `ended` (n,) which of some edits (n,) are done, by loss without decay and share of rows that lead.
 
-        It is when its stop rule holds (with "argmax", when the target has led in every row for `margin` evaluations
-        after the first), when it has had `most` evaluations, and when the loss is no number.
+        An edit is when its stop rule holds (with "argmax", when the target has led in every row for `margin`
+        evaluations after the first), when it has had `most` evaluations, and when the loss is no number.
         """
-        own_rule = self.settings.stop == "argmax"
-        done, decay, count, held = self.done[edits], self.decay[edits], self.evaluations[edits], self.held[edits]
-        loss = loss + decay * self.delta[edits].norm(dim=1)
-        turn = ~(done | self.judged[edits])
-        # Of an edit whose turn it is not, behind what is its history.
-        self.losses[edits, torch.where(turn, count, self.settings.most)] = loss
-        count = count + turn
-        held = torch.where(turn, (held + 1) * (led == 1), held)
-        going = held <= margin if own_rule else loss.double() >= self.settings.stop_loss
-        going = going & (loss.abs() < math.inf) & (count < most)
-        done = done | (turn & ~going)
-        self.evaluations[edits], self.held[edits], self.done[edits] = count, held, done
-        self.led[edits] = torch.where(turn, led, self.led[edits])
-        self.judged.index_fill_(0, edits, True)
-        if own_rule:
-            moves = ~(turn & going & (count == _MOVED_BY) & (loss >= self.losses[edits, 0]))
-            self.decay[edits] = decay * moves
-            self.steps[edits] = self.steps[edits] * moves.unsqueeze(1)
-        return done
+        operators.stop_rule_(
+            ended,
+            self.decay,
+            self.steps,
+            self.losses,
+            self.led,
+            self.evaluations,
+            self.held,
+            self.done,
+            self.judged,
+            self.delta,
+            edits,
+            loss,
+            led,
+            None if self.settings.stop == "argmax" else self.settings.stop_loss,
+            most,
+            margin,
+            _MOVED_BY,
+        )
 
     def move(self, edits: Tensor, gradient: Tensor) -> None:
         """One step of Adam (Kingma & Ba 2015) with the gradient (n, d) of the loss without decay, within the clamp."""
-        judged, done = self.judged[edits], self.done[edits]
-        delta, steps = self.delta[edits], self.steps[edits]
-        # The norm has no gradient at zero; autograd, which the released code uses, takes it as zero.
-        pull = self.decay[edits] / delta.norm(dim=1).clamp_min(_TINY)
-        gradient = torch.addcmul(gradient, pull.unsqueeze(1), delta)
-        begun = (steps > 0).to(delta.dtype)  # otherwise its moments are those of nothing, whatever is there
-        first, second = self.first[edits], self.second[edits]
-        new_first = (first * begun).lerp(gradient, 0.1)
-        new_second = (second * (0.999 * begun)).addcmul(gradient, gradient, value=0.001)
-        later = steps + 1
-        scale = new_second.sqrt() / (1 - 0.999**later).sqrt().to(delta.dtype) + 1e-8
-        moved = delta - (self.settings.learning_rate / (1 - 0.9**later)).to(delta.dtype) * new_first / scale
-        limits = self.settings.clamp * self.v0_norms[edits] / moved.norm(dim=1).clamp_min(_TINY)
-        moved = moved * limits.clamp_max(1).unsqueeze(1)
-        turn = (judged & ~done).unsqueeze(1)
-        self.delta[edits] = torch.where(turn, moved, delta)
-        self.first[edits] = torch.where(turn, new_first, first)
-        self.second[edits] = torch.where(turn, new_second, second)
-        self.steps[edits] = torch.where(turn, later, steps)
-        self.judged[edits] = judged & done
+        operators.clamped_adam_(
+            self.delta,
+            self.first,
+            self.second,
+            self.steps,
+            self.judged,
+            self.done,
+            self.decay,
+            self.v0_norms,
+            edits,
+            gradient,
+            self.settings.learning_rate,
+            self.settings.clamp,
+            _TINY,
+        )
 
     def values(self) -> list[Value]:
         """What every edit has ended with."""

@@ -274,8 +274,8 @@ class _Phase:
         objective = Objective(self.runner, self.layer, slots, shape, self.state.settings.kl_factor)
 
         def evaluate() -> Gradient:
-            loss, led, gradient = objective.evaluate(self.state.delta[edits], gradient=self.moves)
-            done.copy_(self.state.judge(edits, loss, led, self.most, self.margin))
+            loss, led, gradient = objective.evaluate(self.state.delta.index_select(0, edits), gradient=self.moves)
+            self.state.judge(edits, loss, led, self.most, self.margin, done)
             return gradient
 
         def move(gradient: Tensor) -> None:
