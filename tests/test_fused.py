@@ -11,8 +11,10 @@ from helpers import delta_w, edited, relative_error, rounding, rounding_of_edit
 from rome_fast import Edit, verify
 from rome_fast.models import fused
 from rome_fast.models.past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
+from rome_fast.models.rows import edit_rows
 from rome_fast.models.runner import Runner, frozen_weights
-from rome_fast.models.verification import fused_layers, verified
+from rome_fast.models.verification import all_fused_layers, fused_layers, verified
+from rome_fast.search.keys import ContextRow, run_to_layer
 from toys import D_FF, HIDDEN, LAYERS, toy_model
 from zoo import zoo_model
 
@@ -120,6 +122,40 @@ def test_delta_is_the_same(kind, toy_tokenizers, monkeypatch):
     assert verify(toy_model(kind), 1).runs_fused
     together, apart = change(True), change(False)
     assert relative_error(together, apart) <= rounding_of_edit(F32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contexts_and_keys_are_found_in_layers_run_together(kind, toy_tokenizers, monkeypatch):
+    """Whatever is known of rows before the search, whose layers are all run so but the one that is looked into."""
+    model, tokenizer = toy_model(kind, dtype=F64), toy_tokenizers[True]
+    runner, calls, run = Runner(model), [], fused.run_fused
+    monkeypatch.setattr("rome_fast.models.runner.run_fused", lambda *a: calls.append(len(a[1])) or run(*a))
+
+    def states(enabled):
+        monkeypatch.setattr(fused, "ENABLED", enabled)
+        texts = ["", "In a long letter, ", "Because of that, "]
+        known = all_fused_layers(runner, verified(runner, 1))
+        contexts = Contexts.of(runner, tokenizer, texts, [1], fused=known)
+        rows = [
+            ContextRow(row, number) for edit in EDITS for number, row in enumerate(edit_rows(tokenizer, edit, texts))
+        ]
+        found = run_to_layer(runner, contexts, rows, [1])
+        past, recorded = found.past, contexts.recorded
+        kept = [found.keys, found.values, found.suffix, contexts.entering]
+        for of in (past.keys, past.values, recorded.keys, recorded.values):
+            kept += [of[layer] for layer in sorted(of)]
+        return kept
+
+    states(True)  # which looks at the model first
+    calls.clear()
+    got = states(True)
+    # Contexts through layer 0, then 1, then the rest; rows through 0, then, watched, 1 as it is, then the rest.
+    assert calls == [1, 1, LAYERS - 2, 1, LAYERS - 2]
+    wanted = states(False)
+    assert len(got) == len(wanted) == 4 + 2 * (LAYERS - 2) + 2 * LAYERS
+    for one, other in zip(got, wanted, strict=True):
+        assert one.shape == other.shape
+        assert relative_error(one, other) <= 1e-12
 
 
 def test_products_may_be_taken_in_another_dtype():

@@ -26,7 +26,10 @@ class PastParts(Protocol):
     """A past in parts, as `kernels.suffix_attention` takes it."""
 
     def parts(self, layer: int) -> dict[str, Any]:
-        """Its arguments from `context_keys` to `middle_seen`."""
+        """Its arguments from `context_keys` to `middle_seen`; nothing where there is no past."""
+
+    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Take the new keys and values of a layer (rows, kv_heads, time, head size), if they are wanted later."""
 
 
 class Asked(NamedTuple):

@@ -13,7 +13,7 @@ with the layer's own by `rome_fast.models.verification`. A layer is looked at ag
 adapters and trained weights are not passed over.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -70,6 +70,7 @@ _PATHS = (
 )
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _OTHERS = ("", "self_attn", "mlp", "mlp.act_fn")  # that a layer may have besides
+_NO_MIDDLE = {"middle_keys": None, "middle_values": None, "middle_seen": None}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -103,7 +104,9 @@ def _parts_of(layer: nn.Module, *, hooked: bool) -> _Parts | None:
     for name in names:
         module = modules[name]
         own = {key: p for key, p in module._parameters.items() if p is not None}
-        if "weight" not in own or any(type(p) is not nn.Parameter or p.requires_grad for p in own.values()):
+        if "weight" not in own or any(type(p) is not nn.Parameter for p in own.values()):
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in own.values()):
             return None
         dtypes |= {p.dtype for p in own.values()}
         if type(module) is nn.Linear and "norm" not in name:
@@ -180,7 +183,14 @@ class Calls(NamedTuple):
 
     cos: Tensor  # (rows, time, rotated), as is the next
     sin: Tensor
-    past: Mapping[str, Any]  # as `kernels.suffix_attention` takes it
+    past: dict[str, Any]  # as `kernels.suffix_attention` takes it
+
+
+def _nothing_before(hidden: Tensor, asked: Asked) -> dict[str, Any]:
+    """A past without positions."""
+    none = hidden.new_empty(1, asked.kv_heads, 0, asked.head_size)
+    zero = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    return {"context_keys": none, "context_values": none, "context_index": zero, "context_seen": zero}
 
 
 def run_fused(
@@ -191,18 +201,26 @@ def run_fused(
     products: FrozenProducts,
 ) -> Tensor:
     """What leaves the last of these layers, with a gradient to `hidden`."""
-    calls = []
+    calls, nothing = [], None
     for layer, given in zip(layers, arguments, strict=True):
         cos, sin = (x.expand(*hidden.shape[:2], -1) for x in given["position_embeddings"])
-        calls.append(Calls(cos, sin, past.parts(layer.known.asked.layer)))
-    out: Tensor = _Stretch.apply(hidden, layers, calls, products)
+        parts = past.parts(layer.known.asked.layer)
+        if not parts:
+            parts = nothing = nothing or _nothing_before(hidden, layer.known.asked)
+        calls.append(Calls(cos, sin, parts))
+    out: Tensor = _Stretch.apply(hidden, layers, calls, products, past.keep)
     return out
 
 
 class _Stretch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, layers: Sequence[FusedLayer], calls: Sequence[Calls], products: FrozenProducts
+        ctx: Any,
+        hidden: Tensor,
+        layers: Sequence[FusedLayer],
+        calls: Sequence[Calls],
+        products: FrozenProducts,
+        keep: Callable[[int, Tensor, Tensor], None],
     ) -> Tensor:
         shape = hidden.shape
         ctx.layers, ctx.calls, ctx.products = layers, calls, products
@@ -211,6 +229,7 @@ class _Stretch(torch.autograd.Function):
         for layer, call in zip(layers, calls, strict=True):
             of_layer, update = _forward(layer, call, last, update, products, shape)
             last = of_layer.middle
+            keep(layer.known.asked.layer, *(x.transpose(1, 2) for x in (of_layer.turned_key, of_layer.value)))
             if ctx.needs_input_grad[0]:
                 kept += of_layer
         ctx.save_for_backward(*kept)
@@ -218,7 +237,7 @@ class _Stretch(torch.autograd.Function):
         return out.view(shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled():
             # Else torch would take the gradient for a constant.
             raise RuntimeError("layers run together have no second derivative; take it without create_graph=True")
@@ -228,7 +247,7 @@ class _Stretch(torch.autograd.Function):
         for index in reversed(range(len(ctx.layers))):
             of_layer = _Kept(*kept[index * size : (index + 1) * size])
             gradient = _backward(ctx.layers[index], ctx.calls[index], of_layer, gradient, ctx.products)
-        return gradient.view(shape), None, None, None
+        return gradient.view(shape), None, None, None, None
 
 
 def _forward(
@@ -284,7 +303,7 @@ def _attention(known: LikeLlama, call: Calls, query: Tensor, key: Tensor, value:
     asked = known.asked
     return SuffixCall(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        **call.past,
+        **(_NO_MIDDLE | call.past),
         scale=asked.scale,
         soft_cap=asked.soft_cap,
         window=asked.window,

@@ -6,6 +6,7 @@ for every request, so their keys and values are computed once per model and shar
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -22,16 +23,25 @@ class Recorder:
     """A past that stores what each layer adds to it, behind whatever an inner past already holds."""
 
     apart: ClassVar[bool] = False
-    fused: ClassVar[Mapping[int, LikeLlama]] = {}
 
-    def __init__(self, inner: "ContextPast | None" = None) -> None:
+    def __init__(
+        self, inner: "ContextPast | None" = None, fused: Mapping[int, LikeLlama] = MappingProxyType({})
+    ) -> None:
         self.inner = inner
+        self.fused = fused  # layers to be run by `models.fused`
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys[layer], self.values[layer] = keys, values
+        self.keep(layer, keys, values)
         return (keys, values) if self.inner is None else self.inner.update(keys, values, layer)
+
+    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self.keys[layer], self.values[layer] = keys, values
+
+    def parts(self, layer: int) -> dict[str, Any]:
+        """As `kernels.suffix_attention` takes it; nothing without an inner past."""
+        return {} if self.inner is None else self.inner.parts(layer)
 
 
 class EmptyPast:
@@ -45,6 +55,9 @@ class EmptyPast:
         ask(self, layer)
         return keys, values
 
+    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """They are of no use later."""
+
     def parts(self, _layer: int) -> dict[str, Any]:
         """As `kernels.suffix_attention` takes it."""
         keys, values = self._none
@@ -57,14 +70,28 @@ class ContextPast:
     """The contexts' keys and values, each row seeing the context it belongs to."""
 
     apart: ClassVar[bool] = False
-    fused: ClassVar[Mapping[int, LikeLlama]] = {}
 
     contexts: "Contexts"
     index: Tensor  # (rows,) which context a row has
+    seen: Tensor | None = None  # (rows,) int64: how many of its positions, the first ones; for `fused`
+    fused: Mapping[int, LikeLlama] = field(default_factory=dict)  # layers to be run by `models.fused`
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         past_keys, past_values = self.of_layer(layer)
         return torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2)
+
+    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """They are of no use later."""
+
+    def parts(self, layer: int) -> dict[str, Any]:
+        """The past of a layer as `kernels.suffix_attention` takes it."""
+        recorded = self.contexts.recorded
+        return {
+            "context_keys": recorded.keys[layer],
+            "context_values": recorded.values[layer],
+            "context_index": self.index,
+            "context_seen": self.seen,
+        }
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.contexts.recorded.keys[layer][self.index], self.contexts.recorded.values[layer][self.index]
@@ -96,6 +123,9 @@ class FrozenPast:
             torch.cat([past_keys, self.keys[layer], keys] if own else [past_keys, keys], 2),
             torch.cat([past_values, self.values[layer], values] if own else [past_values, values], 2),
         )
+
+    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """They are of no use later."""
 
     def parts(self, layer: int) -> dict[str, Any]:
         """The past of a layer as `kernels.suffix_attention` takes it."""
@@ -156,27 +186,33 @@ class Contexts:
         layers: Sequence[int],
         above: Runner | None = None,
         head: str | None = None,
+        fused: Mapping[int, LikeLlama] = MappingProxyType({}),
     ) -> "Contexts":
         """Run every context through the model. A context without a token shares nothing and costs nothing.
 
         `head` is what a chat template puts before each of them. `above` runs the layers above the edit layers, where it
-        is not to be the same runner.
+        is not to be the same runner; `fused` are those that may be run by `models.fused`.
         """
         layer = layers[0]
         # The space a context ends in belongs to the prompt's first token.
         texts = [(head or "") + context.rstrip() for context in contexts]
         ids = tuple(tuple(e.ids) for e in encode(tokenizer, texts, special=head is None))
         packed = runner.pack([row or (0,) for row in ids])
-        recorder = Recorder()
+        recorder = Recorder(fused=fused)
         mask = causal_mask(len(ids), packed.ids.shape[1], runner.dtype, runner.device)
         entering = runner.run(runner.embed(packed.ids), 0, layer, past=recorder, mask=mask)
         lengths = torch.tensor([len(row) for row in ids], device=runner.device)
-        return cls(ids, lengths, recorder, layer, layers[-1], entering).after_edit(runner, above)
+        return cls(ids, lengths, recorder, layer, layers[-1], entering).after_edit(runner, above, fused)
 
     @torch.no_grad()
-    def after_edit(self, runner: Runner, above: Runner | None = None) -> "Contexts":
+    def after_edit(
+        self,
+        runner: Runner,
+        above: Runner | None = None,
+        fused: Mapping[int, LikeLlama] = MappingProxyType({}),
+    ) -> "Contexts":
         """The same contexts once the weights of edit layers are others, which the layers below do not see."""
-        recorder = Recorder()
+        recorder = Recorder(fused=fused)
         for layer in range(self.layer):
             recorder.keys[layer], recorder.values[layer] = self.recorded.keys[layer], self.recorded.values[layer]
         mask = causal_mask(len(self.ids), self.entering.shape[1], runner.dtype, runner.device)

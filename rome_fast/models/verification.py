@@ -133,6 +133,13 @@ def fused_layers(runner: Runner, found: Verified) -> Mapping[int, LikeLlama]:
     return _known(runner)[0].fused_above(found.layer, len(runner.layers))
 
 
+def all_fused_layers(runner: Runner, found: Verified) -> Mapping[int, LikeLlama]:
+    """All layers of the model, where they are to be run together: all of them can be."""
+    if not (fused.ENABLED and found.runs_fused and reads_past_apart(runner, found)):
+        return {}
+    return _known(runner)[0].fused_above(-1, len(runner.layers))
+
+
 def shared_out(runner: Runner, layers: tuple[int, ...]) -> tuple[int, ...]:
     """These layers if what an edit adds can be shared out among them, otherwise the last one alone.
 

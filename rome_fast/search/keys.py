@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models.past import ContextPast, Contexts, FrozenPast, Recorder, attention_mask
 from ..models.rows import Row
 from ..models.runner import Runner
-from ..models.verification import fused_layers, reads_past_apart, verified
+from ..models.verification import all_fused_layers, fused_layers, reads_past_apart, verified
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def run_to_layer(
     index = torch.arange(len(rows), device=device)
     context = torch.tensor([r.context for r in rows], device=device)
 
-    context_past = ContextPast(contexts, context)
+    context_past = ContextPast(contexts, context, start, all_fused_layers(runner, found))
     in_context = torch.arange(contexts.longest, device=device) < start.unsqueeze(1)
     time = packed.ids.shape[1]
     positions = start.unsqueeze(1) + torch.arange(time, device=device)
@@ -129,7 +129,7 @@ def run_to_layer(
 
     # The middle: behind the context, before the subject's last token. Its keys and values are frozen as well.
     middle = max(subjects)
-    recorder = Recorder(context_past)
+    recorder = Recorder(context_past, context_past.fused)
     if middle:
         (above or runner).run(
             hidden[:, :middle],

@@ -14,7 +14,7 @@ from ..methods import Method
 from ..models.batches import BatchSizer, in_batches, in_order, in_turn
 from ..models.past import Contexts
 from ..models.runner import Runner
-from ..models.verification import reads_past_apart, verified
+from ..models.verification import all_fused_layers, reads_past_apart, verified
 from ..runs.processes import ALONE, Processes
 from .keys import Trail, run_to_layer
 from .requests import Request, bare_requests, by_head, merged_by_subject
@@ -138,14 +138,16 @@ class Search:
 
     def contexts_behind(self, head: str | None) -> Contexts | None:
         """What the model makes of the contexts; None for a model whose rows cannot go on from that."""
-        if not verified(self.runner, self.layer).shares_past:
+        found = verified(self.runner, self.layer)
+        if not found.shares_past:
             return None
+        fused = all_fused_layers(self.runner, found)
         made, contexts = self._contexts.pop(head, (0, None))
         if contexts is None:
             texts = ["", *self.contexts]
-            contexts = Contexts.of(self.runner, self.tokenizer, texts, self.layers, self._above, head)
+            contexts = Contexts.of(self.runner, self.tokenizer, texts, self.layers, self._above, head, fused)
         elif made < self._round:
-            contexts = contexts.after_edit(self.runner, self._above)
+            contexts = contexts.after_edit(self.runner, self._above, fused)
         self._contexts[head] = self._round, contexts
         if len(self._contexts) > KEPT_CONTEXTS:
             del self._contexts[next(iter(self._contexts))]
