@@ -2,7 +2,8 @@
 and it is built, the plain-torch reference otherwise.
 
 `ROME_FAST_KERNELS=reference`, `=native` or `=triton` forces one. Triton is imported and the native library loaded only
-once an op could use it; a machine without them works.
+once an op could use it; a machine without them works. Where the library was measured to be faster than Triton at a size
+(`faster.py`), it is taken, unless one is forced.
 """
 
 import functools
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import native
+from . import configs, native
+from .faster import library_is_faster
 
 VARIABLE = "ROME_FAST_KERNELS"
 BACKENDS = ("reference", "native", "triton")
@@ -26,7 +28,7 @@ TRITON_OPS = (
 class Choice(NamedTuple):
     """The backend of an op and the reason for it."""
 
-    backend: str  # one of BACKENDS
+    backend: str  # one of BACKENDS, or "library", which cannot be forced
     why: str
 
 
@@ -72,8 +74,18 @@ def _native_obstacle(op: str, device: torch.device) -> str | None:
     return native.obstacle()
 
 
-def choose(op: str, device: torch.device, *, no_triton: str | None = None, no_native: str | None = None) -> Choice:
+def choose(
+    op: str,
+    device: torch.device,
+    *,
+    no_triton: str | None = None,
+    no_native: str | None = None,
+    size: int | None = None,
+) -> Choice:
     """The backend of an op on `device`; `no_triton` and `no_native` say why these cannot take the arguments, if so.
+
+    `size` is given where the arguments are such that the library could do what the op promises: where it was measured
+    to be faster at that, it is taken, unless triton is forced.
 
     Raises ValueError for an unknown value of ROME_FAST_KERNELS, RuntimeError when it asks for the impossible; an op
     that has no native kernel at all runs on the reference where `native` is forced.
@@ -88,6 +100,10 @@ def choose(op: str, device: torch.device, *, no_triton: str | None = None, no_na
         obstacle = no_triton or _triton_obstacle(device)
     else:
         obstacle = _native_obstacle(op, device) or no_native or (None if forced else native.doubt(op))
+    if not obstacle and backend == "triton" and not forced and size is not None:
+        architecture = configs.architecture(device)
+        if library_is_faster(op, size, architecture):
+            return Choice("library", f"as measured at a size like {size}, on compute capability {architecture / 10}")
     if not obstacle:
         return Choice(backend, f"{VARIABLE}={forced}" if forced else _why(backend, op))
     if not forced or (backend == "native" and op not in native.OPS):

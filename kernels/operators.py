@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import library, native, reference
 from .backends import choose, launching_on
 from .configs import NORM_WIDTH, SUFFIX_HEAD_BYTES
 
 # In the root of a checkout this folder can be imported as `kernels` too, and transformers, looking for a package of
 # that name, does so. That copy must not take the names of the real one.
 NAMESPACE = __name__.partition(".")[0]
+
+_HALF = (torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -30,12 +32,15 @@ def _second_moment_(total: Tensor, x: Tensor, mask: Tensor | None) -> None:
         total.device,
         no_triton="fp64 rows have no 16-bit pieces" if x.dtype == torch.float64 else None,
         no_native=native.second_moment_obstacle(total, x),
+        size=len(total) if x.dtype in _HALF and library.WIDE_RESULTS else None,
     )
     if choice.backend == "triton":
         from .second_moment import second_moment_triton_
 
         with launching_on(total.device):
             second_moment_triton_(total, x, mask)
+    elif choice.backend == "library":
+        library.second_moment_library_(total, x, mask)
     elif choice.backend == "native":
         native.second_moment_native_(total, x, mask)
     else:
@@ -45,11 +50,15 @@ def _second_moment_(total: Tensor, x: Tensor, mask: Tensor | None) -> None:
 def _prefixed_solve(
     keys: Tensor, groups: Tensor, count: int, factor: Tensor | None, inverse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if choose("prefixed_solve", keys.device).backend == "triton":
+    size = keys.shape[1] if count == 1 and inverse is not None else None
+    choice = choose("prefixed_solve", keys.device, size=size)
+    if choice.backend == "triton":
         from .solve import prefixed_solve_triton
 
         with launching_on(keys.device):
             mean, solved, gram = prefixed_solve_triton(keys, groups, count, factor, inverse)
+    elif choice.backend == "library":
+        mean, solved, gram = library.prefixed_solve_library(keys, factor, inverse)
     else:
         mean, solved, gram = reference.prefixed_solve_ref(keys, groups, count, factor, inverse)
     # The solvers of torch return transposed views; a fake result has to have the strides of the true one.
@@ -78,11 +87,16 @@ def _rank_update_(weight: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _low_rank_apply_(y: Tensor, x: Tensor, left: Tensor, right: Tensor, ids: Tensor) -> None:
-    if choose("low_rank_apply_", y.device).backend == "triton":
+    alike = y.dtype in _HALF and {x.dtype, left.dtype, right.dtype} == {y.dtype} and len(left) > 0
+    size = x.shape[1] if alike and library.WIDE_RESULTS else None
+    choice = choose("low_rank_apply_", y.device, size=size)
+    if choice.backend == "triton":
         from .low_rank_apply import low_rank_apply_triton_
 
         with launching_on(y.device):
             low_rank_apply_triton_(y, x, left, right, ids)
+    elif choice.backend == "library":
+        library.low_rank_apply_library_(y, x, left, right, ids)
     else:
         reference.low_rank_apply_ref_(y, x, left, right, ids)
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from rome_fast.kernels import (
     add_rms_norm,
+    configs,
     explain,
+    faster,
     gated_activation,
     low_rank_apply_,
     mirror_lower_,
@@ -89,6 +91,7 @@ FLOATS = (*HALVES, torch.float32, torch.float64)
 def on_the_gpu(monkeypatch):
     """Tensors are made on the GPU; freed memory there is full of NaN, so that what nobody wrote cannot pass."""
     monkeypatch.delenv("ROME_FAST_KERNELS", raising=False)
+    monkeypatch.setattr(faster, "MEASURED", {})  # our kernels, at any size
     with torch.device("cuda"):
         torch.manual_seed(0)
         freed = [torch.full((size,), NAN) for size in (1 << 26, 1 << 18, 1 << 18)]
@@ -111,6 +114,45 @@ def as_right_as(got, plain, exact, floor=0.0):
     limit = 2 * relative_error(plain, exact) + floor
     error = relative_error(got, exact)
     assert error <= limit, f"relative error {error:.2e}, limit {limit:.2e}"
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """The library does what it can do, at any size."""
+    always = dict.fromkeys(("second_moment_", "prefixed_solve", "low_rank_apply_"), {1: faster.Milliseconds(1.0, 0.5)})
+    monkeypatch.setattr(faster, "MEASURED", {configs.architecture(torch.device("cuda")): always})
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_library_in_the_place_of_the_kernels(dtype):
+    x, mask = torch.randn(20_001, 576).to(dtype), torch.rand(20_001) > 0.3
+    total = torch.zeros(576, 576)
+    second_moment_(total, x.masked_fill(~mask.unsqueeze(1), NAN), mask)
+    kept = x[mask]
+    exact = kept.double().T @ kept.double()
+    as_right_as(total, kept.float().T @ kept.float(), exact, matrix_unit_error(20_001))
+
+    keys, a = torch.randn(21, 576), torch.randn(576, 3 * 576)
+    inverse = torch.linalg.inv((a @ a.T).double() / 1728 + torch.eye(576))
+    _, solved, _ = prefixed_solve(keys, torch.zeros(21, dtype=torch.int64), 1, None, inverse.float())
+    exact = keys.double().mean(0) @ inverse.float().double()
+    as_right_as(solved[0], keys.mean(0) @ inverse.float(), exact, torch.finfo(torch.float32).eps)
+
+    y, x, left, right = (torch.randn(*s).to(dtype) for s in ((300, 64), (300, 96), (5, 64), (5, 96)))
+    ids = torch.arange(300) % 7 - 1
+    got = y.clone()
+    low_rank_apply_(got, x, left, right, ids)
+    at = ids.clamp(0, 4)
+
+    def formula(wide):
+        scale = (right[at].to(wide) * x.to(wide)).sum(1, keepdim=True)
+        return y.to(wide) + left[at].to(wide) * scale
+
+    real = (ids >= 0) & (ids < 5)
+    as_right_as(got[real], formula(torch.float32).to(dtype)[real], formula(torch.float64)[real])
+    assert torch.equal(got[ids < 0], y[ids < 0])
+    assert got[ids == 5].isnan().all()
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
