@@ -13,8 +13,10 @@ from rome_fast.kernels import (
     gated_activation,
     low_rank_apply_,
     mirror_lower_,
+    operators,
     prefixed_solve,
     rank_update_,
+    reference,
     rotate_heads,
     second_moment_,
     suffix_attention,
@@ -61,6 +63,7 @@ from test_layer_ops import (  # noqa: F401
     test_what_is_no_number_stays_one,
 )
 from test_layer_ops import with_gradients as layer_op_with_gradients
+from test_step_ops import Edits, check_faults, check_losses, judged_by, moved_by
 from test_suffix_attention import (
     arguments,
     assert_as_right_as,
@@ -119,7 +122,8 @@ def as_right_as(got, plain, exact, floor=0.0):
 @pytest.fixture
 def library(monkeypatch):
     """The library does what it can do, at any size."""
-    always = dict.fromkeys(("second_moment_", "prefixed_solve", "low_rank_apply_"), {1: faster.Milliseconds(1.0, 0.5)})
+    names = ("second_moment_", "prefixed_solve", "low_rank_apply_")
+    always = {name: {1: faster.Milliseconds(ours=1.0, library=0.5)} for name in names}
     monkeypatch.setattr(faster, "MEASURED", {configs.architecture(torch.device("cuda")): always})
 
 
@@ -298,3 +302,41 @@ def test_an_id_out_of_range_spoils_its_row_and_no_other():
     mean, _, _ = prefixed_solve(torch.ones(3, 3), torch.tensor([0, 7, -1]), 2, None)
     assert mean[0].tolist() == [1.0] * 3
     assert bool(mean[1].isnan().all())
+
+
+@pytest.mark.parametrize("sizes", [(40, 8, 32_000), (3, 1, 128_256), (0, 1, 5), (2, 0, 49_153)])
+def test_target_losses_of_vocabularies(sizes):
+    check_losses(sizes, torch.float32)
+
+
+def test_a_row_of_logits_that_is_no_number_spoils_itself_alone():
+    check_faults()
+
+
+def step_by_step(run, edits, *others):
+    """What an op of a step makes of the same state as its reference, in the same dtype."""
+    state = Edits(300, 4096)
+    state.judged = torch.arange(300) % 5 < 4 if run is moved_by else state.judged
+    state.done[299] = state.judged[299] = True  # of free slots
+    op = operators.stop_rule_ if run is judged_by else operators.clamped_adam_
+    plain = reference.stop_rule_ref_ if run is judged_by else reference.clamped_adam_ref_
+    return (*run(op, state, edits, *others), *run(plain, state, edits, *others))
+
+
+@pytest.mark.parametrize("stop_loss", [None, 0.6])
+def test_the_stop_rule_of_many_edits(stop_loss):
+    edits = torch.cat([torch.randperm(299)[:200], torch.tensor([299, 299])])
+    got, ended, wanted, over = step_by_step(judged_by, edits, stop_loss)
+    assert torch.equal(ended, over)
+    got.losses[:, -1] = wanted.losses[:, -1]  # where the reference puts what has no place
+    for name, one in vars(got).items():
+        # A norm of 4096 numbers, summed in another order: as random errors 64 roundings, of which the root halves each.
+        torch.testing.assert_close(one, getattr(wanted, name), rtol=40 * 2**-23, atol=0, equal_nan=True)
+
+
+def test_clamped_adam_of_many_edits():
+    edits = torch.cat([torch.randperm(299)[:200], torch.tensor([299, 299])])
+    got, _, wanted, _ = step_by_step(moved_by, edits)
+    for name, one in vars(got).items():
+        # Ten operations on each number and the norm of all; of what is taken from another one, a few times as large.
+        torch.testing.assert_close(one, getattr(wanted, name), rtol=60 * 2**-23, atol=60 * 2**-23, equal_nan=True)

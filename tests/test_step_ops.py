@@ -32,7 +32,7 @@ def losses_oracle(before, unknown, logits, label, share):
     logits = logits.double().clone().requires_grad_()
     log_p, count = logits.log_softmax(1), len(label)
     kept = torch.where(unknown[:, None], log_p[count:].detach(), before.double())
-    nll = -log_p[range(count), label] * share
+    nll = -log_p[torch.arange(count), label] * share
     divergence = KL * torch.nn.functional.kl_div(kept, log_p[count:], reduction="none", log_target=True).sum(1)
     values = torch.cat([nll, divergence])
     (gradient,) = torch.autograd.grad(SCALE * values.sum(), logits)
