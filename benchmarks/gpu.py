@@ -29,15 +29,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product
-from math import isfinite
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -46,8 +43,8 @@ import uninstalled  # noqa: F401  (it makes rome_fast importable)
 # isort: split
 import sanitized
 from groups import ending_in_order, run_group
-from measure import ROOT, Table, forget_peak, origin, peak_bytes, read_rows, results, side_by_side, timed, yes
-from op_cases import OURS, Case, cases, matrix_unit_error
+from measure import ROOT, Table, origin, read_rows, results, side_by_side, yes
+from op_cases import OURS, Case, cases
 from rome_fast.bench.roofline import Roofline, measure_roofline
 
 PARTS = {
@@ -114,14 +111,10 @@ TINY = Sizes(
     tests=("-m", "not gpu", "tests/test_products.py", "-k", "result_in_fp32 or dtype_chosen"),
 )
 
-_REPEATS = 3  # of what is short; of anything longer, one
-_SHORT_BATCH, _SHORT_TOKENS = 1, 200_000
 _GRACE_SECONDS = 5.0  # between asking a part to end and killing it
 _TOOL_SECONDS = 60.0  # for one tool of compute-sanitizer
 _WORKER_SECONDS = 100.0  # for one process that compiles
 _COMMAND_SECONDS = 60.0  # for one command of the command line
-_CHECKED_EDITS = 2  # of a batch, against the model's own forward pass
-_SAMPLED, _EXACT_ROWS = 64, 8192  # columns of a second moment that are compared with float64, and rows at a time
 
 
 def say(line: str) -> None:
@@ -181,8 +174,12 @@ def run_part(part: str, device: torch.device, sizes: Sizes, tiny: bool, folder: 
     if part == "ops":
         return ops(device, sizes)
     if part == "values":
+        from gpu_values import values
+
         return values(device, sizes.shape, sizes.batches)
     if part == "statistics":
+        from gpu_statistics import statistics
+
         return statistics(device, sizes.shape, sizes.tokens)
     if part == "streaming":
         from gpu_streaming import streaming
@@ -270,16 +267,18 @@ def compile_kernels(worker: str, device: torch.device, sizes: Sizes) -> None:
             case.runs[OURS]()
             del case
     elif name == "values":
-        prepared = prepare_values(device, sizes.shape, min(16, max(sizes.batches)))
+        from gpu_values import prepare_values
         from rome_fast.bench.throughput import warm_up
 
+        prepared = prepare_values(device, sizes.shape, min(16, max(sizes.batches)))
         for count in sorted({1, len(prepared[1])}):
             warm_up(prepared[0], prepared[1][:count])
     elif name == "statistics":
-        model, tokenizer, _, layer = prepare_statistics(device, sizes.shape)
+        from gpu_statistics import prepare_statistics
         from random_checkpoint import drawn_texts
         from rome_fast import collect_statistics
 
+        model, tokenizer, _, layer = prepare_statistics(device, sizes.shape)
         count = min(40_000, max(sizes.tokens))
         collect_statistics(model, tokenizer, drawn_texts(count), [layer], count)
     else:
@@ -376,268 +375,6 @@ def measure_case(case: Case, device: torch.device, roofline: Roofline, table: Ta
         )
         say(f"{case.op:16}{case.variant:20}{dtype:9} {sizes:34}{name:40}error {row['error']:.1e} {figures}")
     return sum(not ok for ok in right.values())
-
-
-RULES = ("default", "all steps")
-"""15 steps on 5 rows and one on all, as the default rule takes of a target that never leads; the released rule."""
-_DRAFTED_STEPS, _DRAFT_ROWS = 15, 5
-
-
-def prepare_values(device: torch.device, shape: str, count: int) -> tuple[Any, list[Any], str]:
-    """A random model set up for edits, so many of them, and what its tokenizer is."""
-    from rome_fast.bench.command import REQUESTS
-    from rome_fast.bench.shapes import repeated
-    from rome_fast.bench.throughput import shape_setup
-    from rome_fast.edits import load_edits
-    from rome_fast.models.runner import Runner
-    from rome_fast.search.requests import tokenise
-
-    edits = load_edits(REQUESTS)
-    setup, tokenizer = shape_setup(shape, device, torch.bfloat16, edits)
-    runner = Runner(setup.model)
-    requests = [tokenise(runner, setup.tokenizer, e, setup.contexts, setup.flow.method) for e in repeated(edits, count)]
-    return setup, requests, tokenizer
-
-
-def by_rule(settings: Any, rule: str) -> Any:
-    """The settings of a random model, which never stops early, by one of `RULES`."""
-    if rule == "all steps":
-        return settings
-    steps = min(settings.steps, _DRAFTED_STEPS + 1)
-    # Nor by chance: what leads for so many steps has taken all of them.
-    return replace(settings, stop="argmax", draft_rows=_DRAFT_ROWS, steps=steps, margin=steps, extra_steps=0)
-
-
-def values(device: torch.device, shape: str, batches: Sequence[int]) -> int:
-    """Seconds per edit of keys, values and update for batches of a random model's edits, by both rules.
-
-    Right is a batch whose loss before the first step is that of the plain model, row by row, for some of the edits, and
-    whose edits have taken all steps and end in numbers.
-    """
-    from rome_fast.bench.flops import FlopCounter
-    from rome_fast.bench.throughput import Track, ideal, run_timed, warm_up
-
-    table = Table(results() / "gpu_values.csv", origin(device))
-    roofline = measure_roofline(device, torch.bfloat16)
-    torch.cuda.empty_cache()
-    whole, requests, tokenizer = prepare_values(device, shape, max(batches))
-    weight_bytes = sum(p.nbytes for p in whole.model.parameters())
-    plain, allowed = zip(*(plain_loss(whole.model, request) for request in requests[:_CHECKED_EDITS]), strict=True)
-    wrong = 0
-    for batch, rule in product(batches, RULES):
-        group, setup = requests[:batch], replace(whole, settings=by_rule(whole.settings, rule))
-        # This very group: every shape has a first use, which is slow.
-        warm_up(setup, group)
-        found = replace(setup, settings=replace(setup.settings, steps=1, extra_steps=0)).flow.solve_each(group)
-        errors = [abs(record.loss - loss) for (_, record), loss in zip(found, plain, strict=False)]
-        del found
-        forget_peak(device)
-        runs = []
-        for _ in range(_REPEATS if batch <= _SHORT_BATCH else 1):
-            track, flow = Track("rome_fast"), setup.flow
-            runs.append((track, flow, run_timed(track, flow, group)))
-        track, flow, made = sorted(runs, key=lambda run: run[0].wall_seconds)[len(runs) // 2]
-        peak = peak_bytes(device)
-        # A NaN compares as false.
-        correct = all(error <= most for error, most in zip(errors, allowed, strict=False))
-        correct &= all(record.steps == setup.settings.steps for _, record in made)
-        correct &= all(isfinite(record.loss) and isfinite(record.update_norm) for _, record in made)
-        wrong += not correct
-        useful = ideal(setup, group, [record for _, record in made]) / batch
-        counted: float | None = None
-        if batch <= _SHORT_BATCH:
-            with FlopCounter() as counter:
-                setup.flow.solve_each(group)
-            counted = counter.total / batch
-        seconds = track.wall_seconds / batch
-        row = {
-            "shape": shape,
-            "dtype": "bfloat16",
-            "rule": rule,
-            "batch": batch,
-            "largest_batch": flow.search.largest_batch,
-            "repeats": len(runs),
-            "seconds_per_edit": seconds,
-            "steps_per_edit": track.steps / batch,
-            "drafted_per_edit": sum(record.drafted for _, record in made) / batch,
-            "rows_per_edit": len(group[0].rows),
-            **{f"{stage}_seconds_per_edit": s / batch for stage, s in flow.search.clock.seconds.items()},
-            "loss_error": max(errors),
-            "correct": yes(correct),
-            "ideal_tflop_per_edit": useful / 1e12,
-            "counted_tflop_per_edit": "" if counted is None else counted / 1e12,
-            "tflop_per_s": useful / seconds / 1e12,
-            "share_of_matrix_rate": useful / seconds / roofline.matrix_rate,
-            "gemm_tflop_per_s": roofline.matrix_rate / 1e12,
-            "peak_gib": peak / 2**30,
-            "weights_gib": weight_bytes / 2**30,
-            "statistics": "random, of the right size",
-            "tokenizer": tokenizer,
-        }
-        table.add(row)
-        say(
-            f"batch {batch:4} (at once {flow.search.largest_batch}), {rule}: {seconds:.3f} s per edit, "
-            f"{row['tflop_per_s']:.0f} TFLOP/s, {row['share_of_matrix_rate']:.0%} of the matrix rate, "
-            f"peak {row['peak_gib']:.1f} GiB, first loss off by {max(errors):.1e}"
-            f"{'' if correct else ' WRONG'}"
-        )
-    return int(wrong > 0)
-
-
-@torch.no_grad()
-def plain_loss(model: Any, request: Any) -> tuple[float, float]:
-    """The loss of an edit at δ = 0 by the model's own forward pass, a row at a time, and what two such may differ by.
-
-    That is four standard deviations of ten roundings a layer of logits of their spread, over independent rows.
-    """
-    losses, spread = [], 0.0
-    for row in (item.row for item in request.rows if item.row.labels):
-        logits = model(torch.tensor([row.inputs], device=model.device)).logits[0].float()
-        at = torch.arange(len(row.labels), device=model.device) + row.target - 1
-        labels = torch.tensor(row.labels, device=model.device)
-        losses.append(float(torch.nn.functional.cross_entropy(logits[at], labels)))
-        spread = max(spread, float(logits.std()))
-    roundings = 10 * model.config.num_hidden_layers
-    allowed = 4 * roundings**0.5 * torch.finfo(model.dtype).eps / 2 * spread / len(losses) ** 0.5
-    return sum(losses) / len(losses), allowed
-
-
-def prepare_statistics(device: torch.device, shape: str) -> tuple[Any, Any, str, int]:
-    """The layers of a random model that its statistics need, a tokenizer, what that is, and the edit layer."""
-    from random_checkpoint import sentences
-    from rome_fast.bench.shapes import random_model, shape_config, tokenizer_for
-    from rome_fast.opening.defaults import default_layer
-
-    whole = shape_config(shape)
-    layer = default_layer(whole)
-    tokenizer, what = tokenizer_for(whole.vocab_size, sentences())
-    return random_model(shape, device, torch.bfloat16, layers=layer + 1), tokenizer, what, layer
-
-
-def statistics(device: torch.device, shape: str, counts: Sequence[int]) -> int:
-    """Seconds for the second moment of the edit layer's keys, of so many tokens, and how much of it its sum takes.
-
-    No layers are made but those that are run. FLOPs are the products with weights of these, and d_ff² per token for the
-    lower triangle of the sum. Right is what agrees with a sum in float64 of the same keys, in some of the columns.
-    """
-    from random_checkpoint import drawn_texts
-    from rome_fast import collect_statistics
-    from rome_fast.bench.flops import Shape
-    from rome_fast.bench.shapes import shape_config
-    from rome_fast.models.runner import Runner
-
-    table = Table(results() / "gpu_statistics.csv", origin(device))
-    roofline = measure_roofline(device, torch.bfloat16)
-    torch.cuda.empty_cache()
-    model, tokenizer, what, layer = prepare_statistics(device, shape)
-    runner = Runner(model)
-    width = runner.weight(layer).shape[1]
-    flops_per_token = 2.0 * (layer + 1) * Shape.of(runner).layer_weights + float(width) ** 2
-    picked = torch.linspace(0, width - 1, min(width, _SAMPLED), device=device).long()
-    wrong = 0
-    for count in counts:
-        texts = drawn_texts(count)
-        reading = reading_seconds(tokenizer, texts, count, device)
-        # All of it: what a first use compiles depends on the sizes of the batches.
-        with summing_exactly(picked, width) as exact:
-            found = collect_statistics(model, tokenizer, texts, [layer], count).layers[layer]
-        got = found.moment.to(device)[picked].double() * found.tokens
-        error = float((got - exact).norm() / exact.norm())
-        # The op's promise of a corpus, and the rounding of C to fp32; a GPU's matrix unit cuts off instead of rounding.
-        correct = error <= 1e-6 + (matrix_unit_error(found.tokens) if device.type == "cuda" else 0.0)
-        wrong += not correct
-        del found, got
-        forget_peak(device)
-        runs = []
-        for _ in range(_REPEATS if count <= _SHORT_TOKENS else 1):
-            with timing_second_moments(device) as calls:
-                start = time.perf_counter()
-                seen = collect_statistics(model, tokenizer, texts, [layer], count).layers[layer].tokens
-                seconds = time.perf_counter() - start
-            runs.append((seconds, sum(read() for read in calls), seen))
-        seconds, summing, seen = sorted(runs)[len(runs) // 2]
-        rate = flops_per_token * seen / seconds
-        row = {
-            "shape": shape,
-            "dtype": "bfloat16",
-            "layer": layer,
-            "layers_made": f"{layer + 1} of {shape_config(shape).num_hidden_layers}, random weights",
-            "tokens": seen,
-            "repeats": len(runs),
-            "error": error,
-            "correct": yes(correct),
-            "seconds": seconds,
-            "tokens_per_s": seen / seconds,
-            "gflop_per_token": flops_per_token / 1e9,
-            "tflop_per_s": rate / 1e12,
-            "share_of_matrix_rate": rate / roofline.matrix_rate,
-            "gemm_tflop_per_s": roofline.matrix_rate / 1e12,
-            "second_moment_seconds": summing,
-            "second_moment_share": summing / seconds,
-            "second_moment_tflop_per_s": float(width) ** 2 * seen / summing / 1e12,
-            "reading_seconds": reading,
-            "peak_gib": peak_bytes(device) / 2**30,
-            "weights_gib": sum(p.nbytes for p in model.parameters()) / 2**30,
-            "texts": "built-in requests and contexts, drawn again and again",
-            "tokenizer": what,
-        }
-        table.add(row)
-        say(
-            f"{seen} tokens: {seconds:.2f} s, {row['tokens_per_s']:,.0f} tokens/s, {row['tflop_per_s']:.0f} TFLOP/s, "
-            f"{row['share_of_matrix_rate']:.0%} of the matrix rate; second_moment_ {row['second_moment_share']:.0%} of "
-            f"the time, reading alone {reading:.2f} s, peak {row['peak_gib']:.1f} GiB, error {error:.1e}"
-            f"{'' if correct else ' WRONG'}"
-        )
-    return int(wrong > 0)
-
-
-@contextmanager
-def summing_exactly(picked: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
-    """Rows `picked` (64,) of the second moment of all keys that are summed in the block: (64, width) float64."""
-    from rome_fast.kernels import second_moment_
-
-    from rome_fast.statistics import collect
-
-    exact = torch.zeros(len(picked), width, dtype=torch.float64, device=picked.device)
-
-    def noting(total: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        rows = x if mask is None else x[mask]
-        for part in rows.split(_EXACT_ROWS):
-            exact.addmm_(part[:, picked].double().T, part.double())
-        second_moment_(total, x, mask)
-        return total
-
-    with mock.patch.object(collect, "second_moment_", noting):
-        yield exact
-
-
-def reading_seconds(tokenizer: Any, texts: Sequence[str], tokens: int, device: torch.device) -> float:
-    """Seconds to make batches of the texts and nothing else. A GPU that is faster has to wait for them."""
-    from rome_fast.statistics import collect
-    from rome_fast.statistics.reading import Place, Reading
-
-    start = time.perf_counter()
-    most = collect._BATCH_TOKENS[device.type]
-    for window in Reading(tokenizer, texts, "text", tokens, 128, most).windows(Place()):
-        window.batches(most)
-    return time.perf_counter() - start
-
-
-@contextmanager
-def timing_second_moments(device: torch.device) -> Iterator[list[Callable[[], float]]]:
-    """One function for every call of `second_moment_` in the block that says how many seconds the call took."""
-    from rome_fast.kernels import second_moment_
-
-    from rome_fast.statistics import collect
-
-    calls: list[Callable[[], float]] = []
-
-    def noting(total: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        calls.append(timed(lambda: second_moment_(total, x, mask), device))
-        return total
-
-    with mock.patch.object(collect, "second_moment_", noting):
-        yield calls
 
 
 def sanitizer(device: torch.device) -> int:

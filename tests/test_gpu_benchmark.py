@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import gpu
 import gpu_commands
+import gpu_statistics
 import gpu_streaming
+import gpu_values
 import groups
 import measure
 import op_cases
@@ -231,7 +233,8 @@ def test_every_case_is_right_and_notices_what_is_wrong(number):
 def tiny(monkeypatch, tmp_path, empty_cache):
     """A function that runs a part at tiny sizes on the CPU, in this process: its exit status and rows."""
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setattr(gpu, "measure_roofline", lambda device, dtype: Roofline(1e9, 64, "bfloat16", 1e9, 1024))
+    for part in (gpu, gpu_values, gpu_statistics):
+        monkeypatch.setattr(part, "measure_roofline", lambda device, dtype: Roofline(1e9, 64, "bfloat16", 1e9, 1024))
     tables = {"kernels": "compiled", "end-to-end": "commands"}
 
     def run_part(part, *options):
@@ -331,8 +334,8 @@ def test_the_values_part_writes_a_row_per_batch_and_rule(tiny, monkeypatch, tmp_
     monkeypatch.setattr(Flow, "solve_each", noted)
     monkeypatch.setattr(throughput, "run_timed", at_given_speed)
     monkeypatch.setattr(throughput, "default_settings", lambda config: ValueSettings(steps=20))
-    monkeypatch.setattr(gpu, "forget_peak", lambda device: events.append("reset"))
-    monkeypatch.setattr(gpu, "peak_bytes", lambda device: 3 << 30)
+    monkeypatch.setattr(gpu_values, "forget_peak", lambda device: events.append("reset"))
+    monkeypatch.setattr(gpu_values, "peak_bytes", lambda device: 3 << 30)
     code, rows = tiny("values")
     assert code == 0
     # Each group is warm, and checked, before the peak is reset; a short one runs three times, and once more to count
@@ -370,13 +373,13 @@ def test_the_values_part_writes_a_row_per_batch_and_rule(tiny, monkeypatch, tmp_
 def test_the_values_part_notices_a_loss_that_is_another(tiny, monkeypatch):
     """Off by more than rounding, as it would be if a row saw another context."""
     monkeypatch.setattr(throughput, "default_settings", lambda config: ValueSettings(steps=2))
-    plain = gpu.plain_loss
+    plain = gpu_values.plain_loss
 
     def off(model, request):
         loss, allowed = plain(model, request)
         return loss + 1.5 * allowed, allowed
 
-    monkeypatch.setattr(gpu, "plain_loss", off)
+    monkeypatch.setattr(gpu_values, "plain_loss", off)
     code, rows = tiny("values", "--batches", "1")
     assert code == 1
     assert {row["correct"] for row in rows} == {"no"}
@@ -390,19 +393,19 @@ def test_the_statistics_part_says_what_a_collection_and_its_sum_took(tiny, monke
         return own(total, x, mask)
 
     def noting(name):
-        original = getattr(gpu, name)
+        original = getattr(gpu_statistics, name)
 
         def noted(*arguments):
             events.append(name)
             return original(*arguments)
 
-        monkeypatch.setattr(gpu, name, noted)
+        monkeypatch.setattr(gpu_statistics, name, noted)
 
     monkeypatch.setattr("rome_fast.kernels.second_moment_", slow)
     for name in ("summing_exactly", "forget_peak", "timing_second_moments"):
         noting(name)
-    monkeypatch.setattr(gpu, "peak_bytes", lambda device: 3 << 30)
-    monkeypatch.setattr(gpu, "_SHORT_TOKENS", 500)
+    monkeypatch.setattr(gpu_statistics, "peak_bytes", lambda device: 3 << 30)
+    monkeypatch.setattr(gpu_statistics, "_SHORT_TOKENS", 500)
     code, rows = tiny("statistics", "--tokens", "300", "9000")
     assert code == 0
     assert collect.second_moment_ is own, "the wrapper is still there"
