@@ -9,7 +9,7 @@ In their order, with the minutes assumed on one H200 with 16 cores, eight in all
 
     kernels      0.7  all kernels are compiled, by a process for each size; the others then find them in triton's cache
     correctness  0.6  tests marked gpu, in 12 processes
-    ops          1.4  the five ops beside what they replace, d_ff 1536 to 28672
+    ops          1.4  the ops beside what they replace, d_ff 1536 to 28672
     values       2.3  seconds per edit, shape llama-2-7b in bfloat16, batches of 1 to 256: by the default rule as far as
                       a random model goes, 15 steps on 5 rows and one on all, and with all steps on all rows
     statistics   0.4  tokens per second of second moments, the same shape
@@ -50,7 +50,7 @@ from rome_fast.bench.roofline import Roofline, measure_roofline
 PARTS = {
     "kernels": "every kernel compiled once, by many processes",
     "correctness": "every op against float64 on the GPU: dtypes, masks, odd sizes, strides (tests marked gpu)",
-    "ops": "timings of the five ops beside what they replace, d_ff 1536 to 28672",
+    "ops": "timings of the ops beside what they replace, d_ff 1536 to 28672",
     "values": "seconds per edit of the values, shape llama-2-7b in bfloat16, batches of 1 to 256",
     "statistics": "tokens per second of second moments, shape llama-2-7b in bfloat16",
     "streaming": "an edit under 6 GiB of a checkpoint of that shape: its bytes, and bytes per second",
@@ -78,7 +78,7 @@ class Sizes:
     d_ff: tuple[int, ...] = (1536, 3072, 6400, 11008, 14336, 16384, 28672)
     op_tokens: int = 16_384  # rows of a second moment
     op_rows: int = 4096  # of low_rank_apply_
-    op_seconds: float = 0.8  # of timing per case
+    op_seconds: float = 0.6  # of timing per case
     shape: str = "llama-2-7b"
     batches: tuple[int, ...] = (1, 16, 64, 256)
     # About the default budget of this shape, and one at which what is done once hardly counts.

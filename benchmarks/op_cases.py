@@ -1,4 +1,4 @@
-"""The five ops at one size each, beside what they replace: how to run every provider, and how right it is.
+"""The ops at one size each, beside what they replace: how to run every provider, and how right it is.
 
 A case is checked before it is timed. Its own op may be twice as far from float64 as plain torch in the op's
 accumulating dtype; the others, which may round more, a few units of the dtype of their result on top of that.
@@ -14,10 +14,14 @@ import uninstalled  # noqa: F401  (it makes rome_fast importable)
 
 # isort: split
 from rome_fast.kernels import (
+    add_rms_norm,
     configs,
+    gated_activation,
     low_rank_apply_,
+    operators,
     prefixed_solve,
     rank_update_,
+    rotate_heads,
     second_moment_,
     suffix_attention,
 )
@@ -79,6 +83,9 @@ def cases(d_ff: int, device: torch.device, *, tokens: int = 16_384, rows: int = 
         yield rank_update_case(d, d_ff, rank, dtype, device)
     yield low_rank_apply_case(rows, 64, d, d_ff, torch.bfloat16, device)
     yield suffix_attention_case(max(1, rows // 256), d, d_ff, torch.bfloat16, device)
+    for make in (norm_case, rotation_case, activation_case):
+        yield make(max(1, rows // 3), d, d_ff, torch.bfloat16, device)
+    yield losses_case(max(2, rows // 32), 32_000 if rows >= 1024 else 500, d_ff, device)
 
 
 def second_moment_case(d: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -347,6 +354,137 @@ def suffix_attention_case(edits: int, d: int, d_ff: int, dtype: torch.dtype, dev
         # gradients of all but the past.
         moved_bytes=2 * past + 6 * query_bytes + 6 * key_bytes,
         floor=torch.finfo(torch.float32).eps,
+    )
+
+
+def norm_case(n: int, d: int, d_ff: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Both passes of a residual connection and the RMSNorm behind it, of n positions."""
+    random, eps = _source(device), 1e-5
+    x, update, of_hidden, of_normed = (random(n, d).to(dtype) for _ in range(4))
+    weight = (1 + 0.1 * random(d)).to(dtype)
+
+    def fused(x: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, update, weight, eps)
+
+    def written(x: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = x + update
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return hidden, weight * unit.to(hidden.dtype)
+
+    # Forward: two read, two written; backward: two gradients and what was normed read, a gradient written.
+    moved = 8.0 * x.nbytes
+    sizes, outers = {"n": n, "d": d, "d_ff": d_ff}, [of_hidden, of_normed]
+    return _both_passes("add_rms_norm", [x, update], [weight], outers, fused, written, sizes, moved)
+
+
+def rotation_case(n: int, d: int, d_ff: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Both passes of the rotation of queries and keys, of n positions."""
+    random, size = _source(device), 128 if d >= 4096 else 64
+    heads = max(1, d // size)
+    kv_heads = heads // next(group for group in (4, 3, 2, 1) if heads % group == 0)
+    states = [random(1, n, h, size).to(dtype) for h in (heads, kv_heads)]
+    outers = [random(1, n, h, size).to(dtype) for h in (heads, kv_heads)]
+    angles = random(1, n, size // 2).repeat(1, 1, 2)
+    turns = [angles.cos().to(dtype), angles.sin().to(dtype)]
+
+    def written(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        def turned(x: Tensor) -> Tensor:
+            one, two = x.chunk(2, -1)
+            return x * cos.unsqueeze(2) + torch.cat([-two, one], -1) * sin.unsqueeze(2)
+
+        return turned(query), turned(key)
+
+    sizes = {"n": n, "d": d, "d_ff": d_ff, "heads": heads, "kv_heads": kv_heads}
+    moved = sum(4.0 * x.nbytes + 2.0 * t.nbytes for x, t in zip(states, turns, strict=True))
+    return _both_passes("rotate_heads", states, turns, outers, rotate_heads, written, sizes, moved)
+
+
+def activation_case(n: int, d: int, d_ff: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Both passes of the gated activation of n positions."""
+    random = _source(device)
+    gate, up, outer = (random(n, d_ff).to(dtype) for _ in range(3))
+
+    def fused(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        return (gated_activation(gate, up, "silu"),)
+
+    def written(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        return (torch.nn.functional.silu(gate) * up,)
+
+    # Forward: two read, one written; backward: three read, two written.
+    sizes = {"n": n, "d": d, "d_ff": d_ff}
+    return _both_passes("gated_activation", [gate, up], [], [outer], fused, written, sizes, 8.0 * gate.nbytes)
+
+
+def _both_passes(
+    op: str,
+    leaves: list[Tensor],  # that get a gradient
+    frozen: list[Tensor],
+    outers: list[Tensor],  # gradients of the results
+    fused: Callable[..., tuple[Tensor, ...]],
+    written: Callable[..., tuple[Tensor, ...]],  # as layers of transformers are
+    sizes: dict[str, int],
+    moved_bytes: float,
+) -> Case:
+    """The gradient of the first leaf, which all of the backward pass enters, behind the forward pass."""
+
+    def run(function: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> Tensor:
+        own = [x.to(dtype).detach().requires_grad_() for x in leaves]
+        results = function(*own, *(x.to(dtype) for x in frozen))
+        return torch.autograd.grad(results, own, [x.to(dtype) for x in outers])[0]
+
+    dtype = leaves[0].dtype
+    return Case(
+        op=op,
+        variant="both passes",
+        dtype=dtype,
+        sizes=sizes,
+        runs={OURS: lambda: run(fused, dtype), "as layers are written": lambda: run(written, dtype)},
+        plain=lambda: run(written, dtype),
+        sample=lambda got: got.double(),
+        exact=run(written, torch.float64),
+        reset=_nothing,
+        flops=10.0 * sum(x.numel() for x in leaves),  # about; none of them on the matrix unit
+        moved_bytes=moved_bytes,
+        floor=torch.finfo(torch.float32).eps,
+    )
+
+
+def losses_case(rows: int, size: int, d_ff: int, device: torch.device) -> Case:
+    """Losses and gradient of so many rows of logits, one in eight of them an essence."""
+    random = _source(device)
+    essences = max(1, rows // 8)
+    targets = rows - essences
+    logits = 3 * random(rows, size)
+    label = torch.arange(targets, device=device) % size
+    share = torch.full((targets,), 1 / targets, device=device)
+    original = random(essences, size).log_softmax(1)
+    before, unknown = original.clone(), torch.zeros(essences, dtype=torch.bool, device=device)
+
+    def fused() -> Tensor:
+        return operators.target_losses_(before, unknown, logits, label, share, 0.0625, 1.0, True)[2]
+
+    def composed(dtype: torch.dtype) -> Tensor:
+        leaf, known = logits.to(dtype).detach().requires_grad_(), original.to(dtype)
+        after = leaf.log_softmax(1)
+        nll = -(after[:targets].gather(1, label.unsqueeze(1)).squeeze(1) * share.to(dtype)).sum()
+        divergence = (after[targets:].exp() * (after[targets:] - known)).sum()
+        return torch.autograd.grad(nll + 0.0625 * divergence, leaf)[0]
+
+    return Case(
+        op="target_losses_",
+        variant="losses and gradient",
+        dtype=torch.float32,
+        sizes={"n": rows, "vocabulary": size, "d_ff": d_ff},
+        runs={OURS: fused, "log_softmax, autograd": lambda: composed(torch.float32)},
+        plain=lambda: composed(torch.float32),
+        sample=lambda got: got.double(),
+        exact=composed(torch.float64),
+        reset=_nothing,
+        flops=10.0 * logits.numel(),  # about; none of them on the matrix unit
+        moved_bytes=2.0 * logits.nbytes + before.nbytes,
+        # An exponential of a difference that is up to 25.
+        floor=25 * torch.finfo(torch.float32).eps,
     )
 
 

@@ -213,7 +213,7 @@ print(rome_fast.kernels.__file__)
     assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(13))
 def test_every_case_is_right_and_notices_what_is_wrong(number):
     for index, case in enumerate(op_cases.cases(70, CPU, tokens=130, rows=64)):
         if index != number:
@@ -301,6 +301,10 @@ def test_the_ops_part_writes_a_row_per_provider_and_times_no_wrong_one(tiny, mon
         "rank_update_",
         "low_rank_apply_",
         "suffix_attention",
+        "add_rms_norm",
+        "rotate_heads",
+        "gated_activation",
+        "target_losses_",
     }
     assert {row["correct"] for row in rows} == {"yes"}
     wrong[0] = True
