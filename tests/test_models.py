@@ -12,7 +12,9 @@ from rome_fast.errors import ArgumentError
 from rome_fast.models.past import ContextPast, Contexts, attention_mask
 from rome_fast.models.runner import Runner, causal_mask
 from rome_fast.opening.defaults import Default, Selection, default_layer, default_settings, known, select
+from taped import Tape
 from toys import KINDS, LAYERS, SENTENCES, toy_model
+from zoo import zoo_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,6 +34,26 @@ def test_layers_and_head_are_those_of_the_models_own_forward(kind, toy_tokenizer
         for mine, theirs in zip(states[:LAYERS], wanted.hidden_states[:LAYERS], strict=True):
             assert relative_error(mine[index, : len(row)], theirs[0]) < rounding(torch.float32, FORWARD)
         assert relative_error(logits[index, : len(row)], wanted.logits[0]) < rounding(torch.float32, FORWARD)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_head_asks_no_tensor(kind):
+    """On a GPU the host would wait; transformers asks whether there is anything to mask, unless it is given a mask."""
+    runner = Runner(toy_model(kind))
+    hidden = runner.run(runner.embed(torch.arange(3, 17).view(2, 7)), 0, LAYERS)[:, -1]
+    plain = runner.head(hidden)
+    with Tape():
+        again = runner.head(hidden)
+    assert torch.equal(again, plain)
+
+
+@torch.no_grad()
+def test_a_model_that_takes_no_whole_mask_has_its_head_without():
+    model = zoo_model("bloom")
+    runner, ids = Runner(model), torch.arange(3, 17).view(2, 7)
+    logits = runner.head(runner.run(runner.embed(ids), 0, len(runner.layers)))
+    assert relative_error(logits, model(input_ids=ids).logits) < rounding(torch.float32, FORWARD)
 
 
 @pytest.mark.parametrize("kind", KINDS)

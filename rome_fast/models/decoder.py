@@ -50,6 +50,7 @@ class Decoder:
         self._arguments = [list(signature(layer.forward).parameters) for layer in self.layers]
         self._sites = [_down_projection(layer, config.hidden_size) for layer in self.layers]
         self._form: Form | None = None  # of what layers return, once one was run
+        self._takes_mask: bool | None = None  # whether the model takes a mask of four dimensions, once it was tried
         self._answer: Answer = _nothing
         self._stand_ins = nn.ModuleList(_StandIn(self, index) for index in range(len(self.layers)))
 
@@ -170,10 +171,25 @@ class Decoder:
         """Logits (…, vocabulary) of the last layer's hidden states (…, d), which `run` has made."""
         rows = hidden.reshape(-1, 1, hidden.shape[-1])
         out = _in_form(rows, self._form or _FORMS[0])
+        given = {"inputs_embeds": self._blank(rows), "use_cache": False}
         with self._standing_in(lambda _index, _entering, _arguments: out):
-            made = self.model(**_accepted(self.model, inputs_embeds=self._blank(rows), use_cache=False))
-        logits: Tensor = made.logits
-        return logits.reshape(*hidden.shape[:-1], -1)
+            logits = None if self._takes_mask is False else self._logits_of(given | _whole_mask(rows))
+            if logits is None:
+                logits = self._logits_of(given)
+        return cast(Tensor, logits).reshape(*hidden.shape[:-1], -1)
+
+    def _logits_of(self, given: Arguments) -> Tensor | None:
+        """Logits of the model's own forward; None where it takes no mask that is given, which is kept in mind."""
+        masked = "attention_mask" in given
+        try:
+            logits: Tensor = self.model(**_accepted(self.model, **given)).logits
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+            if not masked or self._takes_mask:
+                raise
+            self._takes_mask = False
+            return None
+        self._takes_mask = self._takes_mask or masked
+        return logits
 
     def _blank(self, hidden: Tensor) -> Tensor:
         """In the place of embeddings where only their shape counts; some are narrower than hidden states."""
@@ -225,6 +241,15 @@ def _in_form(hidden: Any, form: Form) -> Any:
     """Hidden states as a layer returns them."""
     kind, length = form
     return kind([hidden, *[None] * (length - 1)]) if length else hidden
+
+
+def _whole_mask(rows: Tensor) -> Arguments:
+    """Mask and positions of rows of one token each.
+
+    A model that makes its own mask may ask first whether there is anything to mask, which waits for the device.
+    """
+    positions = torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
+    return {"attention_mask": rows.new_zeros(len(rows), 1, 1, 1), "position_ids": positions}
 
 
 def is_transposed(model: nn.Module, weight_name: str) -> bool:
