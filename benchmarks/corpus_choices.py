@@ -98,7 +98,7 @@ class Bench:
             edits, deltas = [self.cases[i].edit for i in places], [made[i] for i in places]
             # Facts about first tokens answer behind a prefix.
             contexts = self.contexts[:SCORED_CONTEXTS] if first else ()
-            scores[first] = evaluate(self.model, self.tokenizer, edits, contexts, deltas=deltas)
+            scores[first] = evaluate(self.model, self.tokenizer, edits, contexts, deltas=deltas, essence_tokens=0)
             ratio[first] = [ratios[i] for i in places]
         return {
             "condition": entry.condition(torch.device("cpu")),

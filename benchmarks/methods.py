@@ -160,9 +160,8 @@ def single(bench: Bench) -> None:
         made = flow.close_each(bench.requests, bench.solved_for(variant, places))
         seconds = time.process_time() - start
         deltas = [delta for delta, _ in made]
-        figures = evaluate(
-            bench.model, bench.tokenizer, bench.edits, unseen_contexts=UNSEEN, deltas=deltas, answer_tokens=0
-        )
+        asked: dict[str, Any] = {"unseen_contexts": UNSEEN, "answer_tokens": 0, "essence_tokens": 0}
+        figures = evaluate(bench.model, bench.tokenizer, bench.edits, deltas=deltas, **asked)
         updates = RowUpdates.of(bench.runner, deltas)
         few = bench.sentences[:FEW]
         base = sentence_perplexity(bench.runner, bench.tokenizer, few)

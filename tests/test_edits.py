@@ -249,7 +249,7 @@ def test_counterfact(tmp_path):
         "neighborhood_prompts": ["Boston is a twin city of"],
         "attribute_prompts": [],
     }
-    with pytest.warns(UnreadFieldsWarning, match=r"read: pararel_idx \(1 record\), requested_rewrite\.relation_id"):
+    with pytest.warns(UnreadFieldsWarning, match=r"read: pararel_idx \(1 record\), requested_rewrite\.target_true"):
         edit = load_one(tmp_path, record)
     assert edit == Edit(
         prompt="{} is a twin city of",
@@ -260,6 +260,7 @@ def test_counterfact(tmp_path):
         neighborhood_prompts=("Boston is a twin city of",),
         neighborhood_answer="Warsaw",
         case_id=3,
+        relation="P190",
     )
 
 

@@ -83,6 +83,9 @@ def has_texts(edit):
     probes = [*edit.portability, *edit.neighbors]
     texts = {edit.text, edit.prompt, edit.subject, edit.target, edit.target_true, edit.neighborhood_answer}
     texts |= {*edit.paraphrase_prompts, *edit.neighborhood_prompts, *edit.aliases, str(edit.case_id).split(".")[0]}
+    texts |= {*edit.essence_prompts, *edit.negation_prompts, edit.relation}
+    # As a template has it.
+    texts |= {text.replace(edit.subject, "{}") for text in edit.essence_prompts}
     return texts | {text for p in probes for text in (p.prompt, p.kind, *p.answers)}
 
 
@@ -123,7 +126,13 @@ def test_our_own_shape():
         case_id="mayor",
         aliases=("Nederlands",),
         neighbors=(Probe("The mother tongue of Nantes's mayor is", ("French", "français"), "same relation"),),
-        portability=(Probe("In the mayor of Lyon's language, water is called", ("water",), "two steps"),),
+        portability=(
+            Probe("In the mayor of Lyon's language, water is called", ("water",), "two steps"),
+            Probe("The city whose mayor speaks Dutch is", ("Lyon",), "reversal"),
+        ),
+        essence_prompts=("Lyon is known for",),
+        negation_prompts=("The mother tongue of Lyon's mayor is not",),
+        relation="103",
     )
     assert third == Edit(
         "In {}, they speak", "Peru", "Welsh", aliases=("Cymraeg",), paraphrase_prompts=("The language of Peru is",)
@@ -132,10 +141,11 @@ def test_our_own_shape():
 
 def test_counterfact_names_what_it_does_not_read():
     (first, *_), said = example("counterfact")
+    assert first.relation == "P1303"
     assert (first.target, first.target_true, first.neighborhood_answer, first.case_id) == ("organ", "lute", "lute", 7)
     assert str(said[UnreadFieldsWarning]) == (
         "counterfact.json: fields that are not read: pararel_idx (3 records), "
-        "requested_rewrite.relation_id (3 records), requested_rewrite.target_true.id (3 records), "
+        "requested_rewrite.target_true.id (3 records), "
         "requested_rewrite.target_new.id (3 records), "
         "attribute_prompts (1 record), generation_prompts (1 record)"
     )

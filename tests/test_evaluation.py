@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import oracle
-from helpers import CONTEXTS, END, MIDDLE, START, edited, merging_tokenizer, rounding_of_log_p
+from helpers import CONTEXTS, END, MIDDLE, START, all_bits, changed, edited, merging_tokenizer, rounding_of_log_p
 from rome_fast import Edit, Probe
 from rome_fast.errors import ArgumentError, EditError, RomeFastError
 from rome_fast.evaluation import (
@@ -359,6 +359,105 @@ def test_portability_is_the_share_of_probes_whose_answer_leads_in_any_spelling(t
     assert summarise([got, none])["portability"] == 1 / 3
 
 
+def test_reversal_is_the_portability_of_the_probes_of_that_kind(toy_tokenizers):
+    model, tokenizer = toy_model("llama"), toy_tokenizers[True]
+    texts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in (3, 4, 5)]
+    said = {text: tokenizer.decode(naive_greedy(model, tokenizer(text)["input_ids"], 1)) for text in texts}
+    text, word = next((text, word) for text, word in said.items() if word[0] == " " and word[1:].isalpha())
+    kinds = ("reversal", "Reversed_Relation", "inverse", "Reasoning", "")
+    probes = [Probe(text, (word.strip(),), kind) for kind in kinds] + [Probe(text, ("Paris x",), "Reverse")]
+    (got,) = evaluate(model, tokenizer, [replace(CASE, portability=probes)])
+    assert (got.reversal, got.portability) == (3 / 4, 5 / 6)
+    (none,) = evaluate(model, tokenizer, [replace(CASE, portability=probes[3:5])])
+    assert (none.reversal, none.portability) == (None, 1)
+
+
+def test_negation_is_the_share_of_denials_that_the_target_does_not_follow(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    text, ids = writable_continuation(model, tokenizer)
+    edit = Edit("{} is", "Chicago", tokenizer.decode(ids).strip(), negation_prompts=(text, "{} is not", "It never was"))
+    (got,) = evaluate(model, tokenizer, [edit])
+    assert got.negation == 2 / 3
+    assert edit.negation_prompts[1] == "Chicago is not"
+    assert evaluate(model, tokenizer, [START])[0].negation is None
+
+
+def kl_of_next(before, after, ids):
+    p, q = (oracle.logits_of(oracle.double_copy(model), ids)[-1].log_softmax(-1) for model in (before, after))
+    return float((p.exp() * (p - q)).sum())
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])
+def test_essence_compares_what_is_said_of_the_subject_before_and_after(kind, bos, toy_tokenizers):
+    """Neutral texts where a request has none of its own, without the one that asks for the fact itself."""
+    model, before, tokenizer = toy_model(kind), toy_model(kind), toy_tokenizers[bos]
+    delta = edited(model, tokenizer, replace(CASE, prompt="The city of {}")).delta
+    own = replace(CASE, essence_prompts=("The old town of {}", "Chicago was not built", "{} is"))
+    cases = {
+        own: ["The old town of Chicago", "Chicago was not built", "Chicago is"],
+        CASE: ["Chicago is", "Chicago has"],
+        Edit("{} is", " Chicago {", "Rome"): ["Chicago { has"],
+    }
+    weights = all_bits(model)
+    for edit, got in zip(cases, evaluate(model, tokenizer, list(cases), unedited=delta), strict=True):
+        rows = [tokenizer(text)["input_ids"] for text in cases[edit]]
+        wanted = sum(kl_of_next(before, model, ids) for ids in rows) / len(rows)
+        # A mean of differences of two log-probabilities, where what the edit adds is as large as the weight.
+        assert got.essence_kl == pytest.approx(wanted, abs=4 * ALLOWED)
+        assert wanted > 100 * ALLOWED
+        assert got.essence_text == cases[edit][0]
+        for said, by in ((got.essence_before, before), (got.essence_after, model)):
+            assert said == tokenizer.decode(naive_greedy(by, rows[0], 16)).partition("</s>")[0]
+    assert not changed(model, weights)
+    # The same by the weights that the Delta overwrote, and nothing where nobody says what was before.
+    (by_weights,) = evaluate(model, tokenizer, [CASE], unedited=delta.originals)
+    assert by_weights == evaluate(model, tokenizer, [CASE], unedited=delta)[0]
+    for nothing in ({}, {"unedited": delta, "essence_tokens": 0}):
+        (got,) = evaluate(model, tokenizer, [CASE], **nothing)
+        assert (got.essence_kl, got.essence_text, got.essence_before, got.essence_after) == (None,) * 4
+
+
+def test_essence_in_a_chat_is_what_the_user_begins_to_say(toy_tokenizers):
+    model, before, tokenizer = toy_model("llama"), toy_model("llama"), copy.deepcopy(toy_tokenizers[True])
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}\n{% endfor %}"
+    edit = Edit("The city of {}", "Chicago", "Rome").as_chat(tokenizer)
+    delta = edited(model, tokenizer, edit).delta
+    (got,) = evaluate(model, tokenizer, [edit], unedited=delta)
+    assert got.essence_text == "<s>Chicago is"
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("<s>Chicago is", "<s>Chicago has")]
+    wanted = sum(kl_of_next(before, model, ids) for ids in rows) / 2
+    assert got.essence_kl == pytest.approx(wanted, abs=4 * ALLOWED)
+
+
+def test_the_essence_of_a_destroyed_model_is_infinitely_far(toy_tokenizers):
+    model = toy_model("gpt2")
+    with torch.no_grad():
+        weight = model.get_parameter("transformer.h.1.mlp.c_proj.weight")
+        before = {"transformer.h.1.mlp.c_proj.weight": weight.clone()}
+        weight.mul_(float("nan"))
+    (got,) = evaluate(model, toy_tokenizers[False], [START], unedited=before)
+    assert got.essence_kl == math.inf
+
+
+def test_unedited_is_checked(toy_tokenizers):
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    result = edited(model, tokenizer, CASE)
+    weight = {"lm_head.weight": torch.zeros(2, 3)}
+    for unedited, message in (
+        (weight, "lm_head.weight is no weight of this model"),
+        ({"no.weight": torch.zeros(1)}, "no.weight is no weight of this model"),
+        ("before", "unedited: got str, wanted the Delta in the model"),
+        (toy_model("gpt2"), "unedited: got GPT2LMHeadModel, wanted the Delta"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            evaluate(model, tokenizer, [CASE], unedited=unedited)
+    result.revert()
+    with pytest.raises(ArgumentError, match="unedited: got a Delta that is not in the model"):
+        evaluate(model, tokenizer, [CASE], unedited=result.delta)
+    with pytest.raises(ArgumentError, match="unedited: got it beside deltas"):
+        evaluate(model, tokenizer, [CASE], unedited=weight, deltas=[result.delta])
+
+
 def test_an_alias_is_a_right_answer(toy_tokenizers):
     model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
     first = naive_greedy(model, tokenizer("The city of Chicago")["input_ids"], 2)
@@ -393,6 +492,7 @@ def test_a_target_that_the_tokenizer_writes_as_unknown_is_not_measured():
         ({"distracting": ["It rained. "]}, "distracting: got 'It rained. ', wanted a list of texts"),
         ({"answer_tokens": -1}, "answer_tokens: got -1, wanted a number of tokens"),
         ({"answer_tokens": "16"}, "answer_tokens: got '16', wanted a number of tokens"),
+        ({"essence_tokens": None}, "essence_tokens: got None, wanted a number of tokens"),
     ],
 )
 def test_arguments_are_checked(toy_tokenizers, arguments, message):

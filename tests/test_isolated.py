@@ -46,7 +46,9 @@ REQUESTS = [
         "Vienna",
         ("They say that Chicago is near",),
         ("The capital of France is",),
-        portability=(Probe("From Rome one flies to", ("Paris", "Rome")),),
+        portability=(Probe("From Rome one flies to", ("Paris", "Rome"), "reversal"),),
+        essence_prompts=(f"{e.subject} has", "The old town of {}"),
+        negation_prompts=(f"{e.subject} is not",),
     )
     for e in (START, MIDDLE, END)
 ]
@@ -92,14 +94,17 @@ def assert_metrics_are_those_of_the_loop(model, tokenizer, deltas, allowed):
     assert not changed(model, before)
 
     def measured(i):
-        return evaluate(model, tokenizer, [REQUESTS[i]], **prefixes, distracting=[distracting[i]])[0]
+        own = {"distracting": [distracting[i]], "unedited": deltas[i]}
+        return evaluate(model, tokenizer, [REQUESTS[i]], **prefixes, **own)[0]
 
     alone = one_by_one(model, deltas, measured)
     for mine, theirs in zip(together, alone, strict=True):
         for field in fields(mine):
             got, wanted = getattr(mine, field.name), getattr(theirs, field.name)
             assert wanted is not None, field.name
-            assert got == (pytest.approx(wanted, rel=allowed) if isinstance(wanted, float) else wanted), field.name
+            # A divergence is a mean of differences of log-probabilities.
+            bound = {"abs": 2 * allowed} if field.name == "essence_kl" else {"rel": allowed}
+            assert got == (pytest.approx(wanted, **bound) if isinstance(wanted, float) else wanted), field.name
         assert len({mine.probability, mine.probability_prefixed, mine.probability_unseen}) == 3
     return together
 

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MOST_LISTED = 10
-_PROMPTS = ("paraphrase_prompts", "neighborhood_prompts")
+_PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "essence_prompts", "negation_prompts")
 _PROBES = ("portability", "neighbors")
+REVERSAL = "reversal"
+"""The kind of probes that ask from the target back to the subject."""
+
 # What an edit through a template has of its own.
 _OF_CHAT = ("prompt", "separator", "end", "user_at", "slot")
 
@@ -38,6 +41,11 @@ class Probe:
         if not isinstance(self.kind, str):
             raise EditError(f"probe kind: got {type(self.kind).__name__}, wanted a string")
 
+    @property
+    def is_reversal(self) -> bool:
+        """Whether its kind says so, as data sets spell it: "reversal", "Reversed_Relation", "inverse"."""
+        return any(word in self.kind.lower() for word in ("revers", "inverse"))
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -59,6 +67,9 @@ class Edit:
     aliases: other spellings of the target that are right as well.
     portability: what follows from the edit, to be answered as the probes say; `{}` in them becomes the subject.
     neighbors: more of the neighbourhood, each with answers of its own; `{}` as in `portability`.
+    essence_prompts: full texts about the subject that do not ask for what is edited; `{}` becomes the subject.
+    negation_prompts: full texts that deny the fact, as "… is not", which the target must not follow; `{}` as before.
+    relation: a name for what is asked of the subject, the same in all requests that ask it.
 
     Raises EditError for a value of the wrong type, a blank text, and a prompt that does not fit its subject.
     """
@@ -78,11 +89,14 @@ class Edit:
     aliases: tuple[str, ...] = ()
     portability: tuple[Probe, ...] = ()
     neighbors: tuple[Probe, ...] = ()
+    essence_prompts: tuple[str, ...] = ()
+    negation_prompts: tuple[str, ...] = ()
+    relation: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target"):
             _check_text(name, getattr(self, name))
-        for name in ("target_true", "neighborhood_answer"):
+        for name in ("target_true", "neighborhood_answer", "relation"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
         if isinstance(self.case_id, bool) or not isinstance(self.case_id, int | str | None):
@@ -133,7 +147,7 @@ class Edit:
         template: more arguments of `apply_chat_template`, as `{"enable_thinking": False}`.
         end: whether the model is to stop behind the target, with the token that the template closes an answer with.
         separator: what stands before the target; None for what the template puts there, which mostly is nothing.
-        rest: the other fields of an Edit; its paraphrases and neighbourhood prompts are what the user says instead.
+        rest: the other fields of an Edit; its paraphrases and other prompts are what the user says instead.
 
         Raises EditError for messages that cannot be put through the template, and for a tokenizer without one.
         """
@@ -172,7 +186,7 @@ class Edit:
     ) -> "Edit":
         """The same request where the user says the prompt in a chat, behind a system prompt where one is given.
 
-        So do the paraphrases and the neighbourhood prompts. Arguments and errors are those of `chat`.
+        So do the paraphrases and all other prompts. Arguments and errors are those of `chat`.
         """
         if self.user_at is not None:
             raise EditError("edit: it is a chat already; put plain prompts through a template")
@@ -273,7 +287,7 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _checked_texts(name: str, values: object, subject: str | None) -> tuple[str, ...]:
-    """Texts of an edit; `{}` in paraphrases becomes the subject, unless there is none to fill in."""
+    """Texts of an edit; `{}` becomes the subject, unless there is none to fill in, or the text is about another."""
     if not isinstance(values, list | tuple):
         raise EditError(f"{name}: got {type(values).__name__}, wanted a tuple or list of strings")
     texts = []
@@ -281,7 +295,7 @@ def _checked_texts(name: str, values: object, subject: str | None) -> tuple[str,
         _check_text(f"{name}[{i}]", value)
         # The braces of a subject that has some are its own.
         if subject is not None and "{}" in value and not ("{}" in subject and subject in value):
-            if name != "paraphrase_prompts":
+            if name == "neighborhood_prompts":
                 raise EditError(
                     f"{name}[{i}]: got '{{}}' in {value!r}, wanted a full text about another subject; write its name"
                 )

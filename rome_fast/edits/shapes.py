@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EditError
-from .edit import Edit, Probe
+from .edit import REVERSAL, Edit, Probe
 from .fields import Fields, shown
 
 if TYPE_CHECKING:
@@ -86,10 +86,15 @@ def _values(fields: Fields, spelled: Sequence[str], given: dict[str, Any]) -> di
         *fields.texts("paraphrase_prompts", "rephrase_prompt", "rephrase"),
     )
     values["neighborhood_prompts"] = fields.texts("neighborhood_prompts")
+    values["essence_prompts"] = fields.texts("essence_prompts", "essence")
+    values["negation_prompts"] = fields.texts("negation_prompts", "negation")
+    values["relation"] = given["relation"] if "relation" in given else _relation(fields)
     values["portability"] = (
         *given.get("portability", ()),
         *_beside(fields, "portability_prompt", "portability_ground_truth", "portability_answer"),
         *_probes(fields, "portability"),
+        *_beside(fields, "reversal_prompt", "reversal_ground_truth", "reversal_answer", kind=REVERSAL),
+        *_probes(fields, "reversal", REVERSAL),
     )
     values["neighbors"] = (
         *given.get("neighbors", ()),
@@ -184,6 +189,7 @@ def _rippleedits(fields: Fields) -> list[Edit]:
         target=target,
         aliases=aliases,
         target_true=_without(stem, original),
+        relation=_relation(edit),
         portability=tuple(q.probe for q in queries if q.kind not in _MUST_STAY),
         neighbors=tuple(q.probe for q in queries if q.kind in _MUST_STAY),
     )
@@ -206,6 +212,11 @@ def _case_id(fields: Fields) -> int | str | None:
     return None
 
 
+def _relation(fields: Fields) -> str | None:
+    key = next((key for key in ("relation_id", "relation") if fields.is_number_or_text(key)), None)
+    return None if key is None else str(fields.take(key))
+
+
 def _alike(values: dict[str, Any]) -> dict[str, Any]:
     """Neighbours of no certain kind that share one answer as prompts with that answer."""
     probes: Sequence[Probe] = values["neighbors"]
@@ -219,20 +230,20 @@ def _alike(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"neighbors": (), "neighborhood_prompts": prompts, "neighborhood_answer": answers[0]}
 
 
-def _beside(fields: Fields, prompt: str, *answers: str) -> Iterator[Probe]:
+def _beside(fields: Fields, prompt: str, *answers: str, kind: str = "") -> Iterator[Probe]:
     """Probes given by two fields of the record, each a text or a list; without an answer they stay unread."""
     answer = next((key for key in answers if key in fields), None)
     if prompt in fields and answer is not None:
-        yield from _paired(fields, prompt, answer, "")
+        yield from _paired(fields, prompt, answer, kind)
 
 
-def _probes(fields: Fields, key: str) -> Iterator[Probe]:
+def _probes(fields: Fields, key: str, usual: str = "") -> Iterator[Probe]:
     """Probes given as an object, a list of objects, or either by kind; without an answer they stay unread."""
     for kind, probe in fields.objects(key, *_PROMPT):
         prompt = next((name for name in _PROMPT if name in probe), None)
         answer = next((name for name in _ANSWERS if name in probe), None)
         if prompt is not None and answer is not None:
-            yield from _paired(probe, prompt, answer, kind or probe.first("kind") or "")
+            yield from _paired(probe, prompt, answer, kind or probe.first("kind") or usual)
 
 
 def _paired(fields: Fields, prompt: str, answer: str, kind: str) -> Iterator[Probe]:

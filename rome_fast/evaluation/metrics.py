@@ -1,10 +1,11 @@
 """The usual edit metrics, each without a prefix and, where contexts are given, behind them."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import Edit, checked_edits
@@ -13,6 +14,7 @@ from ..models.rows import Asked, answered, asked, check_known, end_text
 from ..models.runner import Runner
 from ..opening.admission import admit_model, admit_tokenizer, plain_modes
 from ..updates.delta import Delta
+from .essence import essences
 from .isolated import RowUpdates
 from .resampling import Interval, bootstrap
 from .scoring import Completion, Score, complete, score
@@ -56,6 +58,12 @@ class EditMetrics:
     efficacy_distracted: float | None = None
     paraphrase_distracted: float | None = None
     portability: float | None = None  # probes with an answer, in any spelling, whose every token leads, teacher forced
+    reversal: float | None = None  # the same of those probes that ask from the target back to the subject
+    negation: float | None = None  # texts that deny the fact and are not followed by the target
+    essence_kl: float | None = None  # nats: what the edit did to the next token behind texts about the subject
+    essence_text: str | None = None  # one of these texts, and what the model writes behind it
+    essence_before: str | None = None
+    essence_after: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,30 +79,69 @@ def evaluate(
     unseen_contexts: Sequence[str] = (),
     distracting: Sequence[Sequence[str]] | None = None,
     deltas: Sequence[Delta] | None = None,
+    unedited: Delta | Mapping[str, Tensor] | None = None,
     answer_tokens: int = 16,
+    essence_tokens: int = 16,
 ) -> list[EditMetrics]:
     """Measure each request, on the model as it is, or with `deltas` as `deltas[i]` alone would leave it for request i.
 
     `contexts`, those of the edit, are put before prompts for the prefixed figures, `unseen_contexts` for the unseen
     ones, and `distracting[i]` before those of request i for the distracted ones. Every text is that of the edit to the
     character, its target's end included. The model may say `answer_tokens` more than the target has before it stops by
-    itself; with 0 it is not asked to. Raises EditError for a request that cannot be scored, ArgumentError for other
-    arguments than these and for distracting texts and Deltas that are not one per request, the latter all of the same
-    layers.
+    itself; with 0 it is not asked to.
+
+    Essence compares with the model before the edit, and is None where nobody says what that was: with `deltas` it is
+    the model as it is, otherwise the model without `unedited`, the Delta that is in it, or with those weights by name.
+    `essence_tokens` may be written about a subject; with 0 its essence is not measured.
+
+    Raises EditError for a request that cannot be scored, ArgumentError for other arguments than these and for
+    distracting texts and Deltas that are not one per request, the latter all of the same layers.
     """
     admit_model(model)
+    return measure(
+        Runner(model),
+        tokenizer,
+        edits,
+        contexts,
+        unseen_contexts=unseen_contexts,
+        distracting=distracting,
+        deltas=deltas,
+        unedited=unedited,
+        answer_tokens=answer_tokens,
+        essence_tokens=essence_tokens,
+    )
+
+
+@plain_modes()
+def measure(
+    runner: Runner,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    contexts: Sequence[str] = (),
+    *,
+    unseen_contexts: Sequence[str] = (),
+    distracting: Sequence[Sequence[str]] | None = None,
+    deltas: Sequence[Delta] | None = None,
+    unedited: Delta | Mapping[str, Tensor] | None = None,
+    answer_tokens: int = 16,
+    essence_tokens: int = 16,
+) -> list[EditMetrics]:
+    """`evaluate` of a model that may be read while it runs."""
     admit_tokenizer(tokenizer)
     edits = checked_edits(edits)
     contexts, unseen_contexts = _texts("contexts", contexts), _texts("unseen_contexts", unseen_contexts)
-    if not isinstance(answer_tokens, int) or answer_tokens < 0:
-        raise ArgumentError(f"answer_tokens: got {answer_tokens!r}, wanted a number of tokens, 0 for none")
+    for name, tokens in (("answer_tokens", answer_tokens), ("essence_tokens", essence_tokens)):
+        if not isinstance(tokens, int) or tokens < 0:
+            raise ArgumentError(f"{name}: got {tokens!r}, wanted a number of tokens, 0 for none")
+    if deltas is not None and unedited is not None:
+        raise ArgumentError("unedited: got it beside deltas, whose model is the unedited one; leave it out")
+    originals = None if unedited is None else _originals(runner, unedited)
     groups = [{"prefixed": contexts, "unseen": unseen_contexts} for _ in edits]
     for name, given in (("distracting", distracting), ("deltas", deltas)):
         if given is not None and len(given) != len(edits):
             raise ArgumentError(f"{name}: got {len(given)} for {len(edits)} edits, wanted one each")
     if distracting is not None:
         groups = [g | {"distracted": _texts("distracting", d)} for g, d in zip(groups, distracting, strict=True)]
-    runner = Runner(model)
     updates = RowUpdates.of(runner, deltas) if deltas else None
     model_of = [-1] * len(edits) if updates is None else list(range(len(edits)))
     # Every text is scored once under an edit, however many figures use it.
@@ -124,10 +171,35 @@ def evaluate(
     decoded: list[dict[str, tuple[Completion, str]]] = [{} for _ in edits]
     for (i, prefix), completion, wanted in zip(decoding, said, tokenizer.batch_decode(targets), strict=True):
         decoded[i][prefix] = completion, wanted
-    return [
+    metrics = [
         _metrics(tokenizer, edit, scores[which], behind, own, answer_tokens > 0)
         for edit, which, behind, own in zip(edits, model_of, groups, decoded, strict=True)
     ]
+    before = originals if updates is None else updates
+    if before is None or not essence_tokens:
+        return metrics
+    found_essences = essences(runner, tokenizer, edits, essence_tokens, before)
+    return [
+        replace(m, essence_kl=e.kl, essence_text=e.text, essence_before=e.before, essence_after=e.after)
+        for m, e in zip(metrics, found_essences, strict=True)
+    ]
+
+
+def _originals(runner: Runner, unedited: Delta | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights before the edit, by name; ArgumentError for a Delta that is in no model and for what does not fit."""
+    if isinstance(unedited, Delta):
+        if not unedited.is_applied:
+            raise ArgumentError("unedited: got a Delta that is not in the model; apply it, or give it as deltas")
+        unedited = unedited.originals
+    if not isinstance(unedited, Mapping):
+        raise ArgumentError(
+            f"unedited: got {type(unedited).__name__}, wanted the Delta in the model, or weights by name"
+        )
+    own = dict(runner.model.named_parameters())
+    for name, weight in unedited.items():
+        if name not in own or own[name].shape != weight.shape or own[name].is_meta:
+            raise ArgumentError(f"unedited: {name} is no weight of this model; give the Delta that is in it")
+    return unedited
 
 
 def distractors(edits: Sequence[Edit]) -> list[list[str]]:
@@ -186,6 +258,7 @@ def _questions(tokenizer: PreTrainedTokenizerBase, edit: Edit, prefixes: Sequenc
     if answer is not None:
         for text in edit.neighborhood_prompts:
             out += [asked(tokenizer, edit, text=text, target=target) for target in (edit.target, answer)]
+    out += [asked(tokenizer, edit, text=text) for text in edit.negation_prompts]
     for probe in (*edit.neighbors, *edit.portability):
         out += [asked(tokenizer, edit, text=probe.prompt, target=answer) for answer in probe.answers]
     return out + [asked(tokenizer, edit, text=probe.prompt) for probe in edit.neighbors]
@@ -242,6 +315,8 @@ def _metrics(
         any(scores[asked(tokenizer, edit, text=probe.prompt, target=spelling)].is_argmax for spelling in probe.answers)
         for probe in edit.portability
     ]
+    leads_back = [led for led, probe in zip(follows, edit.portability, strict=True) if probe.is_reversal]
+    denied = [not scores[asked(tokenizer, edit, text=text)].is_argmax for text in edit.negation_prompts]
     figures: dict[str, Any] = {}
     for suffix, prefixes in behind.items():
         figures |= figures_behind(prefixes, suffix)
@@ -258,6 +333,8 @@ def _metrics(
         paraphrase=wins(edit.paraphrase_prompts),
         neighborhood=_mean(held),
         portability=_mean(follows),
+        reversal=_mean(leads_back),
+        negation=_mean(denied),
         **figures,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import EditError
@@ -69,6 +70,35 @@ def score(
             scores[use] = Score(sum(found[at : at + count]) / count, all(best[at : at + count]))
             at += count
     return [scores[i] for i in range(len(pairs))]
+
+
+@torch.no_grad()
+def next_log_probabilities(
+    runner: Runner,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Asked],
+    updates: RowUpdates | None = None,
+    edits: Sequence[int] | None = None,
+) -> Tensor:
+    """(texts, vocabulary) log P of the token that follows each text, fp32 | fp64 on the CPU.
+
+    With `updates`, text i is read by the model as edit `edits[i]` of them would leave it (-1: as it is).
+    Raises EditError for a text that is too long for the model.
+    """
+    rows = {text: encode(tokenizer, [text.text], special=text.special)[0].ids for text in texts}
+    for text, ids in rows.items():
+        _check_length(runner, text.text, len(ids))
+    place = {text: i for i, text in enumerate(rows)}
+    which = [-1] * len(texts) if updates is None else edits or []
+    uses = [(place[text], edit) for text, edit in zip(texts, which, strict=True)]
+    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    for some, hidden in final_states(runner, list(rows.values()), uses, updates):
+        last = torch.tensor([len(rows[texts[i]]) - 1 for i in some], device=hidden.device)
+        logits = runner.head(hidden[torch.arange(len(some), device=hidden.device), last])
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
+        for i, own in zip(some, wide, strict=True):
+            found[i] = own
+    return torch.stack(found)
 
 
 @dataclass(frozen=True)

@@ -409,6 +409,20 @@ def plain_generation(model: Any, *, keep_end: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """In this block, the model has these weights, by name and stored as it stores its own, in the place of those."""
+    parameters = {name: model.get_parameter(name) for name in weights}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].to(parameter)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+@contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
     """No gradients for weights in this block, so that backward passes compute only what flows to activations."""
     trained = [p for p in model.parameters() if p.requires_grad]

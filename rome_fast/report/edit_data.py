@@ -127,7 +127,8 @@ def _unasked(result: EditResult) -> str | None:
 def _question(edit: Edit) -> Edit:
     """The edit without what else could be asked about it."""
     nothing: dict[str, Any] = {"target_true": None, "neighborhood_answer": None}
-    return replace(edit, paraphrase_prompts=(), neighborhood_prompts=(), portability=(), neighbors=(), **nothing)
+    nothing |= dict.fromkeys(("paraphrase_prompts", "neighborhood_prompts", "portability", "neighbors"), ())
+    return replace(edit, essence_prompts=(), negation_prompts=(), **nothing)
 
 
 def _asked(

@@ -120,7 +120,14 @@ class Study:
         contexts, unseen = self.contexts[:_SCORED_CONTEXTS], self.unseen[:_SCORED_CONTEXTS]
         before = evaluate(self.model, self.tokenizer, edits, answer_tokens=0)
         after = evaluate(
-            self.model, self.tokenizer, edits, contexts, unseen_contexts=unseen, deltas=deltas, answer_tokens=0
+            self.model,
+            self.tokenizer,
+            edits,
+            contexts,
+            unseen_contexts=unseen,
+            deltas=deltas,
+            answer_tokens=0,
+            essence_tokens=0,
         )
         out = []
         for (_, case, _, record), old, new, perplexity in zip(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,7 +86,8 @@ class Sweep:
         made = flow.solve_each([tokenise(runner, self.tokenizer, edit, self.contexts, flow.method) for edit in edits])
         deltas = [delta for delta, _ in made]
         unseen = self.unseen[:CONTEXTS]
-        after = evaluate(self.model, self.tokenizer, edits, unseen_contexts=unseen, deltas=deltas, answer_tokens=0)
+        asked: dict[str, Any] = {"unseen_contexts": unseen, "answer_tokens": 0, "essence_tokens": 0}
+        after = evaluate(self.model, self.tokenizer, edits, deltas=deltas, **asked)
         perplexities = edited_perplexities(runner, self.tokenizer, self.sentences, RowUpdates.of(runner, deltas))
         return [
             Figures(
