@@ -21,6 +21,7 @@ from rome_fast.cli import main
 from rome_fast.cli.shared import METHODS, read_contexts
 from rome_fast.errors import CheckpointError
 from rome_fast.evaluation import UNSEEN, distractors, evaluate, sentence_perplexity, summarise
+from rome_fast.evaluation.metrics import measure
 from rome_fast.models.runner import Runner
 from rome_fast.opening.defaults import default_settings
 from toys import D_FF, SENTENCES, save_toy, toy_model
@@ -126,7 +127,8 @@ def test_from_statistics_to_revert(toy, capsys):
     scores = read(toy / "scores.json")
     edits = load_edits("edits.jsonl")
     behind = {"unseen_contexts": UNSEEN, "distracting": distractors(edits)}
-    metrics = evaluate(model, tokenizer, edits, result.contexts, **behind)
+    metrics = evaluate(model, tokenizer, edits, result.contexts, **behind, unedited=result.delta)
+    assert metrics[0].essence_kl > 0
     assert scores["edits"] == [m.to_json() for m in metrics]
     assert scores["summary"] == pytest.approx(summarise(metrics))
     perplexity = sentence_perplexity(Runner(model), tokenizer, SENTENCES[:3])
@@ -704,14 +706,15 @@ def test_an_interrupted_evaluation_goes_on(toy, capsys, monkeypatch):
     assert low < wanted["summary"]["probability"] < high
 
     calls = []
+    monkeypatch.setattr("rome_fast.evaluation.command._TOGETHER", 8)
 
     def killed(model, tokenizer, edits, *rest, **named):
         calls.append(len(edits))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return evaluate(model, tokenizer, edits, *rest, **named)
+        return measure(model, tokenizer, edits, *rest, **named)
 
-    monkeypatch.setattr("rome_fast.evaluation.command.evaluate", killed)
+    monkeypatch.setattr("rome_fast.evaluation.command.measure", killed)
     main([*arguments, "--out", "run"])
     assert calls == [8, 1]
     run(*arguments, "--out", "run")

@@ -8,6 +8,7 @@ fp32, and of the weight in bf16 and fp16, where an applied update is rounded wit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..kernels import low_rank_apply_
 from ..models.runner import Runner, evaluating
 from ..models.verification import check_model, verified
 from ..updates.delta import Delta, LowRank
+from ..weights import Task
 
 _BATCH_TOKENS = 4096
 
@@ -79,16 +81,17 @@ def packed_by_length(lengths: Sequence[int], batch_tokens: int = _BATCH_TOKENS) 
         yield batch
 
 
-def final_states(
+def see_final_states(
     runner: Runner,
     rows: Sequence[Sequence[int]],
     uses: Sequence[tuple[int, int]],
     updates: RowUpdates | None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """The last layer's output of rows of token ids, each under the edits it is used with.
+    see: Callable[[list[int], Tensor], None],
+) -> None:
+    """Show `see` the last layer's output of rows of token ids, each under the edits it is used with.
 
-    A use is (row, edit), the edit an index into `updates` or -1 for the model as it is. Yields, in an order of its
-    own, the indices of some uses and their hidden states (uses, time, d), right-padded.
+    A use is (row, edit), the edit an index into `updates` or -1 for the model as it is. `see` is called, in an order of
+    its own, with the indices of some uses and their hidden states (uses, time, d), right-padded.
     """
     check_model(runner)
     top = len(runner.layers)
@@ -100,15 +103,15 @@ def final_states(
     of_row: list[list[int]] = [[] for _ in rows]
     for index, (row, _) in enumerate(uses):
         of_row[row].append(index)
-    for batch in packed_by_length([len(row) for row in rows]):
+
+    def run(batch: list[int]) -> None:
         packed = runner.pack([rows[i] for i in batch])
         keys: list[Tensor] = []
 
-        def see(seen: Tensor, _output: Tensor, keys: list[Tensor] = keys) -> None:
+        def note(seen: Tensor, _output: Tensor) -> None:
             keys.append(seen)
 
-        seeing = nullcontext() if updates is None or again else runner.watching(first, see)
-        with evaluating(runner.model), seeing:
+        with nullcontext() if updates is None or again else runner.watching(first, note):
             lower = runner.run(runner.embed(packed.ids), 0, shared)
         wanted = [(place, use) for place, row in enumerate(batch) for use in of_row[row]]
         together = max(1, _BATCH_TOKENS // packed.ids.shape[1])
@@ -116,14 +119,27 @@ def final_states(
             places, some = zip(*wanted[start : start + together], strict=True)
             at = torch.tensor(places, device=lower.device)
             hidden = lower[at]
-            with evaluating(runner.model), ExitStack() as stack:
+            with ExitStack() as stack:
                 if updates is not None:
                     edits = torch.tensor([uses[use][1] for use in some], device=lower.device)
                     if not again:
                         updates.add_(first, hidden, keys[0][at], edits)
                     stack.enter_context(carrying(runner, updates, edits, behind))
                 states = runner.run(hidden, shared, top)
-            yield list(some), states
+            see(list(some), states)
+
+    tasks = []
+    for batch in packed_by_length([len(row) for row in rows]):
+        positions = len(batch) * len(rows[batch[-1]])
+        # What enters a layer, what leaves it, and as much while it runs.
+        size = 4 * positions * runner.hidden_size * runner.dtype.itemsize
+        tasks.append(Task(size, partial(run, batch)))
+    with evaluating(runner.model):
+        if updates is None:
+            runner.in_turn(tasks)
+        else:
+            for task in tasks:  # whose edits the layers that run must not get from each other
+                task.run()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ArgumentError
 from ..models.rows import encode
 from ..models.runner import Runner
-from .isolated import RowUpdates, final_states
+from .isolated import RowUpdates, see_final_states
 
 # Enough for the head, which is read as a whole each time, and logits of a size that a CPU's memory bears.
 _HEAD_POSITIONS = 512
@@ -46,7 +46,8 @@ def _perplexities(
         raise ArgumentError("sentences: got none of at least two tokens, wanted one or more")
     uses = [(row, edit) for edit in edits for row in range(len(rows))]
     perplexities = [0.0] * len(uses)
-    for some, hidden in final_states(runner, rows, uses, updates):
+
+    def see(some: list[int], hidden: Tensor) -> None:
         texts = [rows[uses[use][0]] for use in some]
         lengths = torch.tensor([len(ids) - 1 for ids in texts], device=hidden.device)
         scored = hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)]
@@ -56,6 +57,8 @@ def _perplexities(
         for use, own in zip(some, losses.split(lengths.tolist()), strict=True):
             nll = float(own.mean())
             perplexities[use] = math.exp(nll) if nll < 700 else math.inf
+
+    see_final_states(runner, rows, uses, updates, see)
     means = [sum(perplexities[i : i + len(rows)]) / len(rows) for i in range(0, len(uses), len(rows))]
     return [math.inf if math.isnan(mean) else mean for mean in means]
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from ..errors import EditError
 from ..models.rows import Asked, answered, encode, padding_id
 from ..models.runner import Runner, evaluating, plain_generation
-from .isolated import RowUpdates, carrying, final_states
+from ..weights import Task
+from .isolated import RowUpdates, carrying, see_final_states
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def score(
     starts = [len(tokens.ids) for tokens, _ in encoded]
     uses = [(place[pair], edit) for pair, edit in zip(asked, edits or [-1] * len(pairs), strict=True)]
     scores: dict[int, Score] = {}
-    for some, hidden in final_states(runner, [ids[:-1] for ids in rows], uses, updates):
+
+    def see(some: list[int], hidden: Tensor) -> None:
         used = [uses[i][0] for i in some]
         where = [(r, p) for r, i in enumerate(used) for p in range(starts[i] - 1, len(rows[i]) - 1)]
         targets = [token for i in used for token in rows[i][starts[i] :]]
@@ -69,6 +72,8 @@ def score(
             count = len(rows[i]) - starts[i]
             scores[use] = Score(sum(found[at : at + count]) / count, all(best[at : at + count]))
             at += count
+
+    see_final_states(runner, [ids[:-1] for ids in rows], uses, updates, see)
     return [scores[i] for i in range(len(pairs))]
 
 
@@ -92,12 +97,15 @@ def next_log_probabilities(
     which = [-1] * len(texts) if updates is None else edits or []
     uses = [(place[text], edit) for text, edit in zip(texts, which, strict=True)]
     found: list[Tensor] = [torch.empty(0)] * len(texts)
-    for some, hidden in final_states(runner, list(rows.values()), uses, updates):
+
+    def see(some: list[int], hidden: Tensor) -> None:
         last = torch.tensor([len(rows[texts[i]]) - 1 for i in some], device=hidden.device)
         logits = runner.head(hidden[torch.arange(len(some), device=hidden.device), last])
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
         for i, own in zip(some, wide, strict=True):
             found[i] = own
+
+    see_final_states(runner, list(rows.values()), uses, updates, see)
     return torch.stack(found)
 
 
@@ -147,13 +155,12 @@ def complete(
     stops = stop_ids(runner, tokenizer)
     pad = padding_id(tokenizer)
     out: list[Completion | None] = [None] * len(texts)
-    for (length, count, most), members in groups.items():
+    generator: Any = runner.model
+
+    def run(length: int, count: int, most: int, members: list[int]) -> None:
         # Rows of one length need no padding, so that its side cannot matter.
         rows = torch.tensor([encoded[i] for i in members], device=runner.device)
-        generator: Any = runner.model
         with ExitStack() as stack:
-            stack.enter_context(evaluating(generator))
-            stack.enter_context(plain_generation(generator))
             if updates is not None and edits is not None:
                 of_rows = torch.tensor([edits[i] for i in members], device=runner.device)
                 stack.enter_context(carrying(runner, updates, of_rows))
@@ -169,7 +176,23 @@ def complete(
             end = next((place for place, token in enumerate(ids) if token in stops), None)
             forced, free = tokenizer.batch_decode([ids[:count], ids[:end]])
             out[i] = Completion(forced, free, end is not None)
+
+    tasks = [
+        Task(_cache_bytes(runner, shape, members), partial(run, *shape, members)) for shape, members in groups.items()
+    ]
+    with evaluating(generator), plain_generation(generator):
+        if updates is None:
+            runner.in_turn(tasks)
+        else:
+            for task in tasks:
+                task.run()
     return [completion for completion in out if completion is not None]
+
+
+def _cache_bytes(runner: Runner, shape: tuple[int, int, int], members: Sequence[int]) -> int:
+    """Of the keys and values of all layers at the end, as if every head had its own."""
+    length, _, most = shape
+    return 2 * len(members) * (length + most) * len(runner.layers) * runner.hidden_size * runner.dtype.itemsize
 
 
 def stop_ids(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> set[int]:

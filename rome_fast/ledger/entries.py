@@ -156,6 +156,18 @@ class State(Mapping[str, Entry]):
         return wanted
 
 
+def by_age(events: Iterable[Event]) -> list[Entry]:
+    """The entries after some events, in the order of the times at which they came in; new tags make none younger."""
+    found: dict[str, tuple[str, Entry]] = {}
+    for event in events:
+        for id in event.removed:
+            del found[id]
+        for entry in event.added:
+            came, _ = found.get(entry.id, (entry.time, entry))
+            found[entry.id] = came, entry
+    return [entry for _, entry in sorted(found.values(), key=lambda pair: pair[0])]
+
+
 def request_id(edit: Edit) -> str:
     """What the value of an edit depends on, beside what a ledger is bound to, as 16 hex digits."""
     asked = [edit.text, edit.subject_at, edit.subject, edit.boundary, edit.target, edit.end, edit.user_at]

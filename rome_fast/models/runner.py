@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import ModelError
-from ..weights import Stream
+from ..weights import Stream, Task
 from . import Decoder, oriented
 from .attention import PastParts, attending_apart
 from .fused import LikeLlama, layers_like_llama, run_fused
@@ -249,9 +249,11 @@ class Runner:
         calls = self._arguments(hidden, positions, mask)
 
         def run_layer(layer: int, hidden: Tensor) -> Tensor:
+            if self.stream is not None:
+                # Before anything is entered here that another computation, whose turn it may be, must not be in.
+                self.stream.take(layer)
             if self.stream is not None and past is not None and past.fused:
                 # One after the other, which gives the same to the bit.
-                self.stream.take(layer)
                 out = self._run_fused(hidden, layer, layer + 1, positions, mask, past)
                 if out is not None:
                     return out
@@ -292,6 +294,14 @@ class Runner:
             self._calls = _Calls(hidden.shape, positions, mask, self.decoder.calls(hidden, positions, mask))
         return self._calls.arguments
 
+    def in_turn(self, tasks: Sequence[Task]) -> None:
+        """Run computations on the model: one after the other, or where it is read, many on each reading of a layer."""
+        if self.stream is not None:
+            self.stream.in_turn(tasks, self.stream.placement.activation_bytes)
+        else:
+            for task in tasks:
+                task.run()
+
     @contextmanager
     def watching(self, layer: int, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
         """In this block, `see(keys, values)` is called with what goes into a layer's down-projection and comes out.
@@ -321,6 +331,8 @@ class Runner:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocabulary) of the last layer's hidden states (…, d)."""
+        if self.stream is not None:
+            self.stream.take(len(self.layers))
         with in_dtype(self.compute_dtype, self.dtype, self._copies):
             return self.decoder.head(hidden)
 

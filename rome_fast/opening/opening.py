@@ -1,6 +1,6 @@
 """Opening what is to be edited: a model in memory, or a checkpoint, which is streamed where it does not fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..errors import ArgumentError, ModelError
 from ..methods import Method
+from ..models import Decoder
 from ..models.runner import Runner
 from ..runs.processes import Processes, own_device
 from ..statistics import Statistics, likely_layers, tuned_choice
@@ -19,7 +20,7 @@ from ..updates import chains
 from ..weights import OnRead, Stream, align_
 from ..weights.files import check_writable
 from . import checkpoints
-from .admission import admit_model
+from .admission import admit_model, checked_dtype
 from .defaults import select
 
 _CHECKED_AT_ONCE = 1 << 20  # elements; a sum in fp32 copies what it sums
@@ -162,6 +163,51 @@ def open_checkpoint(
     stack.enter_context(closing(stream))
     align_(stream.model)
     return Opened(Runner(stream.model, stream), tokenizer, directory, converted)
+
+
+def open_to_read(
+    stack: ExitStack,
+    source: str | Path,
+    *,
+    changed: Collection[str] = (),
+    memory: int | str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """A checkpoint whose model is run and not edited, as a whole without a budget of `memory`, until the stack closes.
+
+    With one, the weights `changed` stay in memory, those of them that an edit can change, so that an update can be
+    added to them. Raises what `checkpoints.outline` and `checkpoints.load` do.
+    """
+    own, wanted = own_device(device), checked_dtype(dtype)
+    if memory is not None:
+        outlined = partial(
+            checkpoints.outline,
+            source,
+            memory=memory,
+            device=own,
+            identity=True,
+            dtype=wanted,
+            trust_remote_code=trust_remote_code,
+        )
+        outline = outlined()
+        decoder = Decoder(outline.skeleton)
+        sites = [layer for layer in range(len(decoder.layers)) if decoder.has_site(layer)]
+        if kept := [layer for layer in sites if decoder.weight_name(layer) in changed]:
+            outline = outlined(layer=kept)
+        if outline.placement is not None:
+            tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
+            stream = outline.stream()
+            stack.enter_context(closing(stream))
+            align_(stream.model)
+            return Opened(Runner(stream.model, stream), tokenizer, outline.directory)
+    model, tokenizer, directory = checkpoints.load(
+        source, device=own, dtype=wanted, trust_remote_code=trust_remote_code
+    )
+    admit_model(model)
+    align_(model)
+    return Opened(Runner(model), tokenizer, directory)
 
 
 def given_layers(layer: int | None, layers: Sequence[int] | None) -> tuple[Any, ...] | None:

@@ -1,5 +1,5 @@
 """What a person reads: tables on the terminal, and figures."""
 
-from .tables import edit_table, metrics_table, summary_table, tasks_table
+from .tables import ages_table, edit_table, metrics_table, summary_table, tasks_table
 
-__all__ = ["edit_table", "metrics_table", "summary_table", "tasks_table"]
+__all__ = ["ages_table", "edit_table", "metrics_table", "summary_table", "tasks_table"]

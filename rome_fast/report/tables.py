@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from ..evaluation import EditMetrics, Interval
+from ..evaluation import AgeGroup, EditMetrics, Interval
 from ..evaluation.harness import TaskChange
 from ..records import Record
 from ..runs.terminal import one_line
@@ -72,6 +72,20 @@ def summary_table(figures: Mapping[str, Interval], count: int) -> Table:
     table = _table(["figure", f"mean of {count}", "95 %"])
     for name, (mean, low, high) in figures.items():
         table.add_row(name, number(mean), f"{number(low)} … {number(high)}")
+    return table
+
+
+def ages_table(groups: Sequence[AgeGroup]) -> Table:
+    """A row for each figure, a column for edits made one after another, the oldest first: mean and 95 % interval."""
+    spans = [f"{g.first}" if g.first == g.last else f"{g.first} – {g.last}" for g in groups]
+    ends = ["the first", *[""] * (len(groups) - 2), "the last"][: len(groups)]
+    table = _table(["figure by age", *(f"{span}\n{end}".strip() for span, end in zip(spans, ends, strict=True))])
+    for name in dict.fromkeys(name for group in groups for name in group.figures):
+        cells = [name]
+        for group in groups:
+            interval = group.figures.get(name)
+            cells.append("–" if interval is None else "{} ({} … {})".format(*map(number, interval)))
+        table.add_row(*cells)
     return table
 
 

@@ -147,6 +147,21 @@ def changing_in_place(source: str | Path) -> Iterator[None]:
         yield
 
 
+def originals_of(directory: str | Path) -> dict[str, Tensor]:
+    """What the edits of a checkpoint overwrote, by tensor name, as it was before the first of them.
+
+    Raises CheckpointError where that is damaged or the weights are no longer those of the last edit.
+    """
+    check_continues(directory)
+    originals: dict[str, Tensor] = {}
+    for edit in reversed(edits_of(directory)):
+        found, faults = edit.checked_originals()
+        if faults:
+            raise CheckpointError("; ".join(faults))
+        originals |= found
+    return originals
+
+
 def check_continues(directory: str | Path) -> None:
     """Raise CheckpointError where a checkpoint has weights other than its last edits left: no edit can follow those."""
     directory = Path(directory)

@@ -19,6 +19,7 @@ from .names import stored_name, stored_runs
 from .plan import Placement, parse_bytes, place
 from .reader import OnRead
 from .stream import Parts, Stream, align_
+from .turns import Task
 
 __all__ = [
     "FOLDER",
@@ -29,6 +30,7 @@ __all__ = [
     "Parts",
     "Placement",
     "Stream",
+    "Task",
     "TensorEntry",
     "align_",
     "change",

@@ -21,6 +21,7 @@ from .memory import anonymous_bytes, give_back
 from .names import Run
 from .plan import ALIGNMENT, Block, Part, Piece, Placement, aligned
 from .reader import Files, Loader, OnRead, ReadAhead, view
+from .turns import Task, Turns
 
 _CHUNK_BYTES = 4 << 20
 # Share of the budget from which on the allocator may keep nothing for itself. Letting go costs some 10 ms a layer.
@@ -51,6 +52,7 @@ class Stream:
         self._hooks: list[Any] = []
         self._bound: Block | None = None
         self._reader: ReadAhead | None = None
+        self._turns: Turns | None = None
         self._initial_bytes = 0
         self._by_rows = True
         try:
@@ -99,6 +101,14 @@ class Stream:
         order = [block for block in self._parts.blocks[:stop] if block in self._streamed]
         if self._reader is not None and order:
             self._reader.expect(_again_and_again(order))
+
+    def in_turn(self, tasks: Sequence[Task], most: int) -> None:
+        """Run computations that need the model, as many at a time as hold on to `most` bytes, on each reading of it."""
+        self._turns = Turns(tasks, most, len(self._parts.blocks))
+        try:
+            self._turns.run()
+        finally:
+            self._turns = None
 
     def elements(self, name: str, index: Tensor) -> Tensor:
         """Some elements, by flat index, of a parameter wherever it is; on the CPU in its dtype."""
@@ -181,6 +191,9 @@ class Stream:
         block = self._parts.blocks[index]
         if self._reader is None or block not in self._streamed:
             return
+
+        if self._turns is not None and self._bound is not block:
+            self._turns.wait(index)
 
         def following() -> Iterator[Block]:
             at = self._streamed.index(block)
