@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import math
 import re
@@ -15,14 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CONTEXTS, END, MIDDLE, START, all_bits, changed, edited, rounding_of_log_p
+from rome_fast import Edit
 from rome_fast.cli import main
-from rome_fast.errors import ArgumentError, CheckpointError
+from rome_fast.errors import ArgumentError, CheckpointError, ConvergenceError
 from rome_fast.evaluation import evaluate
 from rome_fast.report import edit as edit_report
 from rome_fast.report.document import to_html
 from rome_fast.report.drawing import BINS, bars, five_numbers, histogram, scatter, spreads
 from rome_fast.report.edit import check_new_report, page, write_report, write_run
-from rome_fast.report.edit_data import AskedRecord, EditRun, asked_run, read_run
+from rome_fast.report.edit_data import AskedRecord, EditRun, asked_run, failed_run, read_run
 from rome_fast.report.edit_figures import figures
 from rome_fast.report.outcomes import REMEDIES, outcome
 from toys import save_toy, toy_model
@@ -317,6 +319,45 @@ def test_an_edit_whose_report_cannot_be_written_is_made_and_told(toy, capsys, mo
     assert message in capsys.readouterr().err
     assert (toy / "edited/model.safetensors").exists()
     assert len(json.loads((toy / "edit.json").read_text())["edits"]) == 2
+
+
+@pytest.mark.parametrize("reason", ["guard", "convergence"])
+def test_a_run_that_ends_in_an_error_has_a_report_that_says_so(reason, toy, capsys, monkeypatch):
+    how = [] if reason == "convergence" else ["--unconverged", "write"]
+    if reason == "guard":
+        monkeypatch.setattr("rome_fast.closing.guard.UPDATE_RATIO_LIMIT", 0.0)
+        how += ["--guard", "raise", "--method", "rome"]
+    else:
+        how += ["--unconverged", "raise", "--guard", "off"]
+    usual = [each for each in EDIT if each not in ("--guard", "off", "--unconverged", "write")]
+    assert main([*usual, *how, "--out", "edited", "--report", "report"]) == 2
+    said = capsys.readouterr().err
+    assert "report: report/report.html" in said
+    assert not (toy / "edited").exists()
+    failure = read_run(toy / "report").conditions["failure"]
+    assert failure["kind"] == {"guard": "CollapseError", "convergence": "ConvergenceError"}[reason]
+    assert failure["message"] in said
+    content = (toy / "report/report.html").read_text(encoding="utf-8")
+    text = html.unescape(re.sub(r"<[^>]*>", "", content))
+    assert all(line.strip() in text for line in failure["message"].splitlines())
+    assert "none was edited" in text
+    assert main(["report", "report"]) == 0
+    assert (toy / "report/report.html").read_text(encoding="utf-8") == content
+
+
+def test_what_is_said_of_a_failure_is_text(tmp_path):
+    edits = [Edit("{} is", text, text) for text in HOSTILE if text.isprintable() and "{" not in text]
+    write_run(tmp_path / "report", failed_run(ConvergenceError("".join(HOSTILE)), edits, CONDITIONS))
+    content = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in content
+    assert len(read_run(tmp_path / "report").conditions["failure"]["requests"]) == len(edits) > 1
+    for damage in (lambda _: {}, lambda f: f | {"requests": [["a"]]}, lambda f: f | {"message": 7}):
+        file = tmp_path / "report/conditions.json"
+        conditions = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(conditions | {"failure": damage(conditions["failure"])}), encoding="utf-8")
+        with pytest.raises(CheckpointError, match='as "failure", wanted what went wrong'):
+            read_run(tmp_path / "report")
+        file.write_text(json.dumps(conditions), encoding="utf-8")
 
 
 def test_nothing_half_written_is_left(tmp_path, monkeypatch):

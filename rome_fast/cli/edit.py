@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, RomeFastError
+from ..errors import ArgumentError, CollapseError, ConvergenceError, RomeFastError
 from .shared import (
     Unreported,
     as_asked,
@@ -115,22 +115,27 @@ def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str,
     with ExitStack() as stack:
         first = not together or stack.enter_context(joined(options["device"], RESUME)).rank == 0
         advance, reading = stack.enter_context(progress("values", "edits")) if first else (None, None)
-        result = apply_edits(
-            arguments.model,
-            edits,
-            statistics="identity" if arguments.identity else statistics,
-            guard=arguments.guard,
-            unconverged=arguments.unconverged,
-            seed=arguments.seed,
-            out=arguments.out,
-            in_place=arguments.in_place,
-            link=arguments.link,
-            lora=arguments.lora,
-            distributed=together,
-            progress=advance,
-            on_read=reading,
-            **options,
-        )
+        try:
+            result = apply_edits(
+                arguments.model,
+                edits,
+                statistics="identity" if arguments.identity else statistics,
+                guard=arguments.guard,
+                unconverged=arguments.unconverged,
+                seed=arguments.seed,
+                out=arguments.out,
+                in_place=arguments.in_place,
+                link=arguments.link,
+                lora=arguments.lora,
+                distributed=together,
+                progress=advance,
+                on_read=reading,
+                **options,
+            )
+        except (CollapseError, ConvergenceError) as error:
+            if first and arguments.report:
+                _report_failure(arguments, edits, error)
+            raise
     if not first:
         return None
     show(edit_table(result.records))
@@ -168,13 +173,33 @@ def _report(arguments: argparse.Namespace, edits: list["Edit"], result: "EditRes
     from ..report.edit_data import asked_run
     from ..runs.terminal import say
 
-    named = ("model", "edits", "out", "in_place", "lora", "guard", "unconverged", "seed", "chat", "system", "memory")
-    given = {name: getattr(arguments, name) for name in named}
-    about = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    about = _about(arguments, *_GIVEN)
     with progress("asking", "questions") as (advance, _):
         run = asked_run(result, edits, about, advance)
     write_run(arguments.report, run)
     say(f"report: {arguments.report / REPORT_FILE}")
+
+
+_GIVEN = ("model", "edits", "out", "in_place", "lora", "guard", "unconverged", "seed", "chat", "system", "memory")
+
+
+def _about(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
+def _report_failure(arguments: argparse.Namespace, edits: list["Edit"], error: RomeFastError) -> None:
+    """The report of a run that wrote nothing; where it cannot be written either, what went wrong first counts."""
+    from ..report.edit import REPORT_FILE, write_run
+    from ..report.edit_data import failed_run
+    from ..runs.terminal import tell
+
+    about = _about(arguments, *_GIVEN, "method", "layer", "layers", "schedule", "settings")
+    try:
+        write_run(arguments.report, failed_run(error, edits, about))
+        tell(f"report: {arguments.report / REPORT_FILE}")
+    except RomeFastError as other:
+        tell(f"the report could not be written: {other}")
 
 
 def _plan(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str, Any]) -> dict[str, Any]:

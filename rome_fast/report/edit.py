@@ -53,6 +53,9 @@ def check_new_report(directory: Path, *others: tuple[str, Path | None]) -> None:
 
 def page(run: EditRun) -> bytes:
     """The page, in UTF-8. The same run gives the same bytes."""
+    title = f"Edits of {run.conditions.get('model') or 'a model in memory'}"
+    if "failure" in run.conditions:
+        return to_html(f"{title}: nothing was written", _failure(run.conditions)).encode("utf-8")
     blocks = [
         *_summary(run),
         Heading("What needs attention"),
@@ -64,9 +67,25 @@ def page(run: EditRun) -> bytes:
         Heading("Conditions"),
         *_conditions(run.conditions),
     ]
-    title = f"Edits of {run.conditions.get('model') or 'a model in memory'}"
     css = f"{_STYLE}{drawing.STYLE}{style(_columns(run))}"
     return to_html(title, blocks, style=css, script=SCRIPT).encode("utf-8")
+
+
+def _failure(conditions: dict[str, Any]) -> list[Block]:
+    """What became of a run that wrote nothing."""
+    failure = conditions["failure"]
+    what, *rest = failure["message"].splitlines() or [""]
+    requests = [[_shortened(text), target] for text, target in failure["requests"]]
+    return [
+        Text(f"The run ended in an error ({failure['kind']}), and the model is as it was before: none was edited."),
+        Heading("What went wrong"),
+        Text(what),
+        *([Bullets([line.strip() for line in rest])] if rest else []),
+        Heading("What was asked for"),
+        Table(["request", "target"], requests, texts=2),
+        Heading("Conditions"),
+        *_conditions(conditions),
+    ]
 
 
 def _summary(run: EditRun) -> list[Block]:
@@ -208,7 +227,7 @@ def _conditions(conditions: dict[str, Any]) -> list[Block]:
     return [Table(["condition", "value"], rows, texts=2), *([folded] if contexts else [])]
 
 
-_SHOWN_ELSEWHERE = ("kind", "unasked", "context_nll", "seconds")
+_SHOWN_ELSEWHERE = ("kind", "unasked", "failure", "context_nll", "seconds")
 
 _NAMES = {"collapse": "collapse predicted", "applied": "made, not asked", "met in part": "answers, met in part"}
 """Of outcomes, where they stand alone."""

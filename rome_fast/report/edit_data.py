@@ -38,7 +38,7 @@ class EditRun:
     """What a report is made of."""
 
     conditions: dict[str, Any]  # `EditResult.report()` without its edits, and what the caller says of the run
-    records: list[AskedRecord]
+    records: list[AskedRecord]  # none of a run that ended in an error, which is among the conditions
 
     def files(self) -> dict[str, bytes]:
         """The run as files of JSON, by name."""
@@ -89,6 +89,13 @@ def asked_run(
     return EditRun({**made, **report, **(about or {})}, records)
 
 
+def failed_run(error: Exception, edits: Sequence[Edit], about: Mapping[str, Any] | None = None) -> EditRun:
+    """A run that ended in an error and wrote nothing; `about` is kept among the conditions."""
+    failure = {"kind": type(error).__name__, "message": str(error), "requests": [[e.text, e.target] for e in edits]}
+    made = {"kind": _KIND, "date": datetime.now(UTC).date().isoformat(), "versions": versions(), "seconds": {}}
+    return EditRun({**made, **(about or {}), "failure": failure}, [])
+
+
 def read_run(directory: Path) -> EditRun:
     """Read what `EditRun.files` says was written; CheckpointError for what is missing, damaged or of another kind."""
     if not directory.is_dir():
@@ -105,6 +112,12 @@ def read_run(directory: Path) -> EditRun:
     if nll is not None and not (isinstance(nll, dict) and all(is_number(nll.get(name)) for name in _NLL)):
         raise CheckpointError(f'{file}: got {nll!r} as "context_nll", wanted {", ".join(_NLL)}; {_REMEDY}')
     records = read_lines(directory / RECORDS_FILE, AskedRecord, _REMEDY)
+    if "failure" in conditions:
+        failure = conditions["failure"]
+        texts = isinstance(failure, dict) and all(isinstance(failure.get(name), str) for name in ("kind", "message"))
+        if not texts or not _are_pairs(failure.get("requests")):
+            raise CheckpointError(f'{file}: got {failure!r} as "failure", wanted what went wrong; {_REMEDY}')
+        return EditRun(conditions, [])
     if not records:
         raise CheckpointError(f"{directory}: {RECORDS_FILE} is missing or empty; {_REMEDY}")
     for number, record in enumerate(records, 1):
@@ -116,6 +129,12 @@ def read_run(directory: Path) -> EditRun:
                 f"{where}: got {len(record.update_ratios)} update ratios of {len(record.layers)} layers; {_REMEDY}"
             )
     return EditRun(conditions, records)
+
+
+def _are_pairs(value: object) -> bool:
+    """Whether a value is a list of pairs of texts."""
+    pairs = value if isinstance(value, list) else [None]
+    return all(isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in pairs)
 
 
 def _unasked(result: EditResult) -> str | None:
