@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..closing.guard import Guard, check_guard
+from ..closing.history import History
 from ..closing.judging import Unconverged, check_unconverged
 from ..editor import checked_statistics, chosen_for, contexts_for
 from ..edits import Edit, checked_edits, find_conflicts
@@ -444,6 +445,18 @@ class Ledger:
         with self._model.unedited():
             return _delta_of(self._closed(tags, at))
 
+    def history(self, *, tags: Sequence[str] | None = None, at: int | None = None) -> History:
+        """The keys of all that is in, for `apply_edits(history=…)` on a model that has its update.
+
+        For those who will edit on without the base, or the ledger. Errors as of `close`.
+        """
+        working = self._model
+        with working.unedited():
+            result = self._closed(tags, at, history=True)
+            if result is None or result.history is None:
+                return History.none(working.runner, self.base.layers, len(self.base.method.columns))
+            return result.history
+
     def apply(
         self, model: PreTrainedModel | None = None, *, tags: Sequence[str] | None = None, at: int | None = None
     ) -> Delta:
@@ -566,14 +579,14 @@ class Ledger:
             raise ArgumentError(f"at: got {at!r}, wanted the number of an event, one of {first} .. {last}")
         return [event for event in events if event.number <= at]
 
-    def _closed(self, tags: Sequence[str] | None, at: int | None) -> EditResult | None:
+    def _closed(self, tags: Sequence[str] | None, at: int | None, *, history: bool = False) -> EditResult | None:
         """None where no entry is asked for."""
         events = self._until(at)
         entries = State(events).matching(tags=tags)
         if not entries:
             return None
         found = self._found_for(events, entries)
-        result = self._model.close([entry.request for entry in entries], found)
+        result = self._model.close([entry.request for entry in entries], found, history=history)
         result.delta.report["ledger"] = {
             "id": self.base.id,
             "event": events[-1].number,

@@ -16,6 +16,7 @@ from ..closing.closing import Closing
 from ..closing.effect import Effect, judge_drift
 from ..closing.flow import Flow
 from ..closing.geometry import Geometries
+from ..closing.history import History
 from ..closing.neighbours import tell_nearest
 from ..editor import checked_statistics
 from ..edits import Edit
@@ -155,11 +156,12 @@ class Working:
         admit_tokenizer(self.tokenizer, self.model, [f"{edit.text} {edit.target}" for edit in edits])
         return [tokenise(self.runner, self.tokenizer, e, self.base.contexts, self.base.method) for e in edits]
 
-    def close(self, requests: Sequence[Request], solved: Sequence[Solved]) -> EditResult:
+    def close(self, requests: Sequence[Request], solved: Sequence[Solved], *, history: bool = False) -> EditResult:
         """The update for all of them, at least one, by the closing of `apply_edits`; inside `unedited`."""
         base, clock = self.base, Clock(self.runner.device)
         bare = any(each.bare is not None for each in solved)
-        closing = Closing(self.runner, base.method, self._closed_with(bare), base.guard)
+        before = History.none(self.runner, base.layers, len(base.method.columns)) if history else None
+        closing = Closing(self.runner, base.method, self._closed_with(bare), base.guard, before)
         flow = Flow(self._searching(clock), closing, base.guard, base.unconverged, len(requests))
         made, records = flow.close(requests, [each.to(self.runner.device) for each in solved])
         tell_nearest(records, flow.keys)
@@ -183,6 +185,7 @@ class Working:
             base.layer_source,
             clock.seconds,
             self.tokenizer,
+            history=closing.history_by_now() if history else None,
         )
 
     def factor(self, name: str) -> Tensor | None:

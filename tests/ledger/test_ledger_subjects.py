@@ -128,3 +128,27 @@ def test_where_nothing_can_be_kept_it_is_searched_again(make):
         first = bytes_of(ledger.close())
     assert [event.kind for event in ledger.log()] == ["add", "remove"]
     assert bytes_of(ledger.close()) == first
+
+
+def test_a_model_with_its_update_is_edited_on_by_its_history(make, tokenizer):
+    """As the one that was edited by one call: the same keys are left alone."""
+    ledger = make("facts")
+    assert len(ledger.history()) == 0
+    ledger.add([INSIDE, END, START])
+    history = ledger.history()
+    usual = {"method": "dual", "layer": None, "layers": [0, 1]}
+    directly = toy_model("llama", dtype=torch.float64)
+    first = edited(directly, tokenizer, [INSIDE, END, START], history=True, **usual)
+    assert len(history) == len(first.history) == 3
+    for layer in (0, 1):
+        # Each column of the one is one of the other's: a ledger has an order of its own.
+        distance = torch.cdist(history.keys[layer], first.history.keys[layer]).min(1).values
+        assert float(distance.max() / history.keys[layer].norm()) < rounding_of_edit(torch.float64)
+    model = toy_model("llama", dtype=torch.float64)
+    ledger.apply(model)
+    later = Edit("The strait in the middle of {} has", "Berlin", "Rome")
+    ours = edited(model, tokenizer, later, history=history, **usual)
+    theirs = edited(directly, tokenizer, later, history=first.history, **usual)
+    allowed = 1e3 * rounding_of_edit(torch.float64)  # steps of Adam in weights that were rounded otherwise
+    for name, update in ours.delta.updates.items():
+        assert relative_error(update.dense(), theirs.delta.updates[name].dense()) < allowed
