@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py --edits edits.jsonl                      # 110 edits, each alone
     python benchmarks/methods.py --edits edits.jsonl --joint 1 10 30 100 300 1000
+    python benchmarks/methods.py --edits edits.jsonl --subjects           # those of subjects with several, jointly
     python benchmarks/methods.py --edits edits.jsonl --normal 20 --model ./model --variants c-rome dual dual@2-4
 
 A variant is a method, perhaps with layers, ridge or penalty of its own: `dual`, `dual@9`, `dual@5-9`, `dual:ridge=0.1`,
@@ -33,14 +34,16 @@ from rome_fast.models.runner import Runner
 from rome_fast.opening import checkpoints
 from rome_fast.opening.defaults import default_layers, default_settings
 from rome_fast.search.contexts import sample_contexts
-from rome_fast.search.requests import Request, tokenise
+from rome_fast.search.requests import Request, by_subject, tokenise
 from rome_fast.search.search import Solved
 from rome_fast.search.values import compute_dtype
 from rome_fast.statistics import first_token_statistics
 from rome_fast.study.cases import cases_of
+from rome_fast.updates.delta import Delta
 
 RESULTS = Path(__file__).parent / "results"
 SINGLE, JOINT = RESULTS / "methods_single.csv", RESULTS / "methods_joint.csv"
+SUBJECTS = RESULTS / "methods_subjects.csv"
 FIGURE = JOINT.with_suffix(".png")
 TOKENS = 60_000  # of the statistics
 FOUND_AT_ONCE = 50
@@ -209,28 +212,60 @@ def joint(bench: Bench, counts: Sequence[int]) -> None:
             closed = flow.closing.close(bench.solved_for(variant, places), flow.search)
             delta = flow.closing.delta(closed)
             seconds = time.process_time() - start
-            delta.apply(bench.model)
             sample = edits[:: max(1, len(edits) // EVALUATED)][:EVALUATED]
-            figures = evaluate(bench.model, bench.tokenizer, sample, unseen_contexts=UNSEEN, answer_tokens=0)
-            names = ("efficacy", "argmax", "probability", "argmax_unseen", "paraphrase", "neighborhood")
-            means = {}
-            for name in names:
-                values = [float(v) for v in (getattr(each, name) for each in figures) if v is not None]
-                means[name] = round(sum(values) / len(values), 4)
-            perplexity = sentence_perplexity(bench.runner, bench.tokenizer, bench.sentences)
-            drift = bench.context_nll() - bench.nll
-            delta.revert(bench.model)
+            means = measured(bench, delta, sample)
             norms = [f.joint_norm / closed.weight_norms[layer] for layer, f in closed.factors.items()]
             row = {
                 "edits": count,
                 **means,
-                "perplexity_ratio": round(perplexity / bench.base, 4),
-                "context_nll_rise": round(drift, 4),
                 "update_ratios": " ".join(f"{norm:.2f}" for norm in norms),
                 "missed": round(sum(closed.missed) / len(closed.missed), 3),
                 "closing_seconds": round(seconds, 1),
             }
             write(JOINT, row | bench.conditions(variant, count) | {"evaluated": len(sample)})
+
+
+def subjects(bench: Bench, edits: Sequence[Edit]) -> None:
+    """All edits of subjects that have several, jointly: a value for each, one for each subject, and the first ones."""
+    groups = [[edits[i] for i in places] for places in by_subject(edits)]
+    cases = [cases_of(bench.runner, bench.tokenizer, some, len(some)) for some in groups if len(some) > 1]
+    chosen = [[case.edit for case in some] for some in cases if not any(case.first_token for case in some)]
+    dual = Variant("dual", method_named("dual"), bench.layers)
+    for name, merges, some in (
+        ("a value for each", False, [edit for group in chosen for edit in group]),
+        ("one for each subject", True, [edit for group in chosen for edit in group]),
+        ("the first of each", True, [group[0] for group in chosen]),
+    ):
+        variant = replace(dual, text=name, method=replace(dual.method, merges=merges))
+        flow = bench.flow(variant)
+        requests = [tokenise(bench.runner, bench.tokenizer, edit, bench.contexts, variant.method) for edit in some]
+        start = time.process_time()
+        solved = flow.find(requests)
+        seconds = time.process_time() - start
+        closed = flow.closing.close(solved, flow.search)
+        row = {
+            "values": name,
+            "edits": len(some),
+            "subjects": len(chosen),
+            **measured(bench, flow.closing.delta(closed), some),
+        }
+        row |= {"missed": round(sum(closed.missed) / len(closed.missed), 3), "search_seconds": round(seconds, 1)}
+        write(SUBJECTS, row | bench.conditions(variant, len(some)))
+
+
+def measured(bench: Bench, delta: Delta, edits: Sequence[Edit]) -> dict[str, float]:
+    """Figures of some edits with an update in the model, and of the model."""
+    delta.apply(bench.model)
+    figures = evaluate(bench.model, bench.tokenizer, edits, unseen_contexts=UNSEEN, answer_tokens=0)
+    means = {}
+    for name in ("efficacy", "argmax", "probability", "argmax_unseen", "paraphrase", "neighborhood"):
+        values = [float(v) for v in (getattr(each, name) for each in figures) if v is not None]
+        means[name] = round(sum(values) / len(values), 4)
+    perplexity = sentence_perplexity(bench.runner, bench.tokenizer, bench.sentences)
+    means |= {"perplexity_ratio": round(perplexity / bench.base, 4)}
+    means |= {"context_nll_rise": round(bench.context_nll() - bench.nll, 4)}
+    delta.revert(bench.model)
+    return means
 
 
 def write(file: Path, row: dict[str, Any]) -> None:
@@ -299,6 +334,7 @@ def main() -> None:
     parser.add_argument("--edits", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", default=["c-rome", "dual@9", "dual"])
     parser.add_argument("--joint", type=int, nargs="+", help="numbers of edits made jointly (default: each alone)")
+    parser.add_argument("--subjects", action="store_true", help="edits of subjects that have several")
     parser.add_argument("--normal", type=int, help="requests, evenly spaced, that are no first-token cases")
     parser.add_argument("--work", type=Path, required=True, help="folder for values and statistics")
     parser.add_argument("--model", type=Path, help="folder of a model (default: the demo's)")
@@ -308,7 +344,9 @@ def main() -> None:
     normal = arguments.normal or max(arguments.joint or [100])
     folder = arguments.work / f"{arguments.edits.stem}-{normal}"
     bench = Bench(arguments.model or model_dir(print), folder, arguments.edits, normal, arguments.variants)
-    if arguments.joint:
+    if arguments.subjects:
+        subjects(bench, one_each(load_edits(arguments.edits)))
+    elif arguments.joint:
         joint(bench, arguments.joint)
         plot()
     else:

@@ -1,0 +1,171 @@
+"""How models live through thousands of edits that come a batch at a time, by what is done with those of before.
+
+    python benchmarks/survival.py --edits edits.jsonl --work work --counts 100 500 1000 2000
+
+"ledger": all edits so far are closed together, on the base model, as `rome_fast.Ledger` does after every change; the
+others change the weights as edited so far, batch after batch. What a way remembers of earlier batches is part of the
+method (`memit-history`, `alphaedit`), or "dual+history". Values are those found on the unedited model, the same for all
+ways, unless --anew: then each batch's are found on the model as edited so far. Rows that are there are not made again,
+but a way that changes weights begins from its first batch.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from methods import Bench, Variant, rows, write
+from rome_fast import Edit
+from rome_fast.assets import model_dir
+from rome_fast.evaluation import UNSEEN, evaluate, sentence_perplexity
+from rome_fast.updates.delta import Delta
+
+RESULTS = Path(__file__).parent / "results"
+TABLE = RESULTS / "survival.csv"
+FIGURE = TABLE.with_suffix(".png")
+WAYS = ("ledger", "dual", "dual+history", "memit-history", "alphaedit")
+FIRST = 100  # of the edits, whose fate is measured apart; and as many last ones
+EVALUATED = 50  # of all edits, of the first and of the last ones, evenly spaced each
+
+
+def states(bench: Bench, way: str, counts: Sequence[int], batch: int, anew: bool) -> Iterator[tuple[int, list[float]]]:
+    """The model with so many edits, one count after the other, and ‖ΔW‖ / ‖W‖ of its layers."""
+    name, _, remembers = way.partition("+")
+    variant = Variant.parse("dual" if way == "ledger" else name, bench.model.config)
+    if remembers:
+        variant = replace(variant, method=replace(variant.method, remembers=True))
+    names = [bench.runner.weight_name(layer) for layer in variant.layers]
+    before = {name: bench.model.get_parameter(name).detach().clone() for name in names}
+    places = range(bench.first, bench.first + max(counts))
+    made: list[Delta] = []
+    flow = bench.flow(variant)
+    edges = [0, *counts] if way == "ledger" else [*range(0, max(counts), batch), max(counts)]
+    for start, stop in pairwise(edges):
+        some = places[0 if way == "ledger" else start : stop]
+        if way == "ledger" and made:
+            made.pop().revert(bench.model)
+        if anew and way != "ledger":
+            solved = flow.find([bench.requests[i] for i in some])
+        else:
+            solved = bench.solved_for(variant, some)
+        solved = [each for each in solved if each.finite]
+        closed = flow.closing.close(solved, flow.search)
+        flow.closing.remember(closed)
+        made.append(flow.closing.delta(closed))
+        made[-1].apply(bench.model)
+        if stop in counts:
+            now = [bench.model.get_parameter(name).detach() for name in names]
+            yield stop, [float((a - b).norm() / b.norm()) for a, b in zip(now, before.values(), strict=True)]
+    with torch.no_grad():
+        for name, weight in before.items():
+            bench.model.get_parameter(name).copy_(weight)
+
+
+def measured(bench: Bench, edits: Sequence[Edit]) -> dict[str, float]:
+    """Figures of some edits, and of the model."""
+    found: dict[str, float] = {}
+    groups = {"": edits, "_first": edits[:FIRST], "_last": edits[-FIRST:]}
+    for suffix, group in groups.items():
+        step = max(1, len(group) // EVALUATED)
+        figures = evaluate(
+            bench.model, bench.tokenizer, group[::step][:EVALUATED], unseen_contexts=UNSEEN, answer_tokens=0
+        )
+        names = ("efficacy", "argmax", "probability", "argmax_unseen", "paraphrase", "neighborhood")
+        for name in names if not suffix else names[:3]:
+            values = [float(v) for v in (getattr(each, name) for each in figures) if v is not None]
+            found[name + suffix] = round(sum(values) / len(values), 4)
+    perplexity = sentence_perplexity(bench.runner, bench.tokenizer, bench.sentences)
+    found["perplexity_ratio"] = round(perplexity / bench.base, 4)
+    found["context_nll_rise"] = round(bench.context_nll() - bench.nll, 4)
+    return found
+
+
+def run(bench: Bench, ways: Sequence[str], counts: Sequence[int], batch: int, anew: bool) -> None:
+    values = "as edited so far" if anew else "unedited model"
+    for way in ways:
+        done = {
+            int(row["edits"])
+            for row in rows(TABLE)
+            if (row["way"], row["batch"], row["values"]) == (way, str(batch), values)
+        }
+        left = [count for count in counts if count not in done]
+        start = time.process_time()
+        for count, norms in states(bench, way, left, batch, anew) if left else ():
+            seconds = time.process_time() - start
+            edits = [bench.edits[i] for i in range(bench.first, bench.first + count)]
+            row: dict[str, Any] = {"way": way, "edits": count, "batch": batch, "values": values}
+            row |= measured(bench, edits)
+            row |= {"update_ratios": " ".join(f"{norm:.2f}" for norm in norms), "seconds": round(seconds, 1)}
+            conditions = bench.conditions(Variant.parse("dual", bench.model.config), count)
+            row |= {k: v for k, v in conditions.items() if k not in ("variant", "ridge", "penalty")}
+            write(TABLE, row)
+            start = time.process_time() - seconds
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = rows(TABLE)
+    panels = (
+        ("efficacy", "efficacy"),
+        ("argmax", "target is the answer, bare"),
+        ("argmax_first", f"the same, of the first {FIRST}"),
+        ("paraphrase", "paraphrase"),
+        ("neighborhood", "neighbourhood"),
+        ("perplexity_ratio", "perplexity, of that before"),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(18, 3.6))
+    for panel, (field, title) in zip(axes, panels, strict=True):
+        for way, values in dict.fromkeys((point["way"], point["values"]) for point in points):
+            own = sorted((int(p["edits"]), float(p[field])) for p in points if (p["way"], p["values"]) == (way, values))
+            style = "-" if values == "unedited model" else "--"
+            label = way if style == "-" else f"{way}, values {values}"
+            panel.plot(*zip(*own, strict=True), style, marker="o", markersize=4, label=label)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("edits")
+        panel.spines[["top", "right"]].set_visible(False)
+        if field == "perplexity_ratio":
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(0, 1.03)
+    axes[0].legend(frameon=False, fontsize=8)
+    one = points[0]
+    conditions = (
+        f"{one['model']}, {one['dtype']}, {one['device']}, C of {one['statistics']}, layers {one['layers']}, "
+        f"batches of {one['batch']}"
+    )
+    figure.text(0.995, 0.005, conditions, ha="right", fontsize=7)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(FIGURE, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for values and statistics")
+    parser.add_argument("--counts", type=int, nargs="+", default=[100, 300, 500, 1000, 2000])
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--anew", action="store_true", help="find each batch's values on the model as edited so far")
+    parser.add_argument("--model", type=Path, help="folder of a model (default: the demo's)")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    counts = sorted(arguments.counts)
+    folder = arguments.work / f"{arguments.edits.stem}-{counts[-1]}"
+    bench = Bench(arguments.model or model_dir(print), folder, arguments.edits, counts[-1], ["dual"])
+    bench.find(bench.first + counts[-1])
+    run(bench, arguments.ways, counts, arguments.batch, arguments.anew)
+    plot()
+
+
+if __name__ == "__main__":
+    main()
