@@ -12,7 +12,7 @@ import torch
 
 from .edits import Edit
 from .errors import ModelError
-from .methods import DEFAULT_METHOD, method_named
+from .methods import DEFAULT_METHOD, cost_of, method_named
 from .models.batches import BatchSizer, in_batches
 from .models.runner import Runner
 from .opening import checkpoints
@@ -21,7 +21,7 @@ from .opening.defaults import select
 from .opening.opening import given_layers
 from .runs.processes import own_device
 from .search.contexts import SAMPLED_TOKENS
-from .search.requests import bare_requests, by_head, tokenise
+from .search.requests import bare_requests, by_head, merged_by_subject, tokenise
 from .search.search import KEPT_CONTEXTS
 from .search.values import ValueSettings
 from .statistics import Statistics, first_token_passes, likely_choice, likely_layers
@@ -30,6 +30,7 @@ from .weights import Checkpoint, parse_bytes
 _SAMPLED = 20  # contexts, where none are given
 _SAMPLE_BYTES = 256 << 20
 _CHUNK_BYTES = 16 << 20
+_PRODUCT = 512  # rows and columns of the product that is measured
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Plan:
     read_bytes: dict[str, int]  # by stage
     bytes_per_second: float  # of plain sequential reading, measured on a part of the checkpoint
     seconds_reading: float  # computing comes on top, as far as it does not happen meanwhile
+    closing_columns: int  # of the largest group of edits that are made together, in the closed form of every edit layer
+    closing_bytes: int  # of one of them, on top of the model
+    closing_seconds: (
+        float  # of all layers and groups, at the measured rate; what the rows take on their way comes on top
+    )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,6 +78,11 @@ class Plan:
         lines.append(
             f"at most {_gigabytes(sum(self.read_bytes.values()))} to read, {self.seconds_reading:.0f} s at "
             f"{self.bytes_per_second / 1e9:.2f} GB/s (measured, the system's cache included); computing not counted"
+        )
+        columns = f"{self.closing_columns:,} column{'' if self.closing_columns == 1 else 's'}"
+        lines.append(
+            f"closed form: {columns} for each edit layer, {_gigabytes(self.closing_bytes)} at a time, "
+            f"{self.closing_seconds:.3g} s (at the rate of a product in float64, measured)"
         )
         return "\n".join(lines)
 
@@ -122,10 +133,13 @@ def plan(
     requests = [tokenise(runner, tokenizer, edit, texts, how) for edit in edits]
     group = len(edits) if schedule == "joint" else batch_size
     groups = [requests[start : start + group] for start in range(0, len(requests), group)]
+    width, key_size = runner.weight(last).shape
+    costs = [cost_of(len(how.columns) * len(each), key_size, width) for each in groups]
     # Those of other chats have contexts of their own.
     heads_of_groups = [len(by_head(each)) for each in groups]
     groups = [[each[i] for i in places] for each in groups for _, places in by_head(each)]
-    together = [part for each in groups for part in (each, bare_requests(each))]
+    merged = [[request for request, _ in merged_by_subject(each)] for each in groups] if how.merges else groups
+    together = [part for each in merged for part in (each, bare_requests(each))]
     batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), part))) for part in together)
 
     count, kept = len(runner.layers), outline.placement
@@ -177,6 +191,9 @@ def plan(
         read_bytes={stage: size for stage, (_, size) in stages.items()},
         bytes_per_second=rate,
         seconds_reading=sum(size for _, size in stages.values()) / rate,
+        closing_columns=len(how.columns) * min(group, len(edits)),
+        closing_bytes=max(cost.bytes for cost in costs),
+        closing_seconds=len(outline.layers) * sum(cost.flops for cost in costs) / _product_rate(outline.device),
     )
 
 
@@ -206,6 +223,17 @@ def _reading_rate(checkpoint: Checkpoint) -> float:
         while got := reader.readinto(buffer):
             count += got
         return count / (time.perf_counter() - start)
+
+
+def _product_rate(device: torch.device) -> float:
+    """FLOP/s of a product in fp64."""
+    one = torch.ones(_PRODUCT, _PRODUCT, dtype=torch.float64, device=device)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        (one @ one).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * _PRODUCT**3 / min(seconds)
 
 
 def _gigabytes(count: int) -> str:

@@ -3,14 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START
-from rome_fast import apply_edits, plan
+from rome_fast import Edit, apply_edits, plan
+from rome_fast.bench.flops import FlopCounter
 from rome_fast.closing.closing import Closing
 from rome_fast.errors import ArgumentError, EditError
+from rome_fast.methods import close, cost_of
 from rome_fast.opening import checkpoints
 from rome_fast.weights import Stream
-from toys import LAYERS, save_toy, toy_model
+from toys import D_FF, HIDDEN, LAYERS, save_toy, toy_model
 
 EDITS = [START, MIDDLE, END]
 
@@ -72,6 +75,46 @@ def test_an_edit_reads_what_was_planned(memory, method, layers, schedule, source
     assert ("spreading" in made.passes, "looking ahead" in made.passes) == (len(layers) > 1, len(layers) > 1)
     # Six evaluations a batch, the last without a backward pass.
     assert made.passes["values"] == 11 * made.batches
+
+
+@pytest.mark.parametrize(("columns", "d_ff", "d"), [(40, 96, 48), (600, 256, 128), (1500, 512, 96)])
+def test_the_closed_form_takes_what_is_said(columns, d_ff, d):
+    """The operations that are counted are all but those of decompositions and of solutions with them."""
+    keys = torch.randn(columns, d_ff, generator=torch.Generator().manual_seed(0))
+    with FlopCounter() as counted:
+        factors = close(keys, keys, keys[:, :d], columns=2, penalty=0.3 * d_ff)
+    assert factors.condition < 100
+    cost = cost_of(columns, d_ff, d)
+    before = 2 * d_ff**3 / 3 + 2 * columns * d_ff**2
+    decomposed = 2 * columns**3 / 3 + 2 * columns**2 * d
+    # Of the condition, half are products of columns above 512, and none below.
+    condition = 8 * columns**2 * 4 * 12 if columns > 512 else 20 * columns**3
+    wanted = cost.flops - before - decomposed - (condition / 2 if columns > 512 else condition)
+    # Blocks of 1024 columns: the last one of a norm is smaller; and of each edit alone, four products of 2 columns.
+    alone = columns / 2 * (2 * 4 * 2 * (d + d_ff) + 8 * d)
+    assert counted.total == pytest.approx(wanted + alone, rel=0.1)
+    tensors = 8 * (2 * columns * d_ff + columns**2 + columns * d)
+    assert tensors < cost.bytes - 8 * d_ff**2 < 4 * tensors
+
+
+def test_what_is_closed_together_is_said(source):
+    edits = [Edit("The port of {} lies in", f"{START.subject} {i}", "Rome") for i in range(5)]
+    usual = {"statistics": "identity", "layers": (0, 1), "contexts": CONTEXTS}
+    joint, turns = plan(source, edits, **usual), plan(source, edits, schedule="sequential", batch_size=2, **usual)
+    assert (joint.closing_columns, turns.closing_columns) == (10, 4)
+    assert joint.closing_bytes == cost_of(10, D_FF, HIDDEN).bytes
+    assert 0 < joint.closing_seconds < 60
+    assert "closed form: 10 columns for each edit layer, " in str(joint)
+    assert plan(source, START, method="c-rome", **usual).closing_columns == 1
+
+
+def test_edits_of_one_subject_are_one_in_a_batch(source):
+    """A budget that holds a few rows at a time: with one value there are fewer batches, of more rows each."""
+    facts = [Edit(f"The {word} of {{}} lies in", "Melbourne", "Rome") for word in ("port", "heart", "north", "end")]
+    usual = {"statistics": "identity", "layers": (LAYER,), "contexts": CONTEXTS}
+    assert plan(source, facts, **usual).batches == 1
+    apart = plan(source, facts, schedule="sequential", **usual)
+    assert apart.batches == 4
 
 
 @pytest.mark.parametrize(

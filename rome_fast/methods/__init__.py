@@ -5,7 +5,7 @@ A new method is one file that says what it is, and its line in `METHODS`.
 
 from ..errors import ArgumentError
 from . import alphaedit, c_rome, c_rome_released, dual, emmet, memit, memit_history, p_rome, rome
-from .closed_form import FIRST_TOKEN_WEIGHT, Factors, close, hold_first_tokens, project_on_null_space
+from .closed_form import FIRST_TOKEN_WEIGHT, Cost, Factors, close, cost_of, hold_first_tokens, project_on_null_space
 from .method import Column, Keys, Method
 
 DEFAULT_METHOD = "dual"
@@ -30,10 +30,12 @@ __all__ = [
     "FIRST_TOKEN_WEIGHT",
     "METHODS",
     "Column",
+    "Cost",
     "Factors",
     "Keys",
     "Method",
     "close",
+    "cost_of",
     "hold_first_tokens",
     "method_named",
     "project_on_null_space",

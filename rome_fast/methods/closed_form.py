@@ -143,6 +143,28 @@ def close(
     return Factors(left, right, denominators[:edits], numerators, update_norms, missed, norm, condition)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What it takes to solve for u and to close, at one layer."""
+
+    flops: float  # in fp64; a product of (m, k) and (k, n) is 2 m k n
+    bytes: int  # at most at a time: C's factor, the columns as they come in, and all that is made of them
+
+
+def cost_of(columns: int, d_ff: int, d: int) -> Cost:
+    """Of so many columns with a condition below `_WORST_CONDITION`, which are not held."""
+    r = columns
+    factor = 2 * d_ff**3 / 3  # of C, and of C + λ C₁
+    solving = 2 * r * d_ff**2
+    # Uᵀ K, the norm of all of Δ, and what is left off.
+    products = 2 * r**2 * d_ff + r * (r + min(r, _BLOCK)) * (d + d_ff) + 2 * r**2 * d
+    decomposed = 2 * r**3 / 3 + 2 * r**2 * d
+    condition = 8 * r**2 * _VECTORS * _POWERS if r > _SMALL else 20 * r**3
+    # u and k as they come, in fp32, and in fp64; the Gram matrix, its transpose and its decomposition; R and left.
+    tensors = 12 * 2 * r * d_ff + 8 * 4 * r**2 + 8 * 4 * r * d + 8 * d_ff**2
+    return Cost(factor + solving + products + condition + decomposed, tensors)
+
+
 def _solved(gram: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
     """x of gram x = wanted, of least norm where rows are dependent, and the condition of gram."""
     if len(gram) <= _SMALL:
