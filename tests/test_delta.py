@@ -28,6 +28,7 @@ from rome_fast import Delta
 from rome_fast.errors import ArgumentError, CheckpointError
 from rome_fast.evaluation import evaluate
 from rome_fast.updates.delta import LowRank
+from rome_fast.updates.truncation import truncated
 from toys import D_FF, HIDDEN, SENTENCES, toy_model
 
 NAMES = {
@@ -472,6 +473,22 @@ def test_an_adapter_for_several_layers_of_different_ranks(tmp_path, toy_tokenize
     assert relative_error(got, logits(model, tokenizer)) < rounding(torch.float32, FORWARD)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert sorted(config["rank_pattern"].values()) == [1, 3, 4]
+
+
+def test_peft_reads_an_adapter_of_a_smaller_rank(tmp_path, toy_tokenizers):
+    """It gives what the model gives with the product of its factors added to the weight."""
+    pristine, tokenizer = toy_model("gpt2"), toy_tokenizers[True]
+    delta, (name,) = random_delta("gpt2", rank=4), random_delta("gpt2").updates
+    left, right, about = truncated(delta.updates[name].left, delta.updates[name].right, 2, None)
+    assert delta.to_lora(tmp_path / "adapter", pristine, rank=2) == {name: about}
+    model = copy.deepcopy(pristine)
+    Delta({name: LowRank(left, right)}).apply(model)
+    wanted, whole = logits(model, tokenizer), copy.deepcopy(pristine)
+    delta.apply(whole)
+    assert relative_error(logits(adapted(pristine, tmp_path / "adapter"), tokenizer), wanted) < rounding(
+        torch.float32, FORWARD
+    )
+    assert relative_error(logits(whole, tokenizer), wanted) > 0.01
 
 
 def test_an_adapter_never_replaces_a_directory(tmp_path):

@@ -113,6 +113,8 @@ def test_an_adapter_says_how_far_it_is_off(tmp_path, toy_tokenizers, toy_statist
             delta.to_lora(tmp_path / "never", model, rank=rank)
     with pytest.raises(StatisticsError, match="wanted layer 1 as well"):
         delta.to_lora(tmp_path / "never", model, rank=1, statistics=Statistics([]))
+    with pytest.raises(ArgumentError, match="statistics: got them with a model that was read in parts"):
+        delta.to_lora(tmp_path / "never", toy_model("llama").to("meta"), rank=1, statistics=statistics)
     assert not (tmp_path / "never").exists()
 
 

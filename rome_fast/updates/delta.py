@@ -229,10 +229,15 @@ class Delta:
         distributed as C of `statistics`, or without those of the nearest matrix. Returns how far it is off by parameter
         name, which the file's metadata say as well; nothing without a rank.
 
-        Raises ArgumentError when the directory exists, when the Delta changes nothing, does not fit the model, or for a
-        rank below 1, StatisticsError for those of other layers or of another model, and CheckpointError where it cannot
-        be written.
+        Raises ArgumentError when the directory exists, when the Delta changes nothing, does not fit the model, for a
+        rank below 1, and for statistics with a model that was read in parts, StatisticsError for those of other layers
+        or of another model, and CheckpointError where it cannot be written.
         """
+        if statistics is not None and any(parameter.is_meta for parameter in model.parameters()):
+            raise ArgumentError(
+                "statistics: got them with a model that was read in parts, whose weights would tell whether they are "
+                "of it; give the model in memory, or leave them out"
+            )
         runner = Runner(model)
         layers = {} if statistics is None else {runner.weight_name(n): n for n in range(len(runner.layers))}
 

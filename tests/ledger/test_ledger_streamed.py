@@ -15,6 +15,7 @@ from rome_fast import Ledger, collect_statistics
 from rome_fast.cli import main
 from rome_fast.errors import ArgumentError, CheckpointError, CollapseError
 from rome_fast.opening import checkpoints
+from rome_fast.report.edit_data import read_run
 from rome_fast.updates import chains
 from rome_fast.updates.delta import Delta
 from toys import SENTENCES, save_toy, toy_model
@@ -250,4 +251,9 @@ def test_from_the_command_line(source, tmp_path, capsys):
     assert "moved exists already" in run("write", folder, "--out", moved)
     run("write", folder, "--delta", tmp_path / "delta", "--model", moved, *budget)
     assert bytes_of(Delta.load(tmp_path / "delta")) == wanted
+    printed = run("write", folder, "--out", tmp_path / "out", "--model", moved, *budget, "--report", tmp_path / "page")
+    assert "mean NLL of the contexts: " in printed
+    page = read_run(tmp_path / "page")
+    assert page.conditions["unasked"] == "read in parts"
+    assert all(0 < record.probability_after < 1 for record in page.records)
     assert "memory: got '8 apples'" in run("write", folder, "--in-place", "--model", moved, "--memory", "8 apples")
