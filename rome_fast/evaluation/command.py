@@ -30,7 +30,7 @@ from .perplexity import sentence_perplexity
 
 # Requests that are measured at a time, and kept together with --out. More where the model is read while it runs, as all
 # of them share every reading.
-_TOGETHER, _TOGETHER_STREAMED = 16, 64
+_TOGETHER, _TOGETHER_STREAMED = 32, 64
 
 Advance = Callable[[int, int], None]
 

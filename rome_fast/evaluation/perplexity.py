@@ -11,9 +11,7 @@ from ..errors import ArgumentError
 from ..models.rows import encode
 from ..models.runner import Runner
 from .isolated import RowUpdates, see_final_states
-
-# Enough for the head, which is read as a whole each time, and logits of a size that a CPU's memory bears.
-_HEAD_POSITIONS = 512
+from .scoring import HEAD_POSITIONS
 
 
 def sentence_perplexity(runner: Runner, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> float:
@@ -52,7 +50,7 @@ def _perplexities(
         lengths = torch.tensor([len(ids) - 1 for ids in texts], device=hidden.device)
         scored = hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)]
         labels = torch.tensor([label for ids in texts for label in ids[1:]], device=hidden.device)
-        parts = zip(scored.split(_HEAD_POSITIONS), labels.split(_HEAD_POSITIONS), strict=True)
+        parts = zip(scored.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
         losses = torch.cat([_losses(runner, *part) for part in parts])
         for use, own in zip(some, losses.split(lengths.tolist()), strict=True):
             nll = float(own.mean())

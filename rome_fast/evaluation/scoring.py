@@ -17,6 +17,9 @@ from ..models.runner import Runner, evaluating, plain_generation
 from ..weights import Task
 from .isolated import RowUpdates, carrying, see_final_states
 
+HEAD_POSITIONS = 512
+"""Enough for the head, which is read as a whole each time, and logits of a size that a CPU's memory bears."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -53,28 +56,54 @@ def score(
     rows = [[*tokens.ids, *answer] for tokens, answer in encoded]
     for (text, *_), ids in zip(place, rows, strict=True):
         _check_length(runner, text, len(ids) - 1)
-    starts = [len(tokens.ids) for tokens, _ in encoded]
-    uses = [(place[pair], edit) for pair, edit in zip(asked, edits or [-1] * len(pairs), strict=True)]
-    scores: dict[int, Score] = {}
+    found: dict[tuple[int, int], Score] = {}  # by pair and edit
+    inputs = [tuple(ids[:-1]) for ids in rows]
+    wanted = list(dict.fromkeys(zip((place[pair] for pair in asked), edits or [-1] * len(pairs), strict=True)))
+    covers = _covers([(edit, inputs[i]) for i, edit in wanted])
+    uses = list(dict.fromkeys(covers))
+    read_in: dict[tuple[int, tuple[int, ...]], list[int]] = {use: [] for use in uses}
+    for (i, _), cover in zip(wanted, covers, strict=True):
+        read_in[cover].append(i)
 
     def see(some: list[int], hidden: Tensor) -> None:
-        used = [uses[i][0] for i in some]
-        where = [(r, p) for r, i in enumerate(used) for p in range(starts[i] - 1, len(rows[i]) - 1)]
-        targets = [token for i in used for token in rows[i][starts[i] :]]
-        labels = torch.tensor(targets, device=hidden.device)
+        read = [(row, i) for row, use in enumerate(some) for i in read_in[uses[use]]]
+        spans = [range(len(encoded[i][0].ids) - 1, len(rows[i]) - 1) for _, i in read]
+        where = [(row, at) for (row, _), span in zip(read, spans, strict=True) for at in span]
+        labels = torch.tensor([token for _, i in read for token in encoded[i][1]], device=hidden.device)
         row_of, position = torch.tensor(where, device=hidden.device).T
-        logits = runner.head(hidden[row_of, position])
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        found = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).tolist()
-        best = (log_probs.argmax(1) == labels).tolist()
+        own: list[float] = []
+        best: list[bool] = []
+        for states, some_labels in zip(
+            hidden[row_of, position].split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True
+        ):
+            logits = runner.head(states)
+            log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            own += log_probs.gather(1, some_labels.unsqueeze(1)).squeeze(1).tolist()
+            best += (log_probs.argmax(1) == some_labels).tolist()
         at = 0
-        for use, i in zip(some, used, strict=True):
-            count = len(rows[i]) - starts[i]
-            scores[use] = Score(sum(found[at : at + count]) / count, all(best[at : at + count]))
-            at += count
+        for (row, i), span in zip(read, spans, strict=True):
+            part = slice(at, at := at + len(span))
+            found[i, uses[some[row]][0]] = Score(sum(own[part]) / len(span), all(best[part]))
 
-    see_final_states(runner, [ids[:-1] for ids in rows], uses, updates, see)
-    return [scores[i] for i in range(len(pairs))]
+    distinct = {ids: number for number, ids in enumerate(dict.fromkeys(ids for _, ids in uses))}
+    see_final_states(runner, list(distinct), [(distinct[ids], edit) for edit, ids in uses], updates, see)
+    return [found[place[pair], edit] for pair, edit in zip(asked, edits or [-1] * len(pairs), strict=True)]
+
+
+def _covers(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """For each of some rows of token ids under an edit, the longest one under the same edit that begins with it.
+
+    Attention is causal, so that the longer row has all that the shorter one would have. Most targets are one token,
+    which is predicted and never read: a prompt is run once for all of its answers.
+    """
+    cover: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
+    following: tuple[int, tuple[int, ...]] | None = None
+    # Of rows in order, what begins with a row comes right behind it.
+    for row in sorted(set(rows), reverse=True):
+        begins = following is not None and following[0] == row[0] and following[1][: len(row[1])] == row[1]
+        cover[row] = cover[following] if begins and following is not None else row
+        following = row
+    return [cover[row] for row in rows]
 
 
 @torch.no_grad()
@@ -147,19 +176,21 @@ def complete(
     """The same, and where it stops by itself within `more[i]` further tokens, as far as the model attends."""
     asked = [Asked(text, "") if isinstance(text, str) else text for text in texts]
     encoded = [encode(tokenizer, [text], special=special)[0].ids for text, _, special in asked]
-    groups: dict[tuple[int, int, int], list[int]] = {}
+    most = []
+    # Rows of one length need no padding, so that its side cannot matter. Short and long answers apart.
+    groups: dict[tuple[int, bool], list[int]] = {}
     for index, (question, ids, count) in enumerate(zip(asked, encoded, counts, strict=True)):
         _check_length(runner, question.text, len(ids) + count - 1)
-        most = min(count + more[index], runner.max_length - len(ids) + 1)
-        groups.setdefault((len(ids), count, most), []).append(index)
+        most.append(min(count + more[index], runner.max_length - len(ids) + 1))
+        groups.setdefault((len(ids), most[index] > count), []).append(index)
     stops = stop_ids(runner, tokenizer)
     pad = padding_id(tokenizer)
     out: list[Completion | None] = [None] * len(texts)
     generator: Any = runner.model
 
-    def run(length: int, count: int, most: int, members: list[int]) -> None:
-        # Rows of one length need no padding, so that its side cannot matter.
+    def run(length: int, members: list[int]) -> None:
         rows = torch.tensor([encoded[i] for i in members], device=runner.device)
+        least, bounds = ([of[i] for i in members] for of in (counts, most))
         with ExitStack() as stack:
             if updates is not None and edits is not None:
                 of_rows = torch.tensor([edits[i] for i in members], device=runner.device)
@@ -168,18 +199,21 @@ def complete(
                 input_ids=rows,
                 attention_mask=torch.ones_like(rows),
                 do_sample=False,
-                max_new_tokens=most,
+                max_new_tokens=max(bounds),
                 pad_token_id=pad,
-                stopping_criteria=StoppingCriteriaList([_AllStopped(length + count, length, stops)]),
+                stopping_criteria=StoppingCriteriaList([_AllDone(length, least, bounds, stops)]),
             )
         for i, ids in zip(members, generated[:, length:].tolist(), strict=True):
-            end = next((place for place, token in enumerate(ids) if token in stops), None)
-            forced, free = tokenizer.batch_decode([ids[:count], ids[:end]])
+            end = next((at for at, token in enumerate(ids[: most[i]]) if token in stops), None)
+            forced, free = tokenizer.batch_decode([ids[: counts[i]], ids[: most[i] if end is None else end]])
             out[i] = Completion(forced, free, end is not None)
 
-    tasks = [
-        Task(_cache_bytes(runner, shape, members), partial(run, *shape, members)) for shape, members in groups.items()
-    ]
+    tasks = []
+    for (length, _), members in groups.items():
+        positions = len(members) * (length + max(most[i] for i in members))
+        # The keys and values of all layers at the end, as if every head had its own.
+        size = 2 * positions * len(runner.layers) * runner.hidden_size * runner.dtype.itemsize
+        tasks.append(Task(size, partial(run, length, members)))
     with evaluating(generator), plain_generation(generator):
         if updates is None:
             runner.in_turn(tasks)
@@ -189,12 +223,6 @@ def complete(
     return [completion for completion in out if completion is not None]
 
 
-def _cache_bytes(runner: Runner, shape: tuple[int, int, int], members: Sequence[int]) -> int:
-    """Of the keys and values of all layers at the end, as if every head had its own."""
-    length, _, most = shape
-    return 2 * len(members) * (length + most) * len(runner.layers) * runner.hidden_size * runner.dtype.itemsize
-
-
 def stop_ids(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that `generate` stops at: those of the model's generation config, and the tokenizer's end of text."""
     own = getattr(runner.model.generation_config, "eos_token_id", None)
@@ -202,16 +230,18 @@ def stop_ids(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {int(token) for token in (*found, tokenizer.eos_token_id) if token is not None}
 
 
-class _AllStopped(StoppingCriteria):
-    """Stop a batch as a whole once it is long enough and every row has a token that ends a text."""
+class _AllDone(StoppingCriteria):
+    """Stop a batch as a whole once every row has enough tokens, and has stopped by itself or come to its bound."""
 
-    def __init__(self, enough: int, start: int, stops: set[int]) -> None:
-        self.enough, self.start, self.stops = enough, start, stops
+    def __init__(self, start: int, least: Sequence[int], most: Sequence[int], stops: set[int]) -> None:
+        self.start, self.least, self.most, self.stops = start, least, most, stops
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         new = input_ids[:, self.start :]
+        least, most = (torch.tensor(of, device=new.device) for of in (self.least, self.most))
         stops = torch.tensor(sorted(self.stops), device=new.device, dtype=new.dtype)
-        done = input_ids.shape[1] >= self.enough and bool(torch.isin(new, stops).any(1).all())
+        stopped = torch.isin(new, stops).any(1)
+        done = bool(((new.shape[1] >= least) & (stopped | (new.shape[1] >= most))).all())
         return torch.full((len(new),), done, device=new.device)
 
 
