@@ -21,7 +21,7 @@ from .opening.defaults import select
 from .opening.opening import given_layers
 from .runs.processes import own_device
 from .search.contexts import SAMPLED_TOKENS
-from .search.requests import bare_requests, by_head, merged_by_subject, tokenise
+from .search.requests import as_one, bare_requests, by_head, merged_by_subject, tokenise
 from .search.search import KEPT_CONTEXTS
 from .search.values import ValueSettings
 from .statistics import Statistics, first_token_passes, likely_choice, likely_layers
@@ -138,9 +138,12 @@ def plan(
     # Those of other chats have contexts of their own.
     heads_of_groups = [len(by_head(each)) for each in groups]
     groups = [[each[i] for i in places] for each in groups for _, places in by_head(each)]
-    merged = [[request for request, _ in merged_by_subject(each)] for each in groups] if how.merges else groups
+    sizer = BatchSizer(runner, outline.layer)
+    merged = groups
+    if how.merges:
+        merged = [[as_one([g[i] for i in some]) for some in merged_by_subject(g, sizer.fits)] for g in groups]
     together = [part for each in merged for part in (each, bare_requests(each))]
-    batches = sum(len(list(in_batches(BatchSizer(runner, outline.layer), part))) for part in together)
+    batches = sum(len(list(in_batches(sizer, part))) for part in together)
 
     count, kept = len(runner.layers), outline.placement
     total = sum(entry.end - entry.begin for entry in outline.checkpoint.entries.values())

@@ -10,8 +10,9 @@ from helpers import CONTEXTS, END, LAYER, SETTINGS, edited, relative_error, roun
 from rome_fast import Edit, ValueSettings
 from rome_fast.closing.judging import SharedKeyWarning
 from rome_fast.methods import METHODS
+from rome_fast.models.batches import BatchSizer
 from rome_fast.models.runner import Runner
-from rome_fast.search.requests import MOST_MERGED, merged_by_subject, tokenise
+from rome_fast.search.requests import MOST_MERGED, as_one, merged_by_subject, tokenise
 from rome_fast.search.search import Search
 from toys import toy_model
 
@@ -164,12 +165,21 @@ def test_what_is_made_one(toy_tokenizers):
     chat = replace(LAST, prompt=f"<s>user\n{LAST.prompt}", user_at=8)
     edits = [*FACTS, END, chat, Edit("Here {} lies in", "Melbourne ", "Rome"), *many]
     requests = [tokenise(runner, tokenizer, edit, CONTEXTS, METHODS["dual"]) for edit in edits]
-    merged = merged_by_subject(requests)
-    places = [sorted(own) for _, own in merged]
+    merged = merged_by_subject(requests, lambda request: True)
+    places = [sorted(own) for own in merged]
     assert sorted(i for own in places for i in own) == list(range(len(edits)))
     assert [3] in places
     assert [4] in places
     assert max(map(len, places)) == MOST_MERGED
-    for request, own in merged:
-        assert request.scored == sum(requests[i].scored for i in own)
+    for own in merged:
+        assert as_one([requests[i] for i in own]).scored == sum(requests[i].scored for i in own)
+    # Five facts of one subject, of which the rows of two fit: three batches, none of more than two.
+    few = merged_by_subject(requests[-5:], lambda request: request.scored <= 2 * requests[-1].scored)
+    assert [len(own) for own in few] == [2, 2, 1]
     assert [method.merges for method in METHODS.values()].count(True) == 1
+
+
+def test_what_does_not_fit_is_not_made_one(found, toy_tokenizers, monkeypatch):
+    monkeypatch.setattr(BatchSizer, "fits", lambda sizer, request: len(request.rows) <= 3)
+    edited(toy_model("llama", dtype=FP64), toy_tokenizers[False], FACTS, method="dual")
+    assert len({solved.value.losses for solved in found[0]}) == 3

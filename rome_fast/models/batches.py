@@ -105,6 +105,10 @@ class BatchSizer:
         self._needed = self._bytes(planned[:count], copies=_COPIES) // count
         return count, room
 
+    def fits(self, request: Shaped) -> bool:
+        """Whether a request is not too large for a batch of its own."""
+        return self._bytes([request]) <= self._budget()
+
     def _room(self, some: Sequence[Shaped], budget: float) -> tuple[int, int]:
         """How many slots for requests like these fit, as many as there are at most, and positions of one, padded."""
         suffix, before, middle = (max(getattr(r, name) for r in some) for name in ("suffix", "before", "middle"))

@@ -1,7 +1,7 @@
 """Requests: edits as rows of tokens, as a method wants them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -89,18 +89,21 @@ def by_subject(edits: Sequence[Edit]) -> list[list[int]]:
     return list(places.values())
 
 
-def merged_by_subject(group: Sequence[Request]) -> list[tuple[Request, list[int]]]:
-    """The requests with those of one subject made one, and the places of these; see `Method.merges`."""
-    found = []
+def merged_by_subject(group: Sequence[Request], fits: Callable[[Request], bool]) -> list[list[int]]:
+    """Places of the requests that are to have one value, see `Method.merges`: as many of one subject as fit."""
+    found: list[list[int]] = []
     for own in by_subject([request.edit for request in group]):
         # An essence is that of a first row which begins with it, or else a row behind all others.
         own.sort(key=lambda i: len(group[i].rows) > group[i].scored)
-        some = [own[start : start + MOST_MERGED] for start in range(0, len(own), MOST_MERGED)]
-        found += [(_as_one([group[i] for i in few]), few) for few in some]
+        most = min(len(own), MOST_MERGED)
+        while most > 1 and not fits(as_one([group[i] for i in own[:most]])):
+            most //= 2
+        found += [own[start : start + most] for start in range(0, len(own), most)]
     return found
 
 
-def _as_one(requests: Sequence[Request]) -> Request:
+def as_one(requests: Sequence[Request]) -> Request:
+    """One that has the rows with a target of all of them, at least one, and an essence of the first."""
     first = requests[0]
     if len(requests) == 1:
         return first
@@ -109,7 +112,7 @@ def _as_one(requests: Sequence[Request]) -> Request:
         first,
         rows=[row for request in requests for row in request.rows[: request.scored]] + first.rows[first.scored :],
         middle=max(request.middle for request in requests),
-        bare=_as_one(bare) if bare else None,
+        bare=as_one(bare) if bare else None,
         parts=tuple(requests),
     )
 

@@ -17,7 +17,7 @@ from ..models.runner import Runner
 from ..models.verification import all_fused_layers, reads_past_apart, verified
 from ..runs.processes import ALONE, Processes
 from .keys import Trail, run_to_layer
-from .requests import Request, bare_requests, by_head, merged_by_subject
+from .requests import Request, as_one, bare_requests, by_head, merged_by_subject
 from .slots import Chunk, Mode, optimise_values, usual_mode
 from .values import Value, ValueSettings, search_runner
 
@@ -110,11 +110,14 @@ class Search:
         self._round += 1
         if not (merge and self.method.merges):
             return [solved for (solved,) in self._find_all(group)]
-        merged = merged_by_subject(group)
+        fits = BatchSizer(self.runner, self.layer, whole=not verified(self.runner, self.layer).shares_past).fits
+        # What is free may differ from process to process.
+        merged = self.processes.gather(merged_by_subject(group, fits))[0]
         found: dict[int, Solved] = {}
-        for (_, places), parts in zip(merged, self._find_all([request for request, _ in merged]), strict=True):
+        together = self._find_all([as_one([group[i] for i in places]) for places in merged])
+        for places, parts in zip(merged, together, strict=True):
             found.update(zip(places, parts, strict=True))
-        apart = [i for _, places in merged if len(places) > 1 for i in places if not found[i].found]
+        apart = [i for places in merged if len(places) > 1 for i in places if not found[i].found]
         if apart:
             self.done -= len(apart)
             own = self._find_all([group[i] for i in apart])
