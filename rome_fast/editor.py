@@ -232,6 +232,7 @@ def apply_edits(
                 tokenizer,
                 nll,
                 None if before is None else closing.history_by_now(),
+                None if runner.stream is None else runner.stream.rates,
             )
             if processes.rank == 0:
                 _write(result, opened, destination, link)

@@ -35,6 +35,7 @@ class EditResult:
     context_nll: ContextNLL | None = None  # None where it was not measured, or no context has two tokens
     # Of the model as it is now, for the next call's `history`; None where this one was called without.
     history: History | None = field(default=None, repr=False)
+    streaming: dict[str, Any] | None = None  # of weights read while they are needed: bytes and rates, see `Stream`
 
     def __post_init__(self) -> None:
         # Kept with the Delta, for as long as the edit is in the model; it must not hold the model itself.
@@ -53,6 +54,7 @@ class EditResult:
             condition=self.condition,
             context_nll=None if self.context_nll is None else asdict(self.context_nll),
             seconds=self.seconds,
+            **({} if self.streaming is None else {"streaming": self.streaming}),
         )
 
     def revert(self) -> None:

@@ -89,6 +89,26 @@ class Stream:
         """For which the computation stood still because a block was not there yet."""
         return self._reader.seconds_waited if self._reader else 0.0
 
+    @property
+    def rates(self) -> dict[str, Any]:
+        """What was read until now and how fast, in bytes per second, for a report.
+
+        `achieved` is while layers were read ahead, `source` that of the files alone (a disk, or the system's cache),
+        `copies` that of one copy from pinned memory with nothing beside it, None where nothing is copied; `share` is
+        the first of these over the slower of the other two.
+        """
+        rates, reader = self._loader.rates, self._reader
+        achieved = reader.bytes_read / reader.seconds_reading if reader and reader.seconds_reading else None
+        limits = [rate for rate in (rates.reading, rates.copying) if rate is not None]
+        return {
+            "bytes_read": self.bytes_read,
+            "seconds_waited": self.seconds_waited,
+            "achieved": achieved,
+            "source": rates.reading,
+            "copies": rates.copying,
+            "share": achieved / min(limits) if achieved is not None and limits else None,
+        }
+
     def expect_steps(self, start: int, stop: int) -> None:
         """Announce passes forward through layers start .. stop - 1, the head, and backward, again and again."""
         up = [self._parts.blocks[i] for i in range(start, stop)]

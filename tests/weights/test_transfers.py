@@ -3,8 +3,10 @@
 What these tests do not see is whether CUDA keeps its promises: streams, events and pinned memory are simulated.
 """
 
+import math
 import threading
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from rome_fast import apply_edits
 from rome_fast.errors import ArgumentError, CheckpointError
 from rome_fast.opening import checkpoints
 from rome_fast.weights import Checkpoint
-from rome_fast.weights.reader import Files, Loader, ReadAhead, buffer_on, view
+from rome_fast.weights.reader import Files, Loader, ReadAhead, _all_parts, buffer_on, view
 from simulated_device import Simulated
 from toys import LAYERS, save_toy, toy_model
 
@@ -207,6 +209,77 @@ def test_each_wait_that_is_left_out_shows_as_wrong_bytes(late, forgotten, source
     assert wrong_bytes(source, device) > 0
 
 
+def test_parts_are_read_by_several_threads_into_slots_of_their_own(source, monkeypatch):
+    """Two for each thread, of which none is read into before what was in it has been copied."""
+    made, readers = [], set()
+
+    class Noting(Simulated):
+        def staging(self, size):
+            made.append(size)
+            return super().staging(size)
+
+    class Slow(Files):
+        def read(self, header, begin, targets):
+            readers.add(threading.get_ident())
+            threading.Event().wait(0.002)
+            super().read(header, begin, targets)
+
+    device = Noting("copies")
+    simulate(monkeypatch, device, staging=2000)
+    monkeypatch.setattr("rome_fast.weights.reader.os.sched_getaffinity", lambda _: range(3))
+    blocks = outline_of(source).parts.blocks[:LAYERS]
+    loader = Loader(Slow(Checkpoint.open(source).shards.values()), torch.device("cpu"))
+    memories = [loader.load(block) for block in blocks]
+    # The device's copies wait until somebody needs them: what is under way is in a slot, or in the queue behind one.
+    assert device.copies.done < len(device.copies.queued)
+    loader.finish()
+    for memory, block in zip(memories, blocks, strict=True):
+        assert holds(memory, block, content(source, block))
+    assert made == [2000] * 6
+    assert len(readers) == 3
+    loader.close()
+
+
+def test_a_read_that_fails_leaves_nobody_writing_into_its_slot(source, monkeypatch):
+    device, begun, ended = Simulated("copies"), [], []
+
+    class Failing(Files):
+        def read(self, header, begin, targets):
+            begun.append(begin)
+            if len(begun) == 2:
+                raise CheckpointError("gone")
+            threading.Event().wait(0.005)
+            super().read(header, begin, targets)
+            ended.append(begin)
+
+    simulate(monkeypatch, device, staging=2000)
+    block = outline_of(source).parts.blocks[0]
+    loader = Loader(Failing(Checkpoint.open(source).shards.values()), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="gone"):
+        loader.load(block)
+    assert len(ended) == len(begun) - 1 == len(list(_all_parts(block, 2000))) - 1
+    loader.close()
+
+
+def test_a_stream_says_how_fast_it_was_against_its_source_and_its_copies(source, monkeypatch):
+    """By a clock that counts one second for every look at it."""
+    seconds = count()
+    monkeypatch.setattr("rome_fast.weights.reader.time.perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr("rome_fast.weights.reader._TIMED_BYTES", 1)
+    for device in (None, Simulated("work")):
+        monkeypatch.setattr("rome_fast.weights.reader.transfers_to", lambda _, device=device: device)
+        stream = outline_of(source).stream()
+        assert stream.rates["achieved"] is None
+        list(stream.parameters())
+        found, read = stream.rates, stream._reader.bytes_read
+        assert found["bytes_read"] == read > 0
+        assert found["achieved"] == read / stream._reader.seconds_reading
+        assert (found["copies"] is None) == (device is None)
+        slower = min(found["source"], found["copies"] or math.inf)
+        assert found["share"] == found["achieved"] / slower
+        stream.close()
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("late", ["copies", "work"])
 def test_an_edit_through_a_device_that_runs_behind_the_host(late, blocks, source, resident, tmp_path, monkeypatch):
@@ -219,6 +292,10 @@ def test_an_edit_through_a_device_that_runs_behind_the_host(late, blocks, source
     result = apply_edits(source, [START, MIDDLE, END], out=tmp_path / "out", memory=memory, **USUAL)
     assert torch.equal(edited_bits(tmp_path / "out", result), resident)
     assert device.copies.done == len(device.copies.queued) > 0
+    said = result.report()["streaming"]
+    assert said["bytes_read"] > 0
+    assert said["copies"] is None  # too small to be timed
+    assert said["share"] == said["achieved"] / said["source"]
 
 
 def test_memory_is_given_back_only_when_no_copy_into_it_is_under_way(source, monkeypatch):
