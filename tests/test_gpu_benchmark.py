@@ -229,6 +229,18 @@ def test_every_case_is_right_and_notices_what_is_wrong(number):
     pytest.fail(f"there is no case {number}")
 
 
+def test_our_kernel_is_timed_beside_the_library_that_is_faster(monkeypatch):
+    """What the op does by itself, and forced; shown by what is in the environment meanwhile."""
+    seen = []
+    monkeypatch.delenv("ROME_FAST_KERNELS", raising=False)
+    run = op_cases._forced(lambda: seen.append(os.environ.get("ROME_FAST_KERNELS")))
+    run()
+    assert seen == ["triton"]
+    assert "ROME_FAST_KERNELS" not in os.environ
+    for case in op_cases.cases(70, CPU, tokens=130, rows=64):
+        assert op_cases.OWN_KERNEL not in case.runs
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, empty_cache):
     """A function that runs a part at tiny sizes on the CPU, in this process: its exit status and rows."""

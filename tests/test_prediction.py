@@ -270,6 +270,21 @@ def test_so_it_is_with_other_numbers_of_edits_at_once(monkeypatch):
     assert predict([most], H200, DEFAULT, captured=inf)["all"] == pytest.approx(0.0679, rel=0.3)
 
 
+def test_little_is_launched_but_the_layers_of_the_search():
+    """Contexts and keys go through layers run together as well; what a step does besides is a few kernels."""
+    call = call_of("llama-2-7b", 1)
+    (batch,) = call.batches
+    layers = 26
+    assert launched([batch.layer]) == 24
+    # δ to its places, what is scored out of them, norm and head, losses, stop rule and Adam, and back again.
+    assert launched(batch.step) <= 24 * layers + 70
+    # Thirteen a layer, of which the one that is looked into is run as it is written.
+    assert max(launched(batch.contexts), launched(batch.keys)) <= 32 * 13 + 90
+    # No tensor is asked for but the flags of who is done.
+    assert [sum(x.operator == "tolist" for x in stretch) for stretch in batch.step] == [1]
+    assert predict([call], H200, DEFAULT)["all"] <= 0.35
+
+
 def test_the_command_line_says_what_it_assumes(tmp_path, capsys):
     report = tmp_path / "report.json"
     arguments = ["--shape", "tiny", "--count", "3", "--batch", "2", "--predict", "h200", "--steps", "8"]
