@@ -8,11 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers import edited
 from plain_evaluation import Plain
 from rome_fast import load_edits
 from rome_fast.assets import model_dir
+from rome_fast.bench.flops import FlopCounter
 from rome_fast.evaluation import UNSEEN, EditMetrics, distractors, evaluate
 from rome_fast.models.runner import Runner
+from rome_fast.models.verification import check_model, verified
 from rome_fast.updates.delta import Delta, LowRank
 from toys import toy_model, toy_tokenizer
 
@@ -64,11 +67,15 @@ def random_delta(model, scale):
     return Delta(updates)
 
 
-def assert_same_figures(model, unedited, tokenizer, requests, chat, delta, tmp_path):
-    """Probabilities and divergences to 1e-5, all else exactly; returns what was found."""
+def edits_of(requests, tmp_path):
     path = tmp_path / "edits.jsonl"
     path.write_text("".join(json.dumps(request) + "\n" for request in requests))
-    edits = load_edits(path)
+    return load_edits(path)
+
+
+def assert_same_figures(model, unedited, tokenizer, requests, chat, delta, tmp_path):
+    """Probabilities and divergences to 1e-5, all else exactly; returns what was found."""
+    edits = edits_of(requests, tmp_path)
     leading_away = distractors(edits)
     asked = [edit.as_chat(tokenizer) for edit in edits] if chat else edits
     found = evaluate(
@@ -77,12 +84,48 @@ def assert_same_figures(model, unedited, tokenizer, requests, chat, delta, tmp_p
     plain = Plain(model, tokenizer, chat, unedited)
     for request, away, mine in zip(requests, leading_away, found, strict=True):
         groups = {"": [""], "_prefixed": CONTEXTS, "_unseen": UNSEEN, "_distracted": away}
-        theirs = plain.figures(request, groups)
-        assert {f.name for f in fields(EditMetrics)} == {"subject", "target", "essence_text", *theirs}
-        for name, wanted in theirs.items():
-            close = wanted is not None and (name.startswith("probability") or name == "essence_kl")
-            assert getattr(mine, name) == (pytest.approx(wanted, abs=1e-5) if close else wanted), name
+        assert_same(mine, plain.figures(request, groups))
     return found
+
+
+def assert_same(mine, theirs):
+    assert {f.name for f in fields(EditMetrics)} == {"subject", "target", "essence_text", *theirs}
+    for name, wanted in theirs.items():
+        close = wanted is not None and (name.startswith("probability") or name == "essence_kl")
+        assert getattr(mine, name) == (pytest.approx(wanted, abs=1e-5) if close else wanted), name
+
+
+def assert_isolated_is_one_at_a_time(model, unedited, tokenizer, requests, layers, tmp_path):
+    """The figures of `dual` edits in one pass and of edit, evaluate, restore by the script; returns both FLOPs."""
+    edits, deltas = edits_of(requests, tmp_path), []
+    for edit in edits:
+        result = edited(model, tokenizer, edit, method="dual", layer=None, layers=layers)
+        deltas.append(result.delta)
+        result.revert()
+    away = distractors(edits)
+    asked = {"unseen_contexts": UNSEEN, "distracting": away}
+    check_model(Runner(model))  # which is done once
+    for layer in layers:
+        verified(Runner(model), layer)
+    with FlopCounter() as together:
+        found = evaluate(model, tokenizer, edits, CONTEXTS, **asked, deltas=deltas)
+    plain = Plain(model, tokenizer, False, unedited)
+    with FlopCounter() as one_by_one:
+        for request, own, mine, delta in zip(requests, away, found, deltas, strict=True):
+            delta.apply(model)
+            groups = {"": [""], "_prefixed": CONTEXTS, "_unseen": UNSEEN, "_distracted": own}
+            assert_same(mine, plain.figures(request, groups))
+            delta.revert(model)
+    return one_by_one.total, together.total
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_isolated_edits_of_a_toy_over_several_layers(tmp_path):
+    """With targets of one token, as most are in real data: a prompt is run once for all of its answers."""
+    model, unedited, tokenizer = toy_model("llama"), toy_model("llama"), toy_tokenizer(bos=True)
+    requests = [r | {"target_new": "Rome", "target_true": "Paris"} for r in requests_of(4)]
+    alone, together = assert_isolated_is_one_at_a_time(model, unedited, tokenizer, requests, (0, 1, 2), tmp_path)
+    assert alone / together >= 1.3
 
 
 @pytest.mark.parametrize(("chat", "count"), [(False, 12), (True, 4)])
@@ -110,21 +153,38 @@ def test_requests_of_a_toy(chat, count, tmp_path):
     assert all(len({getattr(m, name) for m in found}) > 1 for name in varied)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"development data is not part of the repository: no {DATA}")
-@pytest.mark.parametrize("chat", [False, True])
-def test_fifty_requests_of_counterfact(chat, tmp_path):
-    """On SmolLM2; some of them without a true answer, and all with texts about the subject."""
+def of_counterfact(count):
+    """SmolLM2 twice, its tokenizer, and requests with texts about the subject and a denial."""
     model, unedited = (AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32) for _ in range(2))
-    tokenizer = AutoTokenizer.from_pretrained(model_dir())
-    lines = (DATA / "counterfact_dev.jsonl").read_text(encoding="utf-8").splitlines()[:50]
+    lines = (DATA / "counterfact_dev.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     requests = [json.loads(line) for line in lines]
     for request in requests:
         request["essence_prompts"] = [f"{request['subject']} is", f"{request['subject']} has"]
         request["negation_prompts"] = [request["prompt"].replace("{}", request["subject"]) + " not"]
+    return model, unedited, AutoTokenizer.from_pretrained(model_dir()), requests
+
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"development data is not part of the repository: no {DATA}")
+
+
+@pytest.mark.slow
+@needs_data
+@pytest.mark.parametrize("chat", [False, True])
+def test_fifty_requests_of_counterfact(chat, tmp_path):
+    """On SmolLM2; some of them without a true answer, and all with texts about the subject."""
+    model, unedited, tokenizer, requests = of_counterfact(50)
     for request in requests[::10]:
         del request["target_true"], request["neighborhood_answer"]
     delta = random_delta(model, 0.05)
     delta.apply(model)
     found = assert_same_figures(model, unedited, tokenizer, requests, chat, delta, tmp_path)
     assert len({m.answer for m in found}) > 25
+
+
+@pytest.mark.slow
+@needs_data
+def test_isolated_edits_of_counterfact_over_several_layers(tmp_path):
+    parts = of_counterfact(6)
+    alone, together = assert_isolated_is_one_at_a_time(*parts, tuple(range(3, 10)), tmp_path)
+    print(f"one at a time takes {alone / together:.2f} x the FLOPs", flush=True)
+    assert alone / together >= 1.3
