@@ -208,6 +208,7 @@ def test_an_interrupted_evaluation_goes_on(toy, capsys, monkeypatch):
     ]
     (toy / "many.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [*edits, EDIT | {"prompt": "Near {} is"}]))
     arguments = ("evaluate", "model", "--edits", "many.jsonl")
+    monkeypatch.setattr("rome_fast.evaluation.command._TOGETHER", 8)
     run(*arguments, "--json", "wanted.json")
     wanted = read(toy / "wanted.json")
     assert wanted["intervals"].keys() == wanted["summary"].keys()
@@ -215,7 +216,6 @@ def test_an_interrupted_evaluation_goes_on(toy, capsys, monkeypatch):
     assert low < wanted["summary"]["probability"] < high
 
     calls = []
-    monkeypatch.setattr("rome_fast.evaluation.command._TOGETHER", 8)
 
     def killed(model, tokenizer, edits, *rest, **named):
         calls.append(len(edits))
