@@ -7,14 +7,15 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers import CONTEXTS, END, MIDDLE, SETTINGS, START, edited
 from on_disk import forks, killed_after
 from rome_fast import Edit, Ledger
 from rome_fast.cli import main
 from rome_fast.edits import Probe
-from rome_fast.errors import ArgumentError
-from rome_fast.evaluation import bootstrap, by_age
+from rome_fast.errors import ArgumentError, EditError
+from rome_fast.evaluation import bootstrap, by_age, evaluate
 from rome_fast.evaluation.metrics import EditMetrics
 from rome_fast.opening import checkpoints
 from rome_fast.updates.delta import Delta
@@ -198,6 +199,47 @@ def test_what_cannot_be_had_under_a_budget_is_said(place, toy_tokenizers, capsys
     Delta({"lm_head.weight": edited_factors()}).save("odd.safetensors")
     message = fails(capsys, *usual, least("model"), "--delta", "odd.safetensors")
     assert "lm_head.weight is not in memory" in message
+
+
+def test_a_checkpoint_that_was_trained_after_its_edit_is_measured_without_essence(place, toy_tokenizers, capsys):
+    """What its edit overwrote is not what was before the weights that it has."""
+    model, tokenizer = toy_model("gpt2"), toy_tokenizers[False]
+    save_toy("model", model, tokenizer)
+    result = edited(model, tokenizer, REQUESTS[:1], method="dual", layer=None, layers=(0, 1))
+    result.save("edited", "model")
+    weights = load_file("edited/model.safetensors")
+    weights[next(iter(result.delta.updates))] += 1
+    save_file(weights, "edited/model.safetensors", {"format": "pt"})
+    run("evaluate", "edited", "--edits", "edits.jsonl", "--json", "scores.json")
+    assert "essence is left out, as the weights before the edits are not known" in capsys.readouterr().out
+    assert [figures["essence_kl"] for figures in scores(place / "scores.json")["edits"]] == [None] * 3
+
+
+def test_what_strangers_ask(toy_tokenizers):
+    """Nothing at all, one request, any script, braces, a subject that is missing from its paraphrase."""
+    model, before, tokenizer = toy_model("llama"), toy_model("llama"), toy_tokenizers[True]
+    delta = edited(model, tokenizer, REQUESTS[0]).delta
+    for nothing in ([], (), iter([])):
+        assert evaluate(model, tokenizer, nothing, CONTEXTS, unedited=delta) == []
+    assert by_age([]) == []
+    odd = [
+        Edit("{} is in", "\u65e5\u672c {}", "\u05e2\u05d1\u05e8", paraphrase_prompts=("It is", "\U0001f980")),
+        Edit("Where? In {}", " Rome\n", "a\u0301", essence_prompts=("{} \u2028{}",), negation_prompts=("no",)),
+    ]
+    found = evaluate(model, tokenizer, odd, unedited=delta)
+    assert [m.essence_text for m in found] == ["\u65e5\u672c {} is", " Rome\n \u2028 Rome\n"]
+    assert all(m.essence_kl >= 0 and m.efficacy is None and m.paraphrase is None for m in found)
+    assert [evaluate(model, tokenizer, edit, unedited=delta)[0].essence_before for edit in odd] == [
+        m.essence_before for m in evaluate(before, tokenizer, odd, unedited=dict(delta.originals))
+    ]
+    with pytest.raises(EditError, match="wanted at most the 256 the model attends to"):
+        evaluate(model, tokenizer, replace(START, essence_prompts=("word " * 300,)), unedited=delta)
+    with pytest.raises(EditError, match="essence_prompts: got str, wanted a tuple or list"):
+        replace(START, essence_prompts="Chicago has")
+    with pytest.raises(EditError, match=r"negation_prompts\[0\]: got ' '"):
+        replace(START, negation_prompts=(" ",))
+    with pytest.raises(EditError, match="relation: got int, wanted a string"):
+        replace(START, relation=7)
 
 
 def edited_factors():

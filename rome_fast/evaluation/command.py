@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..edits import Edit
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
 from ..models.runner import Runner
 from ..opening import checkpoints
 from ..opening.opening import Opened, open_to_read
@@ -45,7 +45,7 @@ def run_evaluate(arguments: argparse.Namespace, edits: Sequence[Edit], advance: 
     delta = Delta.load(arguments.delta) if arguments.delta else None
     with ExitStack() as stack:
         resolved = checkpoints.resolve(arguments.model, code=arguments.trust_remote_code)
-        originals = chains.originals_of(resolved) if delta is None else {}
+        originals = _overwritten(resolved) if delta is None else {}
         opened = open_to_read(
             stack,
             resolved,
@@ -135,6 +135,15 @@ def _measured(
     if place is not None:
         say(f"wrote {place.write('evaluate.json', report)}")
     return report
+
+
+def _overwritten(directory: Path) -> dict[str, Tensor]:
+    """What the edits of a checkpoint overwrote; nothing where that is not what was before the weights that it has."""
+    try:
+        return chains.originals_of(directory)
+    except CheckpointError as error:
+        say(f"essence is left out, as the weights before the edits are not known: {error}")
+        return {}
 
 
 def _before(runner: Runner, originals: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
