@@ -210,7 +210,7 @@ def test_isolated_evaluation(parts, requests):
     allowed = 3 * rounding(torch.float32, 30 * (6 * 576 + 1536))
     few, short, requests = deltas[:8], sentences[:20], chosen[:2] * 4
     with FlopCounter() as isolated:
-        metrics = evaluate(model, tokenizer, requests, contexts[:3], deltas=few, answer_tokens=0)
+        metrics = evaluate(model, tokenizer, requests, contexts[:3], deltas=few, answer_tokens=0, essence_tokens=0)
         perplexities = edited_perplexities(runner, tokenizer, short, RowUpdates.of(runner, few))
     with FlopCounter() as loop:
         for i, delta in enumerate(few):

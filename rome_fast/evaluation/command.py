@@ -28,9 +28,7 @@ from .harness import Scores, known_tasks, task_changes, task_scores
 from .metrics import UNSEEN, EditMetrics, distractors, intervals, measure, summarise
 from .perplexity import sentence_perplexity
 
-# Requests that are measured at a time, and kept together with --out. More where the model is read while it runs, as all
-# of them share every reading.
-_TOGETHER, _TOGETHER_STREAMED = 32, 64
+_TOGETHER = 32  # requests that are measured at a time, and kept together with --out
 
 Advance = Callable[[int, int], None]
 
@@ -85,14 +83,13 @@ def _measured(
         # Those of the last edit.
         contexts = next((r.get("contexts", []) for r in reversed(records)), [])
     unedited = _before(runner, originals)
-    together = _TOGETHER if runner.stream is None else _TOGETHER_STREAMED
     place = None
     if arguments.out:
-        place = _place(arguments.out, runner, edits, contexts, sentences, unedited or {}, together)
+        place = _place(arguments.out, runner, edits, contexts, sentences, unedited or {})
     leading_away = distractors(edits)
     metrics: list[EditMetrics] = []
-    for start in range(0, len(edits), together):
-        some = slice(start, start + together)
+    for start in range(0, len(edits), _TOGETHER):
+        some = slice(start, start + _TOGETHER)
         found = None if place is None else place.get(f"{start:06d}")
         if found is None:
             own = measure(
@@ -162,7 +159,6 @@ def _place(
     contexts: Sequence[str],
     sentences: Sequence[str],
     unedited: Mapping[str, Tensor],
-    together: int,
 ) -> Parts:
     """The folder of this very run. Figures do not say which weights they are of, so that the conditions have to."""
     conditions = {
@@ -171,7 +167,7 @@ def _place(
         "dtype": str(runner.dtype).removeprefix("torch."),
         "device": runner.device.type,
         "requests": len(edits),
-        "at_a_time": together,
+        "at_a_time": _TOGETHER,
         "edits_sha256": _hash([json.dumps(asdict(edit)) for edit in edits]),
         "contexts_sha256": _hash([*contexts, *UNSEEN]),
         "sentences_sha256": _hash(sentences),
