@@ -168,6 +168,7 @@ def _place(
         "device": runner.device.type,
         "requests": len(edits),
         "at_a_time": _TOGETHER,
+        "streamed": runner.stream is not None,
         "edits_sha256": _hash([json.dumps(asdict(edit)) for edit in edits]),
         "contexts_sha256": _hash([*contexts, *UNSEEN]),
         "sentences_sha256": _hash(sentences),
