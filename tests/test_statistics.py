@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oracle
-from helpers import END, FORWARD, LAYER, all_bits, changed, delta_w, edited, relative_error, rounding
-from rome_fast import RomeFastError, Statistics, collect_statistics
+from helpers import END, FORWARD, LAYER, MIDDLE, START, all_bits, changed, delta_w, edited, relative_error, rounding
+from rome_fast import RomeFastError, Statistics, ValueSettings, collect_statistics
 from rome_fast.errors import ArgumentError, CheckpointError, StatisticsError
 from rome_fast.models.fingerprint import Fingerprint
 from rome_fast.models.runner import Runner
-from rome_fast.statistics import LayerStatistics, collect, statistics_cache
+from rome_fast.statistics import Choice, LayerStatistics, StatisticsWarning, cache_folder, collect, statistics_cache
 from toys import D_FF, HIDDEN, KINDS, LAYERS, SENTENCES, toy_model
 
 # C is quadratic in the keys, which lie in the first half of the model.
@@ -211,13 +211,57 @@ def test_statistics_of_another_width_are_refused_with_both_fingerprints(toy_toke
     assert str(caught.value).count(fingerprint(model)) == 2
 
 
-def test_statistics_are_refused_after_an_edit_below_them(toy_tokenizers, toy_statistics):
-    """The keys of a layer depend on every weight below it."""
-    model = toy_model("llama")
+def test_statistics_are_taken_after_an_edit_below_them(toy_tokenizers, toy_statistics):
+    """As they were before it, without a word: edits in memory are known. Call follows call, spread or not."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[True]
+    statistics = Statistics([toy_statistics(model, True, layer).layers[layer] for layer in (0, 1, 2)])
+    spread = {"statistics": statistics, "layer": None, "layers": [0, 1, 2], "method": "dual"}
+    for edit in (END, MIDDLE, START):
+        result = edited(model, tokenizer, edit, **spread)
+    assert result.records[0].applied
+    edited(model, tokenizer, END, layer=1)
+    edited(model, tokenizer, END, layer=2, statistics=statistics)
+
+
+def test_statistics_of_what_was_edited_before_it_was_loaded_are_taken_with_a_warning(toy_tokenizers, toy_statistics):
+    """And of a model that was trained otherwise they are not."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[True]
     statistics = toy_statistics(model, True, 2)
-    edited(model, toy_tokenizers[True], END, layer=1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+    with pytest.warns(
+        StatisticsWarning, match="of layer 2 are of .* differs in down-projections below"
+    ):
+        edited(model, tokenizer, END, layer=2, statistics=statistics)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
     with pytest.raises(StatisticsError, match="the weights below layer 2 differ"):
-        edited(model, toy_tokenizers[True], END, layer=2, statistics=statistics)
+        edited(model, tokenizer, END, layer=2, statistics=statistics)
+
+
+def test_the_cache_has_those_of_before_an_edit(toy_tokenizers, toy_statistics, empty_cache):
+    """But those of the edited model itself come first, and a choice of tune holds for both."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[True]
+    entry = toy_statistics(model, True, 2).layers[2]
+    Statistics([entry]).save(cache_folder(Runner(model), "model", [2]))
+    other = toy_model("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    toy_statistics(other, True, 2).save(cache_folder(Runner(other), "other", [2]))
+    before = Fingerprint.of(Runner(model), 2)
+    choice = Choice(2, ValueSettings(), before, "2026-11-01T00:00:00+00:00")
+    edited(model, tokenizer, END, layer=1)
+    assert not Fingerprint.of(Runner(model), 2).matches(before)
+    assert torch.equal(Statistics.cached(Runner(model), [2]).layers[2].moment, entry.moment)
+    assert edited(model, tokenizer, MIDDLE, layer=2, statistics=None).records[0].applied
+    assert choice.is_of(Runner(model))
+    assert not choice.is_of(Runner(other))
+    loaded = toy_model("llama")
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(Statistics.cached(Runner(loaded), [2]).layers[2].moment, entry.moment)
+    own = LayerStatistics(2, 2 * entry.moment, 1, Fingerprint.of(Runner(model), 2))
+    Statistics([own]).save(cache_folder(Runner(model), "edited", [2]))
+    assert torch.equal(Statistics.cached(Runner(model), [2]).layers[2].moment, own.moment)
 
 
 @pytest.mark.parametrize(("kind", "bos"), [("llama", True), ("gpt2", False)])

@@ -6,7 +6,8 @@ what a fingerprint samples: an edit at layer l leaves it unchanged, and so does 
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,29 +28,42 @@ class Fingerprint:
     hidden_size: int
     key_size: int
     samples: Tensor  # fp32, on the CPU
+    # Which of them are of what an edit may change: the down-projections below. Not known of one that was read.
+    edited: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, runner: Runner, layer: int) -> "Fingerprint":
-        config = runner.model.config
+    def of(cls, runner: Runner, layer: int, originals: Mapping[str, Tensor] | None = None) -> "Fingerprint":
+        """That of a model at a layer, with `originals` in place of its parameters of these names."""
+        config, originals = runner.model.config, originals or {}
+        sites = {runner.weight_name(i) for i in range(layer) if runner.decoder.has_site(i)}
         names = {id(parameter): name for name, parameter in runner.model.named_parameters()}
         skipped = runner.model.get_parameter(runner.weight_name(layer))
         weights: list[Tensor] = [runner.model.get_input_embeddings().get_parameter("weight")]
         for module in runner.layers[: layer + 1]:
             weights += [p for p in module.parameters() if p is not skipped]
-        picked = []
+        picked, edited = [], []
         for weight in weights:
-            count = min(_SAMPLES, weight.numel())
+            count, name = min(_SAMPLES, weight.numel()), names[id(weight)]
             index = torch.arange(count, device="cpu") * (weight.numel() - 1) // max(count - 1, 1)
-            picked.append(runner.elements(names[id(weight)], index).float())
+            if name in originals:
+                picked.append(originals[name].reshape(-1)[index.to(originals[name].device)].cpu().float())
+            else:
+                picked.append(runner.elements(name, index).float())
+            edited.append(torch.full((count,), name in sites, device="cpu"))
         rows, columns = runner.weight(layer).shape
-        return cls(config.model_type, len(runner.layers), int(rows), int(columns), torch.cat(picked))
+        kind = config.model_type
+        return cls(kind, len(runner.layers), int(rows), int(columns), torch.cat(picked), torch.cat(edited))
 
-    def matches(self, other: "Fingerprint") -> bool:
-        return (
-            self.shape == other.shape
-            and self.samples.shape == other.samples.shape
-            and torch.allclose(self.samples, other.samples, rtol=_RELATIVE, atol=1e-7)
-        )
+    def matches(self, other: "Fingerprint", *, but_for_edits: bool = False) -> bool:
+        """Whether they are of one model; `but_for_edits`, whatever is in the down-projections below the layer.
+
+        One of the two has to be `of` a model for that.
+        """
+        if self.shape != other.shape or self.samples.shape != other.samples.shape:
+            return False
+        same = torch.isclose(self.samples, other.samples, rtol=_RELATIVE, atol=1e-7)
+        edited = self.edited if self.edited is not None else other.edited
+        return bool((same | edited if but_for_edits and edited is not None else same).all())
 
     @property
     def shape(self) -> tuple[str, int, int, int]:

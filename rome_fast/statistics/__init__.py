@@ -9,6 +9,7 @@ from .layer import LayerStatistics
 from .released import export_npz, import_npz
 from .store import (
     Statistics,
+    StatisticsWarning,
     cache_folder,
     likely_choice,
     likely_layers,
@@ -25,6 +26,7 @@ __all__ = [
     "LayerStatistics",
     "Progress",
     "Statistics",
+    "StatisticsWarning",
     "cache_folder",
     "collect_statistics",
     "export_npz",

@@ -33,9 +33,11 @@ class Choice:
         return self.fingerprint.shape[1:3] == (text.num_hidden_layers, text.hidden_size)
 
     def is_of(self, runner: Runner) -> bool:
-        """Whether this was found for the very model."""
+        """Whether this was found for the very model, edited since or not."""
         # Sizes first: a fingerprint reads from every layer up to its own.
-        return self.may_be_of(runner.model.config) and self.fingerprint.matches(Fingerprint.of(runner, self.layer))
+        if not self.may_be_of(runner.model.config):
+            return False
+        return self.fingerprint.matches(Fingerprint.of(runner, self.layer), but_for_edits=True)
 
     def save(self, directory: Path) -> None:
         """Replace the folder's choice in one step; CheckpointError where that fails."""

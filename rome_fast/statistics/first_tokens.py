@@ -49,6 +49,8 @@ def _file(layer: int) -> str:
 
 
 def _cached(layer: int, fingerprint: Fingerprint) -> LayerStatistics | None:
+    """That of the model, or of one that it was edited from."""
+    before = None
     for found in sorted(statistics_cache().glob(f"*/{_file(layer)}")):
         try:
             entry = read_layer(found, FIRST_TOKENS)
@@ -56,7 +58,9 @@ def _cached(layer: int, fingerprint: Fingerprint) -> LayerStatistics | None:
             continue  # what is damaged is made again
         if entry.fingerprint.matches(fingerprint):
             return entry
-    return None
+        if entry.fingerprint.matches(fingerprint, but_for_edits=True):
+            before = entry
+    return before
 
 
 def first_token_passes(runner: Runner, layer: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..models.fingerprint import Fingerprint
 from ..models.runner import Runner
 from ..models.verification import shared_out
 from ..opening.defaults import select
+from ..updates.delta import unedited_weights
 from ..weights import load_tensors, read_header, save_tensors
 from ..weights.files import os_errors
 from .choice import Choice, cached_choices
@@ -29,6 +31,10 @@ def statistics_cache() -> Path:
     return cache_dir() / "statistics"
 
 
+class StatisticsWarning(UserWarning):
+    """Statistics are taken that are not of the very model."""
+
+
 class Statistics:
     """Second moments of one model's keys, by layer, and which layer `rome-fast tune` chose, if it did."""
 
@@ -40,9 +46,11 @@ class Statistics:
         self.folder = folder  # that they were read from
 
     def for_layer(self, runner: Runner, layer: int) -> LayerStatistics:
-        """The entry of a layer, checked to belong to this model.
+        """The entry of a layer, checked to belong to this model, or to what it was before the edits that are in it.
 
-        Raises StatisticsError naming both fingerprints for another model, layer or width.
+        C is that of the unedited model for all edits that follow (as in MEMIT, Meng et al. 2023). Where it is not known
+        that those changed it, as of a checkpoint, a StatisticsWarning says so. Raises StatisticsError naming both
+        fingerprints for another model, layer or width.
         """
         self.check_layers([layer])
         entry = self.layers[layer]
@@ -53,10 +61,18 @@ class Statistics:
                 f"statistics: got C of shape {tuple(entry.moment.shape)} (model {entry.fingerprint}), wanted "
                 f"({width}, {width}) for layer {layer} of this model ({actual})"
             )
-        if not entry.fingerprint.matches(actual):
-            raise StatisticsError(
-                f"statistics: got those of model {entry.fingerprint}, wanted {actual}: the weights below layer "
-                f"{layer} differ; collect statistics of this very model"
+        if not is_of(entry.fingerprint, runner, layer):
+            if not entry.fingerprint.matches(actual, but_for_edits=True):
+                raise StatisticsError(
+                    f"statistics: got those of model {entry.fingerprint}, wanted {actual}: the weights below layer "
+                    f"{layer} differ; collect statistics of this very model"
+                )
+            warnings.warn(
+                f"statistics: those of layer {layer} are of model {entry.fingerprint}, of which this one differs in "
+                "down-projections below, as after edits. C of before is taken, as is usual; collect statistics of this "
+                "very model if it was trained",
+                StatisticsWarning,
+                stacklevel=2,
             )
         return entry
 
@@ -136,15 +152,37 @@ class Statistics:
 def _of_most_tokens(runner: Runner, layer: int, unreadable: list[str]) -> LayerStatistics | None:
     """The cache's entry of this model and layer that saw most tokens; what cannot be read is noted."""
     best: LayerStatistics | None = None
-    fingerprint = Fingerprint.of(runner, layer)
-    for file in sorted(statistics_cache().glob(f"*/layer-{layer}.safetensors")):
+    files = sorted(statistics_cache().glob(f"*/layer-{layer}.safetensors"))
+    now, before = fingerprints_of(runner, layer)
+    for file in files:
         try:
-            if best is None or kept_tokens(file, fingerprint) > best.tokens:
+            if best is None or kept_tokens(file, now) > best.tokens:
                 entry = read_layer(file)
-                best = entry if entry.fingerprint.matches(fingerprint) else best
+                best = entry if entry.fingerprint.matches(now) else best
         except (CheckpointError, StatisticsError) as error:
             unreadable.append(str(error))
-    return best
+    if best is not None:
+        return best
+    # Those of an edited model itself come before those of what it was.
+    for fingerprint, but_for_edits in ((before, False), (now, True)):
+        found = {file: kept_tokens(file, fingerprint, but_for_edits=but_for_edits) for file in files}
+        for file in sorted(filter(found.get, files), key=lambda file: -found[file]):
+            try:
+                return read_layer(file)
+            except (CheckpointError, StatisticsError):
+                continue  # noted above
+    return None
+
+
+def fingerprints_of(runner: Runner, layer: int) -> tuple[Fingerprint, Fingerprint]:
+    """Those of a model as it is, and as it was before the edits that are in it in memory."""
+    now, originals = Fingerprint.of(runner, layer), unedited_weights(runner.model)
+    return now, Fingerprint.of(runner, layer, originals) if originals else now
+
+
+def is_of(fingerprint: Fingerprint, runner: Runner, layer: int) -> bool:
+    """Whether it is that of this model, or of what it was before the edits that are in it in memory."""
+    return any(fingerprint.matches(own) for own in fingerprints_of(runner, layer))
 
 
 def tuned_choice(runner: Runner, statistics: Statistics | str | None) -> Choice | None:
@@ -191,11 +229,12 @@ def layer_file(directory: Path, layer: int) -> Path:
     return directory / f"layer-{layer}.safetensors"
 
 
-def kept_tokens(file: Path, fingerprint: Fingerprint) -> int:
+def kept_tokens(file: Path, fingerprint: Fingerprint, *, but_for_edits: bool = False) -> int:
     """How many tokens a file of statistics is of; 0 where it is of another model or none."""
     try:
         metadata = read_header(file).metadata
-        if metadata["format"] == FORMAT and Fingerprint.from_json(metadata["fingerprint"]).matches(fingerprint):
+        kept = Fingerprint.from_json(metadata["fingerprint"])
+        if metadata["format"] == FORMAT and kept.matches(fingerprint, but_for_edits=but_for_edits):
             return int(metadata["tokens"])
     except (CheckpointError, KeyError, ValueError, TypeError):
         pass

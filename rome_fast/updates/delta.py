@@ -304,6 +304,14 @@ def applied_to(model: PreTrainedModel) -> list[Applied]:
     return list(_APPLIED.get(model, []))
 
 
+def unedited_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of a model that Deltas in memory have changed, by parameter name, as they were before."""
+    found: dict[str, Tensor] = {}
+    for entry in applied_to(model):
+        found = entry.originals | found
+    return found
+
+
 def _float_parameter(model: PreTrainedModel, name: str) -> Tensor:
     """Raises ArgumentError for a parameter that is missing or holds no numbers that can be added to."""
     try:
