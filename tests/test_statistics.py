@@ -229,9 +229,7 @@ def test_statistics_of_what_was_edited_before_it_was_loaded_are_taken_with_a_war
     statistics = toy_statistics(model, True, 2)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
-    with pytest.warns(
-        StatisticsWarning, match="of layer 2 are of .* differs in down-projections below"
-    ):
+    with pytest.warns(StatisticsWarning, match="of layer 2 are of .* differs in down-projections below"):
         edited(model, tokenizer, END, layer=2, statistics=statistics)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
