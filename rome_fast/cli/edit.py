@@ -107,6 +107,7 @@ def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str,
     from ..runs.processes import joined, launched_together
     from ..runs.terminal import say, show
     from ..statistics import Statistics
+    from ..weights import explain_rates
 
     if arguments.report:
         _check_report(arguments)
@@ -143,6 +144,8 @@ def _edit(arguments: argparse.Namespace, edits: list["Edit"], options: dict[str,
     if result.context_nll is not None:
         nll = result.context_nll
         say(f"mean NLL of the contexts: {nll.before:.3f} → {nll.after:.3f} nats a token")
+    if result.streaming is not None:
+        say(explain_rates(result.streaming))
     if arguments.lora:
         say(f"adapter: {arguments.lora}, for {arguments.model} as it is")
     edited = arguments.model if arguments.in_place else arguments.out

@@ -284,6 +284,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..report import edit_table
     from ..report.edit import REPORT_FILE, write_run
     from ..runs.terminal import say, show
+    from ..weights import explain_rates
 
     if not (arguments.out or arguments.in_place or arguments.lora or arguments.delta):
         raise ArgumentError("out: got None, wanted --out, --in-place, --lora or --delta")
@@ -312,6 +313,8 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
         say(explain_layer(ledger.base.layers, ledger.base.layer_source, model))
     if nll := delta.report.get("context_nll"):
         say(f"mean NLL of the contexts: {nll['before']:.3f} → {nll['after']:.3f} nats a token")
+    if rates := delta.report.get("streaming"):
+        say(explain_rates(rates))
     for name, about in delta.report.get("truncation", {}).items():
         outputs = "" if about["output_error"] is None else f", {about['output_error']:.1%} of its outputs"
         say(f"{name}: rank {about['rank']} of {about['of']}, off by {about['error']:.1%} of the update{outputs}")

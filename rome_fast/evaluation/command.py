@@ -23,6 +23,7 @@ from ..runs.texts import read_sentences
 from ..updates import chains
 from ..updates.chains import tensor_sha256
 from ..updates.delta import Delta
+from ..weights import explain_rates
 from .ages import by_age
 from .harness import Scores, known_tasks, task_changes, task_scores
 from .metrics import UNSEEN, EditMetrics, distractors, intervals, measure, summarise
@@ -121,6 +122,8 @@ def _measured(
     if arguments.tasks:
         changes = task_changes(scores_of_tasks(), before)
         report["tasks"] = [change.to_json() for change in changes]
+    if runner.stream is not None:
+        report["streaming"] = runner.stream.rates
     show(metrics_table(metrics))
     show(summary_table(of_all, len(metrics)))
     if groups:
@@ -129,8 +132,12 @@ def _measured(
         say(f"perplexity {report['perplexity']:.2f}")
     if arguments.tasks:
         show(tasks_table(changes))
+    if runner.stream is not None:
+        say(explain_rates(report["streaming"]))
     if place is not None:
-        say(f"wrote {place.write('evaluate.json', report)}")
+        # The same after a kill, which rates are not.
+        figures = {name: value for name, value in report.items() if name != "streaming"}
+        say(f"wrote {place.write('evaluate.json', figures)}")
     return report
 
 

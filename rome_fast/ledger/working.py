@@ -186,6 +186,7 @@ class Working:
             clock.seconds,
             self.tokenizer,
             history=closing.history_by_now() if history else None,
+            streaming=None if self.runner.stream is None else self.runner.stream.rates,
         )
 
     def factor(self, name: str) -> Tensor | None:

@@ -17,6 +17,7 @@ from ..models.runner import Runner
 from ..opening import checkpoints
 from ..runs.processes import joined, launched_together, own_device
 from ..runs.terminal import say, tell
+from ..weights import explain_rates
 from .cache import list_cache, prune_cache
 from .choice import cached_choices
 from .collect import RESUME, Progress, collect, opened_for
@@ -82,9 +83,13 @@ def _collect(arguments: argparse.Namespace, shown: Shown) -> dict[str, Any] | No
             resumed=_tell_resumed,
         )
         width = runner.weight(max(layers)).shape[1]
+        rates = None if runner.stream is None else runner.stream.rates
     if not first:
         return None
     report = _report(arguments.model, statistics, out)
+    if rates is not None:
+        report["streaming"] = rates
+        say(explain_rates(rates))
     ratio = f"{report['tokens'] / width:.1f} per dimension of the keys"
     say(f"{report['tokens']} tokens, {ratio}, layers {report['layers']} → {out}")
     _tell_usable(statistics, report)

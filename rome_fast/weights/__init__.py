@@ -18,7 +18,7 @@ from .header import Header, TensorEntry, read_header
 from .names import stored_name, stored_runs
 from .plan import Placement, parse_bytes, place
 from .reader import OnRead
-from .stream import Parts, Stream, align_
+from .stream import Parts, Stream, align_, explain_rates
 from .turns import Task
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "change",
     "changing",
     "check_link",
+    "explain_rates",
     "load_tensors",
     "parse_bytes",
     "place",

@@ -343,3 +343,18 @@ def _again_and_again(blocks: Sequence[Block]) -> Iterator[Block]:
         if block is not last:
             yield block
         last = block
+
+
+def explain_rates(rates: Mapping[str, Any]) -> str:
+    """What `Stream.rates` says, as a line for people."""
+
+    def gigabytes(name: str) -> str:
+        return f"{rates[name] / 1e9:.2f} GB/s"
+
+    line = f"weights: {rates['bytes_read'] / 1e9:.2f} GB read"
+    if rates["share"] is not None:
+        limits = f"the files give {gigabytes('source')}"
+        if rates["copies"] is not None:
+            limits += f", copies {gigabytes('copies')}"
+        line += f", ahead of the layers at {gigabytes('achieved')}, {rates['share']:.0%} of what there is ({limits})"
+    return f"{line}; {rates['seconds_waited']:.1f} s of waiting for them"
