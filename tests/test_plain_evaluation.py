@@ -123,7 +123,7 @@ def assert_isolated_is_one_at_a_time(model, unedited, tokenizer, requests, layer
 def test_isolated_edits_of_a_toy_over_several_layers(tmp_path):
     """With targets of one token, as most are in real data: a prompt is run once for all of its answers."""
     model, unedited, tokenizer = toy_model("llama"), toy_model("llama"), toy_tokenizer(bos=True)
-    requests = [r | {"target_new": "Rome", "target_true": "Paris"} for r in requests_of(4)]
+    requests = [r | {"target_new": "Rome", "target_true": "Paris"} for r in requests_of(3)]
     alone, together = assert_isolated_is_one_at_a_time(model, unedited, tokenizer, requests, (0, 1, 2), tmp_path)
     assert alone / together >= 1.3
 
