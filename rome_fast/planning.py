@@ -52,6 +52,7 @@ class Plan:
     read_bytes: dict[str, int]  # by stage
     bytes_per_second: float  # of plain sequential reading, measured on a part of the checkpoint
     seconds_reading: float  # computing comes on top, as far as it does not happen meanwhile
+    rows_bytes: int  # of the largest group's rows on their way through several edit layers, on top of the budget
     closing_columns: int  # of the largest group of edits that are made together, in the closed form of every edit layer
     closing_bytes: int  # of one of them, on top of the model
     closing_seconds: (
@@ -79,6 +80,10 @@ class Plan:
             f"at most {_gigabytes(sum(self.read_bytes.values()))} to read, {self.seconds_reading:.0f} s at "
             f"{self.bytes_per_second / 1e9:.2f} GB/s (measured, the system's cache included); computing not counted"
         )
+        if self.rows_bytes:
+            lines.append(
+                f"rows on their way through the edit layers: about {_gigabytes(self.rows_bytes)} beside the budget"
+            )
         columns = f"{self.closing_columns:,} column{'' if self.closing_columns == 1 else 's'}"
         lines.append(
             f"closed form: {columns} for each edit layer, {_gigabytes(self.closing_bytes)} at a time, "
@@ -135,6 +140,9 @@ def plan(
     groups = [requests[start : start + group] for start in range(0, len(requests), group)]
     width, key_size = runner.weight(last).shape
     costs = [cost_of(len(how.columns) * len(each), key_size, width) for each in groups]
+    # Of every position up to the subject: what enters the first of the layers, where it is now, and its key there.
+    positions = max(sum(len(request.rows) * (request.middle + 1) for request in each) for each in groups)
+    rows_bytes = positions * (2 * width + key_size) * (runner.dtype.itemsize)
     # Those of other chats have contexts of their own.
     heads_of_groups = [len(by_head(each)) for each in groups]
     groups = [[each[i] for i in places] for each in groups for _, places in by_head(each)]
@@ -194,6 +202,7 @@ def plan(
         read_bytes={stage: size for stage, (_, size) in stages.items()},
         bytes_per_second=rate,
         seconds_reading=sum(size for _, size in stages.values()) / rate,
+        rows_bytes=rows_bytes if first < last else 0,
         closing_columns=len(how.columns) * min(group, len(edits)),
         closing_bytes=max(cost.bytes for cost in costs),
         closing_seconds=len(outline.layers) * sum(cost.flops for cost in costs) / _product_rate(outline.device),

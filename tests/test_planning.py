@@ -104,8 +104,11 @@ def test_what_is_closed_together_is_said(source):
     assert (joint.closing_columns, turns.closing_columns) == (10, 4)
     assert joint.closing_bytes == cost_of(10, D_FF, HIDDEN).bytes
     assert 0 < joint.closing_seconds < 60
+    assert 5 / 2 * 0.9 < joint.rows_bytes / turns.rows_bytes < 5 / 2 * 1.1  # their subjects differ in tokens
+    assert "rows on their way through the edit layers: about " in str(joint)
     assert "closed form: 10 columns for each edit layer, " in str(joint)
-    assert plan(source, START, method="c-rome", **usual).closing_columns == 1
+    one = plan(source, START, method="c-rome", **usual | {"layers": (LAYER,)})
+    assert (one.closing_columns, one.rows_bytes) == (1, 0)
 
 
 def test_edits_of_one_subject_are_one_in_a_batch(source):
