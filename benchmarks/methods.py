@@ -213,11 +213,11 @@ def joint(bench: Bench, counts: Sequence[int]) -> None:
             delta = flow.closing.delta(closed)
             seconds = time.process_time() - start
             sample = edits[:: max(1, len(edits) // EVALUATED)][:EVALUATED]
-            means = measured(bench, delta, sample)
+            figures = measured(bench, delta, sample)
             norms = [f.joint_norm / closed.weight_norms[layer] for layer, f in closed.factors.items()]
             row = {
                 "edits": count,
-                **means,
+                **figures,
                 "update_ratios": " ".join(f"{norm:.2f}" for norm in norms),
                 "missed": round(sum(closed.missed) / len(closed.missed), 3),
                 "closing_seconds": round(seconds, 1),
@@ -256,16 +256,28 @@ def subjects(bench: Bench, edits: Sequence[Edit]) -> None:
 def measured(bench: Bench, delta: Delta, edits: Sequence[Edit]) -> dict[str, float]:
     """Figures of some edits with an update in the model, and of the model."""
     delta.apply(bench.model)
-    figures = evaluate(bench.model, bench.tokenizer, edits, unseen_contexts=UNSEEN, answer_tokens=0)
-    means = {}
+    found = means(bench, edits) | reading(bench)
+    delta.revert(bench.model)
+    return found
+
+
+def means(bench: Bench, edits: Sequence[Edit]) -> dict[str, float]:
+    """Of the metrics of some edits, as the model is now."""
+    figures = evaluate(bench.model, bench.tokenizer, edits, unseen_contexts=UNSEEN, answer_tokens=0, essence_tokens=0)
+    found = {}
     for name in ("efficacy", "argmax", "probability", "argmax_unseen", "paraphrase", "neighborhood"):
         values = [float(v) for v in (getattr(each, name) for each in figures) if v is not None]
-        means[name] = round(sum(values) / len(values), 4)
+        found[name] = round(sum(values) / len(values), 4)
+    return found
+
+
+def reading(bench: Bench) -> dict[str, float]:
+    """How well the model reads now, beside how it did before."""
     perplexity = sentence_perplexity(bench.runner, bench.tokenizer, bench.sentences)
-    means |= {"perplexity_ratio": round(perplexity / bench.base, 4)}
-    means |= {"context_nll_rise": round(bench.context_nll() - bench.nll, 4)}
-    delta.revert(bench.model)
-    return means
+    return {
+        "perplexity_ratio": round(perplexity / bench.base, 4),
+        "context_nll_rise": round(bench.context_nll() - bench.nll, 4),
+    }
 
 
 def write(file: Path, row: dict[str, Any]) -> None:

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from methods import Bench, Variant, rows, write
+from methods import Bench, Variant, means, reading, rows, write
 from rome_fast import Edit
 from rome_fast.assets import model_dir
-from rome_fast.evaluation import UNSEEN, evaluate, sentence_perplexity
 from rome_fast.updates.delta import Delta
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,22 +66,13 @@ def states(bench: Bench, way: str, counts: Sequence[int], batch: int, anew: bool
 
 
 def measured(bench: Bench, edits: Sequence[Edit]) -> dict[str, float]:
-    """Figures of some edits, and of the model."""
+    """Figures of some of the edits, of the first and the last ones, and of the model."""
     found: dict[str, float] = {}
-    groups = {"": edits, "_first": edits[:FIRST], "_last": edits[-FIRST:]}
-    for suffix, group in groups.items():
-        step = max(1, len(group) // EVALUATED)
-        figures = evaluate(
-            bench.model, bench.tokenizer, group[::step][:EVALUATED], unseen_contexts=UNSEEN, answer_tokens=0
-        )
-        names = ("efficacy", "argmax", "probability", "argmax_unseen", "paraphrase", "neighborhood")
-        for name in names if not suffix else names[:3]:
-            values = [float(v) for v in (getattr(each, name) for each in figures) if v is not None]
-            found[name + suffix] = round(sum(values) / len(values), 4)
-    perplexity = sentence_perplexity(bench.runner, bench.tokenizer, bench.sentences)
-    found["perplexity_ratio"] = round(perplexity / bench.base, 4)
-    found["context_nll_rise"] = round(bench.context_nll() - bench.nll, 4)
-    return found
+    for suffix, group in (("", edits), ("_first", edits[:FIRST]), ("_last", edits[-FIRST:])):
+        own = means(bench, group[:: max(1, len(group) // EVALUATED)][:EVALUATED])
+        names = tuple(own) if not suffix else ("efficacy", "argmax", "probability")
+        found |= {name + suffix: own[name] for name in names}
+    return found | reading(bench)
 
 
 def run(bench: Bench, ways: Sequence[str], counts: Sequence[int], batch: int, anew: bool) -> None:

@@ -10,6 +10,7 @@ import oracle
 from helpers import LAYER
 from rome_fast.models.fingerprint import Fingerprint
 from rome_fast.models.runner import Runner
+from rome_fast.search.search import Search
 from rome_fast.statistics import LayerStatistics, Statistics
 from toys import SENTENCES, toy_model, toy_tokenizer
 
@@ -76,6 +77,19 @@ def toy_statistics(toy_moment):
         return Statistics([LayerStatistics(layer, moment.to(dtype), tokens, Fingerprint.of(runner, layer))])
 
     return statistics
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """A list that gets what is found for every group of edits."""
+    groups, find = [], Search.find
+
+    def kept(search, group):
+        groups.append(find(search, group))
+        return groups[-1]
+
+    monkeypatch.setattr(Search, "find", kept)
+    return groups
 
 
 @pytest.fixture

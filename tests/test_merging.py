@@ -26,19 +26,6 @@ FACTS = (INSIDE, AT_THE_START, LAST)
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
-@pytest.fixture
-def found(monkeypatch):
-    """A list that gets what is found for every group of edits."""
-    groups, find = [], Search.find
-
-    def kept(search, group):
-        groups.append(find(search, group))
-        return groups[-1]
-
-    monkeypatch.setattr(Search, "find", kept)
-    return groups
-
-
 def textbook(model, tokenizer, edits, steps):
     """δ and the losses of a single one over the rows of all edits, by Adam."""
     model = oracle.double_copy(model)

@@ -32,7 +32,6 @@ from rome_fast.closing.judging import SharedKeyWarning
 from rome_fast.errors import ArgumentError, ModelError, StatisticsError
 from rome_fast.methods import FIRST_TOKEN_WEIGHT, METHODS, Column, Method
 from rome_fast.models.runner import Runner
-from rome_fast.search.search import Search
 from rome_fast.statistics import Statistics, first_token_statistics
 from toys import D_FF, LAYERS, toy_model, toy_tokenizer
 from zoo import zoo_model
@@ -63,19 +62,6 @@ pytestmark = [
     # The ridge of "dual" leaves each of a few edits of a toy off by up to a tenth.
     pytest.mark.filterwarnings("ignore::rome_fast.closing.judging.SharedKeyWarning"),
 ]
-
-
-@pytest.fixture
-def found(monkeypatch):
-    """A list that gets what is found for every group of edits."""
-    groups, find = [], Search.find
-
-    def kept(search, group):
-        groups.append(find(search, group))
-        return groups[-1]
-
-    monkeypatch.setattr(Search, "find", kept)
-    return groups
 
 
 @pytest.fixture(scope="module")
