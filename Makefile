@@ -63,7 +63,7 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --benchmark-only --benchmark-columns=min,median,iqr,rounds benchmarks
 
 # What only a GPU shows, in eight minutes: correctness, speed, streaming, the command line, memory accesses. Rows go to
-# benchmarks/results, or to $$OUT. GPU_ARGS=--tiny runs all of it in a minute on a CPU, with rows in build/gpu.
+# benchmarks/results, or to $$OUT. GPU_ARGS=--tiny runs all of it on a CPU, in three minutes of one core, with rows in build/gpu.
 gpu: $(if $(NOVENV),,$(STAMP))
 	$(if $(NOVENV),$(PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_ARGS)
 
