@@ -1,5 +1,6 @@
 """Edits of a model that was edited before, whose keys they leave alone."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import oracle
 from helpers import CONTEXTS, END, FORWARD, LAYER, MIDDLE, START, all_bits, changed, edited, relative_error, rounding
 from rome_fast import Edit
 from rome_fast.closing.history import History
+from rome_fast.closing.judging import SharedKeyWarning
 from rome_fast.errors import ArgumentError, CheckpointError
 from rome_fast.methods import METHODS
 from rome_fast.search.search import Search
@@ -105,6 +107,22 @@ def test_first_tokens_of_before_are_held_as_they_were_edited(toy_tokenizers):
     assert float((delta @ key).norm() / (delta.norm() * key.norm())) < ALLOWED
 
 
+@pytest.mark.parametrize("how", [EXACT, METHODS["dual"], METHODS["c-rome"]], ids=["exact", "dual", "c-rome"])
+def test_a_fact_of_the_history_that_is_to_change_is_told_of(how, toy_tokenizers):
+    """One key is asked for δ and for nothing: least squares meet it halfway, though the edit is alone in its call."""
+    model, tokenizer = toy_model("llama", dtype=FP64), toy_tokenizers[False]
+    first = edited(model, tokenizer, MIDDLE, method=how, history=True)
+    other = replace(MIDDLE, target="Vienna")
+    with pytest.warns(SharedKeyWarning, match="1 of them are earlier edits of the history, which keep what they have"):
+        again = edited(model, tokenizer, other, method=how, history=first.history, guard="warn")
+    # Of two equal columns with a residual of one, K⁺ gives each half; a ridge ρ leaves off ρ / 4 more, to first order.
+    assert 0.5 - ALLOWED < again.records[0].missed < 0.5 + how.ridge_of(2) + ALLOWED
+    again.revert()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SharedKeyWarning)
+        assert edited(model, tokenizer, other, method=how, guard="warn").records[0].missed < 0.5
+
+
 def test_a_file_keeps_it(toy_tokenizers, tmp_path):
     model, tokenizer = toy_model("llama"), toy_tokenizers[False]
     history = edited(model, tokenizer, FIRST, history=True).history
@@ -144,4 +162,6 @@ def test_another_one_is_refused_before_anything(toy_tokenizers, monkeypatch):
     for other, message in ((foreign, "the same model"), (wide, r"got 2 key\(s\) an edit")):
         with pytest.raises(ArgumentError, match=message):
             history + other
+    with pytest.raises(TypeError):
+        history + 1
     assert changed(model, before) == []

@@ -99,6 +99,11 @@ class Closing:
                 self._earlier_at(layer).append(columns)
             self._first_tokens += closed.first_tokens
 
+    @property
+    def earlier_edits(self) -> int:
+        """How many are remembered, those of the history included."""
+        return len(self.history or ()) + len(self._first_tokens) // len(self.method.columns)
+
     def history_by_now(self) -> History:
         """Of all that is remembered."""
         keys = {}

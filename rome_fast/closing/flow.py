@@ -99,7 +99,8 @@ class Flow:
             # Least squares meet no edit exactly, nor does a mean key what is still missing behind the prompt alone.
             ahead = self.method.arrival == "prompt" and len(self.closing.layers) > 1
             if not (self.method.penalty or ahead):
-                tell_missed(applied, ridge=self.method.ridge_of(len(applied)) > 0)
+                earlier = self.closing.earlier_edits
+                tell_missed(applied, ridge=self.method.ridge_of(len(applied) + earlier) > 0, earlier=earlier)
             self.closing.remember(closed)
             return self.closing.delta(closed), records
 

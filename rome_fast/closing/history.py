@@ -50,6 +50,8 @@ class History:
 
     def __add__(self, later: "History") -> "History":
         """Both; ArgumentError for those of another model or other layers."""
+        if not isinstance(later, History):
+            return NotImplemented
         if not self.fingerprint.matches(later.fingerprint):
             raise ArgumentError(f"history: got {later.fingerprint}, wanted {self.fingerprint}, the same model")
         if list(self.keys) != list(later.keys):

@@ -45,14 +45,15 @@ def judge_convergence(records: Sequence[Record], unconverged: Unconverged, total
     warnings.warn(f"{what}\nthey were left out{rest}", ConvergenceWarning, stacklevel=5)
 
 
-def tell_missed(records: Sequence[Record], *, ridge: bool) -> None:
+def tell_missed(records: Sequence[Record], *, ridge: bool, earlier: int = 0) -> None:
     """Warn of edits that a joint update meets in part, by a closed form with or without a ridge; one alone shares none.
 
-    With a ridge all are met in part, and the more of them the less.
+    With a ridge all are met in part, and the more of them the less. `earlier` edits were made before, and nothing is to
+    be added at their keys: who changes what one of them says asks for two values at one key.
     """
     most = MUCH_MISSED_BY_RIDGE if ridge else MUCH_MISSED
     missed = sorted((r for r in records if r.missed > most), key=lambda r: -r.missed)
-    if len(records) < 2 or not missed:
+    if len(records) + earlier < 2 or not missed:
         return
     named = [f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} off" for r in missed[:_TOLD]]
     if len(missed) > _TOLD:
@@ -60,7 +61,7 @@ def tell_missed(records: Sequence[Record], *, ridge: bool) -> None:
     reason, remedy = (
         (
             "as they have nearly the key of another one (those of one subject behind the same words have one key), or "
-            f"as {len(records)} edits at once want a ridge",
+            f"as {len(records) + earlier} edits at once want a ridge",
             "no weight gives one key two values, and one that tells near keys apart is large: make fewer edits",
         )
         if ridge
@@ -71,6 +72,11 @@ def tell_missed(records: Sequence[Record], *, ridge: bool) -> None:
             "does to the model, with guard='off'",
         )
     )
+    if earlier:
+        remedy += (
+            f"; {earlier} of them are earlier edits of the history, which keep what they have: to change what one of "
+            "them says, edit without the history, or revert that edit and leave it out"
+        )
     listed = "\n".join(named)
     warnings.warn(
         f"{len(missed)} edit(s) are met in part, {reason}:\n{listed}\n{remedy}", SharedKeyWarning, stacklevel=5
