@@ -23,7 +23,7 @@ from .closing.guard import Guard, check_guard
 from .closing.history import History
 from .closing.judging import Unconverged, check_unconverged, unconverged_error
 from .closing.neighbours import tell_nearest
-from .edits import Edit, checked_edits, find_conflicts
+from .edits import Edit, asked_edits
 from .errors import ArgumentError, ModelError, StatisticsError
 from .methods import DEFAULT_METHOD, Method, method_named
 from .models.fingerprint import Fingerprint
@@ -139,10 +139,11 @@ def apply_edits(
     Raises EditError, ArgumentError, ModelError, StatisticsError, CheckpointError, ConvergenceError, CollapseError or
     DistributedError; the model is then as it was before the call, and `out` does not exist.
     """
-    edits = _checked_edits(edits)
+    edits = asked_edits(edits)
     how = method_named(method)
     check_guard(guard)
-    _check_choices(schedule, unconverged, batch_size)
+    check_schedule(schedule, batch_size)
+    check_unconverged(unconverged)
     check_link(link)
     given = given_layers(layer, layers)
     wanted_dtype = checked_dtype(dtype)
@@ -296,12 +297,12 @@ def _verified(runner: Runner, chosen: Selection, given: tuple[int, ...] | None) 
     )
 
 
-def _check_choices(schedule: str, unconverged: str, batch_size: int) -> None:
+def check_schedule(schedule: str, batch_size: int) -> None:
+    """ArgumentError for what is no schedule, and for groups of no size."""
     if schedule not in ("joint", "sequential"):
         raise ArgumentError(f"schedule: got {schedule!r}, wanted 'joint' or 'sequential'")
-    check_unconverged(unconverged)
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size: got {batch_size}, wanted at least 1")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size: got {batch_size!r}, wanted at least 1, a whole number")
 
 
 def _checked_history(given: History | bool, runner: Runner, chosen: Selection, how: Method) -> History | None:
@@ -316,37 +317,38 @@ def _checked_history(given: History | bool, runner: Runner, chosen: Selection, h
     return given
 
 
-def _checked_edits(given: object) -> list[Edit]:
-    edits = checked_edits(given)
-    if not edits:
-        raise ArgumentError("edits: got none, wanted at least one")
-    find_conflicts(edits)
-    return edits
-
-
 def checked_statistics(
     runner: Runner, layers: tuple[int, ...], statistics: Statistics | str | None
 ) -> Statistics | None:
     """Those of this model's layers, from the cache where none are given; None for C = I."""
+    check_kind_of_statistics(statistics, layers)
+    if isinstance(statistics, str):
+        return None
+    return Statistics.cached(runner, layers) if statistics is None else statistics
+
+
+def check_kind_of_statistics(statistics: object, layers: Sequence[int]) -> None:
+    """ArgumentError for another text than "identity", StatisticsError for what is neither that, None nor statistics."""
     if isinstance(statistics, str):
         if statistics != "identity":
             raise ArgumentError(f"statistics: got {statistics!r}, wanted a Statistics, 'identity' or None")
-        return None
-    if statistics is None:
-        return Statistics.cached(runner, layers)
-    if not isinstance(statistics, Statistics):
+    elif not isinstance(statistics, Statistics | None):
         raise StatisticsError(
             f"statistics: got {type(statistics).__name__}, wanted a Statistics, 'identity' or None; make them with "
             f"rome_fast.collect_statistics(model, tokenizer, texts, layers={list(layers)})"
         )
-    return statistics
 
 
 def contexts_for(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Sequence[str] | None, seed: int
 ) -> tuple[str, ...]:
     """The prefix contexts given, checked, or else sampled ones."""
-    contexts = tuple(sample_contexts(model, tokenizer, seed=seed) if given is None else given)
+    return checked_contexts(sample_contexts(model, tokenizer, seed=seed) if given is None else given)
+
+
+def checked_contexts(given: Sequence[str]) -> tuple[str, ...]:
+    """ArgumentError for none, and for one that does not end in a space."""
+    contexts = tuple(given)
     bad = [c for c in contexts if not isinstance(c, str) or not c.strip() or not c[-1].isspace()]
     if not contexts or bad:
         raise ArgumentError(

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from .edits import Edit
+from .editor import check_kind_of_statistics, check_schedule, checked_contexts
+from .edits import Edit, asked_edits
 from .errors import ModelError
-from .methods import DEFAULT_METHOD, cost_of, method_named
+from .methods import DEFAULT_METHOD, Method, cost_of, method_named
 from .models.batches import BatchSizer, in_batches
 from .models.runner import Runner
 from .opening import checkpoints
@@ -97,7 +98,7 @@ def plan(
     edits: Sequence[Edit] | Edit,
     *,
     statistics: Statistics | Literal["identity"] | None = None,
-    method: str = DEFAULT_METHOD,
+    method: str | Method = DEFAULT_METHOD,
     layer: int | None = None,
     layers: Sequence[int] | None = None,
     schedule: Literal["joint", "sequential"] = "joint",
@@ -114,8 +115,9 @@ def plan(
 
     Raises what `apply_edits` raises for arguments and checkpoints that it refuses.
     """
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    edits = asked_edits(edits)
     how = method_named(method)
+    check_schedule(schedule, batch_size)
     given = given_layers(layer, layers)
     if not isinstance(model, str | Path):
         raise ModelError(f"model: got {type(model).__name__}, wanted the path of a checkpoint, since a plan is for one")
@@ -128,12 +130,13 @@ def plan(
         dtype=checked_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )
+    check_kind_of_statistics(statistics, outline.layers)
     tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
     admit_tokenizer(tokenizer, outline.skeleton, [f"{edit.text} {edit.target}" for edit in edits])
     config = outline.skeleton.config
     first, last = outline.layers[0], outline.layer
     steps = select(config, outline.layers, settings, likely_choice(config, statistics)).settings.steps
-    texts = ["It rained all day. "] * _SAMPLED if contexts is None else list(contexts)
+    texts = ("It rained all day. ",) * _SAMPLED if contexts is None else checked_contexts(contexts)
     runner = _Outlined(outline)
     requests = [tokenise(runner, tokenizer, edit, texts, how) for edit in edits]
     group = len(edits) if schedule == "joint" else batch_size

@@ -1,6 +1,7 @@
 """The plan of an edit against what the edit then reads."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START
 from rome_fast import Edit, apply_edits, plan
 from rome_fast.bench.flops import FlopCounter
 from rome_fast.closing.closing import Closing
-from rome_fast.errors import ArgumentError, EditError
+from rome_fast.errors import ArgumentError, EditError, StatisticsError
 from rome_fast.methods import close, cost_of
 from rome_fast.opening import checkpoints
 from rome_fast.weights import Stream
@@ -183,3 +184,28 @@ def test_a_plan_refuses_what_the_edit_would(source):
         plan(source, END, layer=4)
     with pytest.raises(EditError, match="tokens with its context"):
         plan(source, replace(END, prompt="word " * 300 + "{}"), statistics="identity")
+
+
+@pytest.mark.parametrize(
+    ("edits", "changes"),
+    [
+        ([], {}),
+        (["The city of Chicago"], {}),
+        ([END, END], {}),
+        (END, {"schedule": "sequentially"}),
+        (END, {"schedule": "sequential", "batch_size": 0}),
+        (END, {"schedule": "sequential", "batch_size": 1.5}),
+        (END, {"statistics": "none"}),
+        (END, {"statistics": 3}),
+        (END, {"contexts": ["It rained."]}),
+        (END, {"contexts": []}),
+    ],
+)
+def test_a_plan_refuses_arguments_in_the_words_of_the_edit(edits, changes, source, tmp_path):
+    usual = {"statistics": "identity", "layer": LAYER, "contexts": CONTEXTS} | changes
+    said = []
+    for ask in (plan, partial(apply_edits, out=tmp_path / "out")):
+        with pytest.raises((ArgumentError, EditError, StatisticsError)) as caught:
+            ask(source, edits, **usual)
+        said.append((caught.type, str(caught.value)))
+    assert said[0] == said[1]

@@ -1,6 +1,6 @@
 """What a user asks for, and the file shapes it is read from."""
 
-from .edit import Edit, Probe, checked_edits, find_conflicts
+from .edit import Edit, Probe, asked_edits, checked_edits, find_conflicts
 from .reading import (
     DuplicateEditsWarning,
     EditsFileWarning,
@@ -16,6 +16,7 @@ __all__ = [
     "Probe",
     "SkippedEditsWarning",
     "UnreadFieldsWarning",
+    "asked_edits",
     "checked_edits",
     "find_conflicts",
     "load_edits",

@@ -246,6 +246,15 @@ def checked_edits(given: object) -> list[Edit]:
     return edits
 
 
+def asked_edits(given: object) -> list[Edit]:
+    """At least one, no two of which ask the same; ArgumentError and EditError otherwise."""
+    edits = checked_edits(given)
+    if not edits:
+        raise ArgumentError("edits: got none, wanted at least one")
+    find_conflicts(edits)
+    return edits
+
+
 def find_conflicts(edits: Sequence[Edit]) -> None:
     """Raise EditError if two edits share prompt and subject, whether their targets differ or not.
 

@@ -14,7 +14,7 @@ from ..closing.guard import Guard, check_guard
 from ..closing.history import History
 from ..closing.judging import Unconverged, check_unconverged
 from ..editor import checked_statistics, chosen_for, contexts_for
-from ..edits import Edit, checked_edits, find_conflicts
+from ..edits import Edit, asked_edits
 from ..errors import ArgumentError, CheckpointError, ConvergenceError, EditError
 from ..methods import DEFAULT_METHOD, Method, method_named
 from ..models.runner import evaluating
@@ -262,7 +262,7 @@ class Ledger:
         subject is there with another target, ArgumentError, ModelError, ConvergenceError and CheckpointError; the
         ledger is then as it was.
         """
-        edits, tags = _checked(edits), checked_tags(tags)
+        edits, tags = asked_edits(edits), checked_tags(tags)
         with self._store.writing(who, why) as events:
             state = State(events)
             pairs = [(state.asking(edit), edit) for edit in edits]
@@ -299,7 +299,7 @@ class Ledger:
         Tags are those of what is replaced unless given. Raises EditError where there is nothing to replace; else as
         `add`.
         """
-        edits = _checked(edits)
+        edits = asked_edits(edits)
         given = None if tags is None else checked_tags(tags)
         with self._store.writing(who, why) as events:
             state = State(events)
@@ -671,14 +671,6 @@ class Ledger:
         self._store.append(kind, events, who, why, added=added, removed=removed, values=found)
         if missed:
             _warn(f"{what}; they are in the ledger, but are left out of its update:\n{listed(missed)}", 4)
-
-
-def _checked(given: object) -> list[Edit]:
-    edits = checked_edits(given)
-    if not edits:
-        raise ArgumentError("edits: got none, wanted at least one")
-    find_conflicts(edits)
-    return edits
 
 
 def _delta_of(result: EditResult | None) -> Delta:
