@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from rome_fast import RomeFastError, Statistics, ValueSettings, collect_statisti
 from rome_fast.errors import ArgumentError, CheckpointError, StatisticsError
 from rome_fast.models.fingerprint import Fingerprint
 from rome_fast.models.runner import Runner
+from rome_fast.opening import checkpoints
 from rome_fast.statistics import Choice, LayerStatistics, StatisticsWarning, cache_folder, collect, statistics_cache
-from toys import D_FF, HIDDEN, KINDS, LAYERS, SENTENCES, toy_model
+from toys import D_FF, HIDDEN, KINDS, LAYERS, SENTENCES, save_toy, toy_model
 
 # C is quadratic in the keys, which lie in the first half of the model.
 ALLOWED = 2 * rounding(torch.float32, FORWARD / 2)
@@ -235,6 +237,31 @@ def test_statistics_of_what_was_edited_before_it_was_loaded_are_taken_with_a_war
         model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
     with pytest.raises(StatisticsError, match="the weights below layer 2 differ"):
         edited(model, tokenizer, END, layer=2, statistics=statistics)
+
+
+@pytest.mark.parametrize(("kind", "memory"), [("gpt2", None), ("llama", "1MiB")])
+def test_an_edited_checkpoint_takes_those_of_what_it_was(
+    kind, memory, toy_tokenizers, toy_statistics, empty_cache, tmp_path, monkeypatch
+):
+    """Its records say so, without a word; those of another edited copy were as near, and came first by their name."""
+    monkeypatch.setattr(checkpoints, "anonymous_bytes", lambda: 0)
+    model, tokenizer = toy_model(kind), toy_tokenizers[False]
+    source = save_toy(tmp_path / "source", model, tokenizer, max_shard_size="100KB")
+    entry = toy_statistics(model, False, 2).layers[2]
+    edited(source, tokenizer, END, layer=1, out=tmp_path / "first")
+    edited(tmp_path / "first", tokenizer, MIDDLE, layer=1, out=tmp_path / "edited")
+    Statistics([entry]).save(cache_folder(Runner(model), "z", [2]))
+    edited(model, tokenizer, START, layer=1)
+    other = LayerStatistics(2, 2 * torch.eye(D_FF), entry.tokens, Fingerprint.of(Runner(model), 2))
+    Statistics([other]).save(cache_folder(Runner(model), "a", [2]))
+
+    usual = {"layer": 2, "memory": memory}
+    found = edited(tmp_path / "edited", tokenizer, END, statistics=None, out=tmp_path / "one", **usual)
+    given = edited(tmp_path / "edited", tokenizer, END, statistics=Statistics([entry]), out=tmp_path / "two", **usual)
+    assert torch.equal(delta_w(found), delta_w(given))
+    shutil.rmtree(tmp_path / "edited" / "rome_fast")
+    with pytest.warns(StatisticsWarning, match="of layer 2 are of .* differs in down-projections below"):
+        edited(tmp_path / "edited", tokenizer, END, statistics=Statistics([entry]), out=tmp_path / "three", **usual)
 
 
 def test_the_cache_has_those_of_before_an_edit(toy_tokenizers, toy_statistics, empty_cache):

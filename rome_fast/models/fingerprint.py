@@ -6,13 +6,16 @@ what a fingerprint samples: an edit at layer l leaves it unchanged, and so does 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .runner import Runner
+
+Elements = Callable[[Tensor], Tensor]
+"""The elements of a weight at flat indices (n,) int64 on the CPU, on any device."""
 
 _SAMPLES = 8  # elements per parameter
 # A cast to bf16 moves a value by at most 2⁻⁹ of itself, twice for two models cast from one source.
@@ -32,7 +35,7 @@ class Fingerprint:
     edited: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, runner: Runner, layer: int, originals: Mapping[str, Tensor] | None = None) -> "Fingerprint":
+    def of(cls, runner: Runner, layer: int, originals: Mapping[str, Elements] | None = None) -> "Fingerprint":
         """That of a model at a layer, with `originals` in place of its parameters of these names."""
         config, originals = runner.model.config, originals or {}
         sites = {runner.weight_name(i) for i in range(layer) if runner.decoder.has_site(i)}
@@ -46,7 +49,7 @@ class Fingerprint:
             count, name = min(_SAMPLES, weight.numel()), names[id(weight)]
             index = torch.arange(count, device="cpu") * (weight.numel() - 1) // max(count - 1, 1)
             if name in originals:
-                picked.append(originals[name].reshape(-1)[index.to(originals[name].device)].cpu().float())
+                picked.append(originals[name](index).cpu().float())
             else:
                 picked.append(runner.elements(name, index).float())
             edited.append(torch.full((count,), name in sites, device="cpu"))

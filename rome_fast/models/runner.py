@@ -79,6 +79,8 @@ class Runner:
             raise ModelError(f"model: got {type(model).__name__}, wanted a transformers PreTrainedModel")
         self.model = model
         self.stream = stream  # for a model whose weights are read while it runs
+        # By parameter name, elements at flat indices (n,) int64 of what the edits recorded in its checkpoint overwrote.
+        self.overwritten: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self.decoder = Decoder(model)
         self.layers = self.decoder.layers
         self._embedding: Tensor = model.get_input_embeddings().get_parameter("weight")

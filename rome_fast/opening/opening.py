@@ -156,13 +156,13 @@ def open_checkpoint(
         model = checkpoints.load_model(directory, device=own, dtype=dtype, trust_remote_code=trust_remote_code)
         admit_model(model)
         align_(model)
-        return Opened(Runner(model), tokenizer, directory, converted)
+        return Opened(_with_its_past(Runner(model), directory), tokenizer, directory, converted)
     stream = outline.stream(on_read)
     if layers is None:
         stream = _at_its_layers(stream, outline, outlined, method, statistics, on_read)
     stack.enter_context(closing(stream))
     align_(stream.model)
-    return Opened(Runner(stream.model, stream), tokenizer, directory, converted)
+    return Opened(_with_its_past(Runner(stream.model, stream), directory), tokenizer, directory, converted)
 
 
 def open_to_read(
@@ -235,6 +235,11 @@ def check_weights(runner: Runner, layers: tuple[int, ...]) -> None:
             continue
         if not all(map(_is_finite, parameter.detach().reshape(-1).split(_CHECKED_AT_ONCE))):
             raise ModelError(f"model: {name} contains NaN or infinity; load an undamaged checkpoint")
+
+
+def _with_its_past(runner: Runner, directory: Path) -> Runner:
+    runner.overwritten = chains.overwritten(directory, runner.model)
+    return runner
 
 
 def _at_its_layers(

@@ -5,14 +5,16 @@ import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..assets import cache_dir
 from ..errors import ArgumentError, CheckpointError, StatisticsError
-from ..models.fingerprint import Fingerprint
+from ..models.fingerprint import Elements, Fingerprint
 from ..models.runner import Runner
 from ..models.verification import shared_out
 from ..opening.defaults import select
@@ -49,8 +51,8 @@ class Statistics:
         """The entry of a layer, checked to belong to this model, or to what it was before the edits that are in it.
 
         C is that of the unedited model for all edits that follow (as in MEMIT, Meng et al. 2023). Where it is not known
-        that those changed it, as of a checkpoint, a StatisticsWarning says so. Raises StatisticsError naming both
-        fingerprints for another model, layer or width.
+        that those changed it, as of a checkpoint without its records, a StatisticsWarning says so. Raises
+        StatisticsError naming both fingerprints for another model, layer or width.
         """
         self.check_layers([layer])
         entry = self.layers[layer]
@@ -175,13 +177,21 @@ def _of_most_tokens(runner: Runner, layer: int, unreadable: list[str]) -> LayerS
 
 
 def fingerprints_of(runner: Runner, layer: int) -> tuple[Fingerprint, Fingerprint]:
-    """Those of a model as it is, and as it was before the edits that are in it in memory."""
-    now, originals = Fingerprint.of(runner, layer), unedited_weights(runner.model)
+    """Those of a model as it is, and as it was before the edits that are in it, in memory or by its checkpoint."""
+    now = Fingerprint.of(runner, layer)
+    originals: dict[str, Elements] = {}
+    for name, weight in unedited_weights(runner.model).items():
+        originals[name] = partial(_elements, weight)
+    originals |= runner.overwritten
     return now, Fingerprint.of(runner, layer, originals) if originals else now
 
 
+def _elements(weight: Tensor, index: Tensor) -> Tensor:
+    return weight.reshape(-1)[index.to(weight.device)]
+
+
 def is_of(fingerprint: Fingerprint, runner: Runner, layer: int) -> bool:
-    """Whether it is that of this model, or of what it was before the edits that are in it in memory."""
+    """Whether it is that of this model, or of what it was before the edits that are known to be in it."""
     return any(fingerprint.matches(own) for own in fingerprints_of(runner, layer))
 
 

@@ -9,15 +9,18 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import ArgumentError, CheckpointError
+from ..models import Decoder
 from ..opening.checkpoints import versions
 from ..weights import (
     FOLDER,
@@ -26,12 +29,15 @@ from ..weights import (
     change,
     changing,
     load_tensors,
+    read_header,
     recover,
     save_tensors,
+    stored_name,
     write_edited,
     write_new,
 )
 from ..weights.files import Content, copy_file
+from ..weights.header import read_elements
 from .delta import Delta
 
 RECORD_FILE = "record.json"
@@ -160,6 +166,27 @@ def originals_of(directory: str | Path) -> dict[str, Tensor]:
             raise CheckpointError("; ".join(faults))
         originals |= found
     return originals
+
+
+def overwritten(directory: str | Path, model: PreTrainedModel) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What the edits of a checkpoint overwrote, by parameter name, as it was before the first of them.
+
+    Elements at flat indices (n,) int64 are read when they are asked for, and not checked. What cannot be read is left
+    out, or is that of a later edit: this serves to recognise a model, never to restore one.
+    """
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for edit in reversed(edits_of(directory)):
+        with suppress(CheckpointError):
+            header = read_header(edit.directory / edit.originals)
+            found |= {name: partial(read_elements, header, name) for name in header.tensors}
+    by_parameter: dict[str, Callable[[Tensor], Tensor]] = {}
+    if found:
+        checkpoint, decoder = Checkpoint.open(directory), Decoder(model)
+        for layer in filter(decoder.has_site, range(len(decoder.layers))):
+            name = decoder.weight_name(layer)
+            with suppress(CheckpointError, KeyError):
+                by_parameter[name] = found[stored_name(checkpoint, name, model)]
+    return by_parameter
 
 
 def check_continues(directory: str | Path) -> None:

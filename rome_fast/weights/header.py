@@ -85,6 +85,19 @@ def read_tensor(header: Header, name: str) -> torch.Tensor:
     return data.view(entry.dtype).reshape(entry.shape)
 
 
+def read_elements(header: Header, name: str, index: torch.Tensor) -> torch.Tensor:
+    """(n,) elements of a tensor at flat indices (n,) int64, and nothing else of it; raises CheckpointError."""
+    entry = header.tensors[name]
+    out = torch.empty(len(index), dtype=entry.dtype, device="cpu")
+    size, raw = entry.dtype.itemsize, out.view(torch.uint8).numpy().data
+    with os_errors(f"reading {name} from {header.path}"), header.path.open("rb") as file:
+        for i, at in enumerate(index.tolist()):
+            file.seek(header.data_start + entry.begin + at * size)
+            if file.readinto(raw[i * size : (i + 1) * size]) != size:
+                raise CheckpointError(f"{header.path}: it ends within {name}; the file was cut after opening")
+    return out
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` for json: ValueError for a repeated key and for one that is not Unicode text."""
     result: dict[str, Any] = {}
