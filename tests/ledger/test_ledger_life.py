@@ -40,7 +40,7 @@ def test_the_whole_life_of_ten_facts(toy, toy_statistics, capsys):
     # Where a reader's come from: the cache.
     entries = [toy_statistics(model, False, layer).layers[layer] for layer in (0, LAYER)]
     Statistics(entries).save(cache_folder(Runner(model), "model", [0, LAYER]))
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     usual = "guard='off', unconverged='write', settings={'steps': 3, 'stop': 'loss'}"
     made = 'Ledger.create("facts", model, tokenizer'
     assert code.count(made) == 1
