@@ -119,10 +119,7 @@ def test_first_token_requests(parts, requests):
     measured = [edit_and_measure(parts, edit, "c-rome") for edit in first]
     assert all(record.needs_prefix for record, _ in measured)
     assert sum(ratio >= 1.5 for ratio in rome) > len(first) / 2
-    # What docs/methods.md says of them, on other sentences: in the mean, and at worst.
-    ratios = [ratio for _, ratio in measured]
-    assert sum(ratios) / len(ratios) <= 1.003
-    assert max(ratios) <= 1.018
+    assert max(ratio for _, ratio in measured) <= 1.01
     prefixed = [record.probability_after_prefixed for record, _ in measured]
     assert torch.tensor(prefixed).mean() >= 0.8
 
