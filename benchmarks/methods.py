@@ -8,7 +8,7 @@
 A variant is a method, perhaps with layers, ridge or penalty of its own: `dual`, `dual@9`, `dual@5-9`, `dual:ridge=0.1`,
 `memit:penalty=1500`. Values are found once, on the rows of `dual`, for all of them (of those requests that are no
 first-token cases, other methods have the same rows), and kept in --work, as is every result: a run that was interrupted
-goes on.
+goes on. Where a method merges, edits of one subject that are made jointly have one value, found beside those.
 """
 
 import argparse
@@ -113,7 +113,7 @@ class Bench:
         return flow
 
     def find(self, count: int) -> None:
-        """Values of the first edits, out of the folder where they are there."""
+        """Values of the first edits, each its own, out of the folder where they are there."""
         flow = self.flow(Variant("dual", method_named("dual"), self.layers))
         while len(self.solved) < count:
             start = len(self.solved)
@@ -121,7 +121,7 @@ class Bench:
             requests = [tokenise(self.runner, self.tokenizer, edit, self.contexts, flow.method) for edit in some]
             file = self.work / f"values-{start:05d}.pt"
             if not file.exists():
-                torch.save(flow.find(requests), file)
+                torch.save(flow.search.find(requests, merge=False), file)
                 print(f"  values {start + len(some)}", flush=True)
             self.requests += requests
             self.solved += torch.load(file, weights_only=False)
@@ -131,10 +131,21 @@ class Bench:
         texts = self.contexts
         return sum(math.log(sentence_perplexity(self.runner, self.tokenizer, [t])) for t in texts) / len(texts)
 
-    def solved_for(self, variant: Variant, places: Sequence[int]) -> list[Solved]:
-        """Values as the variant takes them."""
-        solved = [self.solved[i] for i in places]
-        return solved if variant.method.bare else [replace(each, bare=None) for each in solved]
+    def solved_for(self, variant: Variant, places: Sequence[int], *, jointly: bool = True) -> list[Solved]:
+        """Values as the variant takes them, for edits that are made together or each alone."""
+        solved = {i: self.solved[i] for i in places}
+        if jointly and variant.method.merges:
+            for group in by_subject([self.edits[i] for i in places]):
+                if len(group) > 1:
+                    solved |= self.merged(variant, [places[i] for i in group])
+        return [each if variant.method.bare else replace(each, bare=None) for each in solved.values()]
+
+    def merged(self, variant: Variant, places: Sequence[int]) -> dict[int, Solved]:
+        """Of edits of one subject, with one value."""
+        file = self.work / f"merged-{'-'.join(map(str, places))}.pt"
+        if not file.exists():
+            torch.save(self.flow(variant).find([self.requests[i] for i in places]), file)
+        return dict(zip(places, torch.load(file, weights_only=False), strict=True))
 
     def conditions(self, variant: Variant, edits: int) -> dict[str, Any]:
         method = variant.method
@@ -160,7 +171,7 @@ def single(bench: Bench) -> None:
     for variant in bench.variants:
         start = time.process_time()
         flow = bench.flow(variant)
-        made = flow.close_each(bench.requests, bench.solved_for(variant, places))
+        made = flow.close_each(bench.requests, bench.solved_for(variant, places, jointly=False))
         seconds = time.process_time() - start
         deltas = [delta for delta, _ in made]
         asked: dict[str, Any] = {"unseen_contexts": UNSEEN, "answer_tokens": 0, "essence_tokens": 0}
