@@ -280,14 +280,16 @@ def memit(
     moments: dict[int, Tensor] | None,  # C by layer
     penalty: float,
     earlier: dict[int, Tensor] | None = None,
+    norm_penalty: float = 0.0,
 ) -> tuple[Updates, dict[int, Tensor]]:
-    """R K^T (penalty C + K K^T)^-1 layer by layer; the updates, and K of every layer.
+    """R K^T (penalty C + norm_penalty I + K K^T)^-1 layer by layer; the updates, and K of every layer.
 
     `earlier` are the keys K_p of earlier batches, whose K_p K_p^T is added to what is inverted.
     """
 
     def update(layer: int, k: Tensor, r: Tensor) -> Tensor:
         matrix = penalty * moment_or_identity(None if moments is None else moments[layer], len(k)) + k @ k.T
+        matrix = matrix + norm_penalty * torch.eye(len(k), dtype=torch.float64)
         if earlier is not None:
             matrix = matrix + earlier[layer] @ earlier[layer].T
         return torch.linalg.solve(matrix, k @ r.T).T

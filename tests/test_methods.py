@@ -48,6 +48,7 @@ EDITS = (START, MIDDLE, Edit("{} is the capital of", "Berlin", "France"), END)
 DUAL = replace(METHODS["dual"], ridge=0.03)
 MEMIT = replace(METHODS["memit"], penalty=D_FF / 4)
 HISTORY = replace(METHODS["memit-history"], penalty=D_FF / 4)
+ENCORE = replace(METHODS["encore"], penalty=D_FF / 4)
 ALPHAEDIT = {
     "llama": replace(METHODS["alphaedit"], penalty=3.0, null_space=0.7),
     "gpt2": replace(METHODS["alphaedit"], penalty=0.5, null_space=0.11),
@@ -160,6 +161,32 @@ def test_memit_holds_what_earlier_batches_asked_for(kind, edit_toy, found, toy_t
         got = updates_of(model, result)
         assert worst_error(got, added(first, right)) < allowed(moments(kind).values())
         assert worst_error(got, added(first, wrong)) > 1e-3
+
+
+@pytest.mark.parametrize("statistics", ["C", "identity"])
+def test_encore_is_that_of_the_textbook(statistics, edit_toy, found, toy_tokenizers, moments):
+    """Two batches; the update's own norm counts in both."""
+    kind, given = "llama", {"statistics": "identity"} if statistics == "identity" else {}
+    moment = None if given else moments(kind)
+    model, result = edit_toy(kind, EDITS, ENCORE, schedule="sequential", batch_size=2, **given)
+    batches = [all_placed(toy_tokenizers[False], EDITS[2 * i : 2 * i + 2], group) for i, group in enumerate(found)]
+
+    def wanted(norm_penalty):
+        first, keys = oracle.memit(
+            toy_model(kind), batches[0], SPREAD, moment, ENCORE.penalty, norm_penalty=norm_penalty
+        )
+        then = written(toy_model(kind), first)
+        return added(first, oracle.memit(then, batches[1], SPREAD, moment, ENCORE.penalty, keys, norm_penalty)[0])
+
+    got = updates_of(model, result)
+    assert worst_error(got, wanted(20.0)) < allowed(moments(kind).values())
+    assert worst_error(got, wanted(0.0)) > 1e-2
+
+
+def test_a_norm_penalty_is_beside_a_penalty():
+    for wrong in ({"penalty": 0.0}, {"norm_penalty": -1.0}, {"null_space": 0.1}):
+        with pytest.raises(ArgumentError, match="norm_penalty"):
+            replace(ENCORE, **wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-METHODS = ("rome", "c-rome-released", "c-rome", "p-rome", "dual", "emmet", "memit", "memit-history", "alphaedit")
+METHODS = (
+    "rome",
+    "c-rome-released",
+    "c-rome",
+    "p-rome",
+    "dual",
+    "emmet",
+    "memit",
+    "memit-history",
+    "encore",
+    "alphaedit",
+)
 """Those of `rome_fast.methods`, which takes torch to be imported."""
 
 _MOST_LISTED = 10

@@ -253,8 +253,11 @@ class Closing:
             places = [i for i, first in enumerate(first_token) if first == held]
             if not places:
                 continue
-            factor = geometry.held if held and geometry.held is not None else geometry.factor
             some = [sources[i] for i in places]
+            if held and geometry.held is not None:
+                factor: Tensor | None = geometry.held
+            else:
+                factor = geometry.factor_of(self.method.added_to_moment, some[0].shape[1], some[0].device)
             groups = torch.cat([torch.full((len(k),), i, device=k.device) for i, k in enumerate(some)])
             keys = torch.cat(some).to(self._wide)
             if self.method.null_space is None:

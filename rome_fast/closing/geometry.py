@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..methods import hold_first_tokens, project_on_null_space
+from ..methods import hold_first_tokens, project_on_null_space, raised_factor
 from ..models.runner import Runner
 from ..statistics import LayerStatistics, Statistics
 
@@ -20,6 +20,15 @@ class Geometry:
     moment: Tensor | None = None  # C itself, for its null space; None for C = I
     limit: float | None = None  # ‖Δ‖ / ‖W‖ of one edit above which a collapse is predicted; None for the usual one
     _projection: tuple[float, Tensor] | None = field(default=None, repr=False)
+    _raised: tuple[float, Tensor] | None = field(default=None, repr=False)
+
+    def factor_of(self, added: float, width: int, device: torch.device) -> Tensor | None:
+        """Of C + added · I, kept for the next call; None for I alone."""
+        if not added:
+            return self.factor
+        if self._raised is None or self._raised[0] != added:
+            self._raised = added, raised_factor(self.factor, added, width).to(device)
+        return self._raised[1]
 
     def projection(self, threshold: float, width: int, device: torch.device) -> Tensor:
         """P of AlphaEdit, (d_ff, d_ff) fp64, kept for the next call."""

@@ -4,15 +4,24 @@ A new method is one file that says what it is, and its line in `METHODS`.
 """
 
 from ..errors import ArgumentError
-from . import alphaedit, c_rome, c_rome_released, dual, emmet, memit, memit_history, p_rome, rome
-from .closed_form import FIRST_TOKEN_WEIGHT, Cost, Factors, close, cost_of, hold_first_tokens, project_on_null_space
+from . import alphaedit, c_rome, c_rome_released, dual, emmet, encore, memit, memit_history, p_rome, rome
+from .closed_form import (
+    FIRST_TOKEN_WEIGHT,
+    Cost,
+    Factors,
+    close,
+    cost_of,
+    hold_first_tokens,
+    project_on_null_space,
+    raised_factor,
+)
 from .method import Column, Keys, Method
 
 DEFAULT_METHOD = "dual"
 
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD
-    for module in (rome, c_rome_released, c_rome, p_rome, dual, emmet, memit, memit_history, alphaedit)
+    for module in (rome, c_rome_released, c_rome, p_rome, dual, emmet, memit, memit_history, encore, alphaedit)
 }
 
 
@@ -39,4 +48,5 @@ __all__ = [
     "hold_first_tokens",
     "method_named",
     "project_on_null_space",
+    "raised_factor",
 ]

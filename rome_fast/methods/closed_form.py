@@ -68,6 +68,16 @@ def hold_first_tokens(factor: Tensor | None, first_tokens: Tensor) -> Tensor:
     return both
 
 
+def raised_factor(factor: Tensor | None, added: float, width: int) -> Tensor:
+    """Lower Cholesky factor of C + added · I, (d_ff, d_ff) fp64, from that of C (None for C = I)."""
+    if factor is None:
+        return math.sqrt(1 + added) * torch.eye(width, dtype=torch.float64, device="cpu")
+    lower = factor.to(torch.float64)
+    raised = lower @ lower.T
+    raised.diagonal().add_(added)
+    return torch.linalg.cholesky(raised)
+
+
 def project_on_null_space(moment: Tensor, threshold: float) -> Tensor:
     """P of AlphaEdit, (d_ff, d_ff) fp64: the projection on the eigenvectors of C with eigenvalues below the threshold.
 

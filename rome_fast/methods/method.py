@@ -47,6 +47,7 @@ class Method:
     ridge_per_edit: float = 0.0
     largest_ridge: float = math.inf
     penalty: float = 0.0  # S = penalty · I: λ of MEMIT, the L2 of AlphaEdit
+    norm_penalty: float = 0.0  # α of ENCORE: C + (α / penalty) · I is solved with in place of C
     null_space: float | None = None  # the eigenvalue of C below which a direction belongs to its null space
     remembers: bool = False  # keys of earlier batches are columns with a residual of zero
     # Edits of one subject that are made together have one value, found on the rows of all of them, as their keys are
@@ -70,10 +71,20 @@ class Method:
                 f"columns: got an unprefixed key for method {self.name!r} of prefixed rows, wanted rows='all' or "
                 "bare=True, as first tokens have no unprefixed row otherwise"
             )
+        if self.norm_penalty and (self.penalty <= 0 or self.norm_penalty < 0 or self.null_space is not None):
+            raise ArgumentError(
+                f"norm_penalty: got {self.norm_penalty:g} for method {self.name!r}, wanted a number from 0 on beside a "
+                "penalty above 0, and no null space"
+            )
 
     def ridge_of(self, edits: int) -> float:
         """Of so many edits made together."""
         return max(self.ridge, min((edits * self.ridge_per_edit) ** 1.5, self.largest_ridge))
+
+    @property
+    def added_to_moment(self) -> float:
+        """What C has added to its diagonal."""
+        return self.norm_penalty / self.penalty if self.norm_penalty else 0.0
 
     @property
     def base(self) -> Keys:
