@@ -2,7 +2,8 @@
 
     python benchmarks/survival.py --edits edits.jsonl --work work --counts 100 500 1000 2000
 
-"ledger": all edits so far are closed together, on the base model, as `rome_fast.Ledger` does after every change; the
+"ledger": all edits so far are closed together, on the base model, as `rome_fast.Ledger` does after every change, and in
+"ledger+edited" each batch's values are found with the update of those before in the model, as by add(on="edited"); the
 others change the weights as edited so far, batch after batch. What a way remembers of earlier batches is part of the
 method (`memit-history`, `encore`, `alphaedit`), or "dual+history"; methods take options, as in `methods.py`. Values are
 those found on the unedited model, the same for all ways, unless --anew: then each batch's are found on the model as
@@ -22,40 +23,62 @@ import torch
 from methods import Bench, Variant, means, reading, rows, write
 from rome_fast import Edit
 from rome_fast.assets import model_dir
+from rome_fast.closing.rebasing import rebased
+from rome_fast.search.search import Solved
 from rome_fast.updates.delta import Delta
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = RESULTS / "survival.csv"
 FIGURE = TABLE.with_suffix(".png")
 # λ as it suits a small model: of the published 15,000 there is little left of an edit (docs/methods.md).
-WAYS = ("ledger", "dual", "dual+history", "memit-history:penalty=1500", "encore:penalty=1500", "alphaedit")
+WAYS = (
+    "ledger",
+    "ledger+edited",
+    "dual",
+    "dual+history",
+    "memit-history:penalty=1500",
+    "encore:penalty=1500",
+    "alphaedit",
+)
 FIRST = 100  # of the edits, whose fate is measured apart; and as many last ones
 EVALUATED = 50  # of all edits, of the first and of the last ones, evenly spaced each
 
 
 def states(bench: Bench, way: str, counts: Sequence[int], batch: int, anew: bool) -> Iterator[tuple[int, list[float]]]:
     """The model with so many edits, one count after the other, and ‖ΔW‖ / ‖W‖ of its layers."""
-    name, _, remembers = way.partition("+")
-    variant = Variant.parse("dual" if way == "ledger" else name, bench.model.config)
-    if remembers:
+    name, _, option = way.partition("+")
+    ledger, on_edited = name == "ledger", option == "edited"
+    variant = Variant.parse("dual" if ledger else name, bench.model.config)
+    if option == "history":
         variant = replace(variant, method=replace(variant.method, remembers=True))
     names = [bench.runner.weight_name(layer) for layer in variant.layers]
     before = {name: bench.model.get_parameter(name).detach().clone() for name in names}
     places = range(bench.first, bench.first + max(counts))
     made: list[Delta] = []
+    so_far: list[Solved] = []
     flow = bench.flow(variant)
     edges = [0, *counts] if way == "ledger" else [*range(0, max(counts), batch), max(counts)]
     for start, stop in pairwise(edges):
         some = places[0 if way == "ledger" else start : stop]
-        if way == "ledger" and made:
-            made.pop().revert(bench.model)
-        if anew and way != "ledger":
-            solved = flow.find([bench.requests[i] for i in some])
-        else:
+        if on_edited:
+            requests = [bench.requests[i] for i in some]
+            found = flow.search.find(requests, merge=False)
+            if made:
+                update = made.pop()
+                update.revert(bench.model)
+                found = rebased(bench.runner, flow.search, found, update)
+            so_far += found
+            solved = list(so_far)
+        elif ledger or not anew:
+            if ledger and made:
+                made.pop().revert(bench.model)
             solved = bench.solved_for(variant, some)
+        else:
+            solved = flow.find([bench.requests[i] for i in some])
         solved = [each for each in solved if each.finite]
         closed = flow.closing.close(solved, flow.search)
-        flow.closing.remember(closed)
+        if not ledger:
+            flow.closing.remember(closed)
         made.append(flow.closing.delta(closed))
         made[-1].apply(bench.model)
         if stop in counts:
@@ -77,8 +100,8 @@ def measured(bench: Bench, edits: Sequence[Edit]) -> dict[str, float]:
 
 
 def run(bench: Bench, ways: Sequence[str], counts: Sequence[int], batch: int, anew: bool) -> None:
-    values = "as edited so far" if anew else "unedited model"
     for way in ways:
+        values = "as edited so far" if anew or way.endswith("+edited") else "unedited model"
         done = {
             int(row["edits"])
             for row in rows(TABLE)

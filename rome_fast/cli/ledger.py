@@ -68,8 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         edits_arguments(sub, duplicates="error")
         chat_arguments(sub)
         sub.add_argument("--tags", nargs="+", metavar="TAG", help="to find them by")
+        sub.add_argument(
+            "--on",
+            choices=("base", "edited"),
+            default="base",
+            help="what values are found on: the base model, or that with all edits that are in the ledger",
+        )
         _said(sub)
-        _on_model(sub, statistics=False)
+        _on_model(sub, statistics=True)
     sub = action("remove", _remove, "take entries out")
     sub.add_argument("ids", nargs="*", metavar="ID", help="or its first characters")
     _conditions(sub)
@@ -185,7 +191,8 @@ def _put(arguments: argparse.Namespace, method: Callable[["Ledger"], Callable[..
     with progress("values", "edits") as (advance, reading):
         ledger = _opened(arguments, reading)
         before = {entry.edit.question: entry for entry in ledger.entries()}
-        ids = method(ledger)(edits, who=arguments.who, why=arguments.why, progress=advance, **tags)
+        said = {"who": arguments.who, "why": arguments.why, "on": arguments.on}
+        ids = method(ledger)(edits, progress=advance, **said, **tags)
     for id, edit in zip(ids, edits, strict=True):
         old = before.get(edit.question)
         was = f" (was {old.edit.target!r})" if old is not None and old.id != id else ""

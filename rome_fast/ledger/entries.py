@@ -12,6 +12,9 @@ from ..edits import Edit, Probe
 from ..errors import ArgumentError, CheckpointError, EditError
 from ..search.requests import Request, by_subject
 
+FoundOn = Literal["base", "edited"]
+"""What a value was found on: the base, or the base with the update of all that was in the ledger then."""
+
 Kind = Literal["add", "replace", "remove", "merge", "compact", "find"]
 """What an event does; "find" puts in values alone, of entries of one subject that are made together."""
 
@@ -31,6 +34,7 @@ class Entry:
     converged: bool  # whether a value was found; without one it is left out whenever the ledger is closed
     loss: float  # at the value; NaN or infinite where there is none
     steps: int
+    found_on: FoundOn = "base"
     event: int = 0  # the number of the event that put it in or changed it last
     time: str = ""  # of that event, as are the next two; of one that merged or compacted, of the event before
     who: str | None = None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ from .base import Base
 from .entries import (
     Entry,
     Event,
+    FoundOn,
     Kind,
     State,
     checked_tags,
@@ -253,16 +254,21 @@ class Ledger:
         tags: Sequence[str] = (),
         who: str | None = None,
         why: str | None = None,
+        on: FoundOn = "base",
         progress: Progress | None = None,
     ) -> list[str]:
-        """Find the values of new edits, on the base model, and put them in; returns the ids of all, in their order.
+        """Find the values of new edits and put them in; returns the ids of all, in their order.
 
+        They are found on the base model or, with on="edited", on the base with the update of all that is in by then,
+        which suits many edits better, and makes a value depend on what was there. Values that facts of one subject
+        share are found on the base in any case.
         What is in already gets the tags only, with a LedgerWarning where it has them. One whose value was not found is
         put in with a LedgerWarning, or as `unconverged` of `create` says. Raises EditError where the same prompt and
         subject is there with another target, ArgumentError, ModelError, ConvergenceError and CheckpointError; the
         ledger is then as it was.
         """
         edits, tags = asked_edits(edits), checked_tags(tags)
+        self._check_on(on)
         with self._store.writing(who, why) as events:
             state = State(events)
             pairs = [(state.asking(edit), edit) for edit in edits]
@@ -282,7 +288,7 @@ class Ledger:
                 if e is None or e not in kept
             }
             if wanted:
-                self._put("add", events, wanted, [], who, why, progress)
+                self._put("add", events, wanted, [], who, why, on, progress)
         return [request_id(edit) for edit in edits]
 
     def replace(
@@ -292,6 +298,7 @@ class Ledger:
         tags: Sequence[str] | None = None,
         who: str | None = None,
         why: str | None = None,
+        on: FoundOn = "base",
         progress: Progress | None = None,
     ) -> list[str]:
         """Put edits in the place of those with the same prompt and subject; returns the ids of all, in their order.
@@ -301,6 +308,7 @@ class Ledger:
         """
         edits = asked_edits(edits)
         given = None if tags is None else checked_tags(tags)
+        self._check_on(on)
         with self._store.writing(who, why) as events:
             state = State(events)
             pairs = [(state.asking(edit), edit) for edit in edits]
@@ -315,7 +323,7 @@ class Ledger:
             }
             gone = [e.id for e, edit in found if e.id != request_id(edit)]
             if wanted:
-                self._put("replace", events, wanted, gone, who, why, progress)
+                self._put("replace", events, wanted, gone, who, why, on, progress)
         return [request_id(edit) for edit in edits]
 
     def remove(
@@ -595,6 +603,22 @@ class Ledger:
         }
         return result
 
+    def _check_on(self, on: FoundOn) -> None:
+        if on not in get_args(FoundOn):
+            raise ArgumentError(f"on: got {on!r}, wanted one of {', '.join(map(repr, get_args(FoundOn)))}")
+        if on == "edited" and self._model.runner.stream is not None:
+            raise ArgumentError(
+                "on: got 'edited' for a base that is read while it runs; open the ledger without memory"
+            )
+
+    def _update_without(self, events: Sequence[Event], removed: Sequence[str]) -> Delta | None:
+        """That of the entries which stay when these go; None where it is of none. Inside `unedited`."""
+        stay = [entry for id, entry in State(events).items() if id not in removed]
+        if not stay:
+            return None
+        delta = self._model.close([entry.request for entry in stay], self._found_for(events, stay)).delta
+        return delta if delta.updates else None
+
     def _names(self, entries: Sequence[Entry]) -> dict[str, str]:
         return value_names(entries, merges=self.base.method.merges)
 
@@ -633,6 +657,7 @@ class Ledger:
         removed: Sequence[str],
         who: str | None,
         why: str | None,
+        on: FoundOn,
         progress: Progress | None,
     ) -> None:
         """Put in edits with their tags by id, of which those values are searched that were not found before."""
@@ -642,7 +667,8 @@ class Ledger:
         found: dict[str, Solved] = {}
         if new:
             with self._model.unedited():
-                requests, solved = self._model.find([wanted[id][0] for id in new], progress)
+                update = self._update_without(events, removed) if on == "edited" else None
+                requests, solved = self._model.find([wanted[id][0] for id in new], progress, update)
             for id, request, each in zip(new, requests, solved, strict=True):
                 found[id] = each
                 before[id] = Entry(
@@ -654,6 +680,7 @@ class Ledger:
                     each.found,
                     each.value.losses[-1],
                     len(each.value.losses),
+                    "base" if update is None else on,
                 )
         added = [
             replace(before[id], edit=edit, tags=tags, time="", who=None, why=None)

@@ -18,6 +18,7 @@ from ..closing.flow import Flow
 from ..closing.geometry import Geometries
 from ..closing.history import History
 from ..closing.neighbours import tell_nearest
+from ..closing.rebasing import rebased
 from ..editor import checked_statistics
 from ..edits import Edit
 from ..errors import CheckpointError
@@ -137,11 +138,20 @@ class Working:
                 if delta is not None and self.applied is delta:
                     delta.apply(self.model)
 
-    def find(self, edits: Sequence[Edit], progress: Progress | None) -> tuple[list[Request], list[Solved]]:
-        """The value of every edit alone, on the base; inside `unedited`."""
+    def find(
+        self, edits: Sequence[Edit], progress: Progress | None, update: Delta | None = None
+    ) -> tuple[list[Request], list[Solved]]:
+        """The value of every edit alone, on the base or with an update in it; inside `unedited`."""
         requests, search = self._tokenised(edits), self._searching(Clock(self.runner.device))
         search.progress, search.total, search.done = progress, len(edits), 0
-        return requests, search.find(requests, merge=False)
+        if update is None:
+            return requests, search.find(requests, merge=False)
+        update.apply(self.model)
+        try:
+            solved = search.find(requests, merge=False)
+        finally:
+            update.revert(self.model)
+        return requests, rebased(self.runner, search, solved, update)
 
     def find_merged(self, groups: Sequence[Sequence[Edit]]) -> list[list[Solved]]:
         """The values of edits of one subject each that are made together, as `apply_edits` finds them.
