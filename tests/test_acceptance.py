@@ -1,4 +1,4 @@
-"""What the project promises, on SmolLM2 and requests of CounterFact. Slow: `make acceptance`, well over half an hour.
+"""What the project promises, on SmolLM2 and requests of CounterFact. Slow: `make acceptance`, over an hour.
 
 Needs development data in `../shared/data` beside the repository, and says so where it is not there.
 """
@@ -48,6 +48,18 @@ def parts():
     sentences = [entry["Text"] for entry in json.loads((DATA / "ME-PPL_50.json").read_text())]
     base = sentence_perplexity(Runner(model), tokenizer, sentences)
     return model, tokenizer, Statistics.load(statistics_dir()), sample_contexts(model, tokenizer), sentences, base
+
+
+@pytest.fixture(scope="module")
+def more_sentences(parts):
+    """The same with 300 sentences to measure perplexity on, for what is promised of single edits.
+
+    On the 50, resampled, the ratio of an edit of *Japan* has a standard error of 0.005 by c-rome and of 0.02 by dual,
+    about as much as what it is bounded by.
+    """
+    model, tokenizer, *others = parts[:4]
+    sentences = [entry["Text"] for entry in json.loads((DATA / "ME-PPL_1k.json").read_text())][:300]
+    return model, tokenizer, *others, sentences, sentence_perplexity(Runner(model), tokenizer, sentences)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +123,12 @@ def test_normal_requests(parts, requests):
     assert abs(sum(ratio for _, ratio in measured) / len(measured) - 1) <= 0.01
 
 
-def test_first_token_requests(parts, requests):
+def test_first_token_requests(parts, more_sentences, requests):
     """ROME collapses most of them; C-ROME none, and its facts answer behind a prefix."""
     first = requests[0]
     assert len(first) == 10
     rome = [edit_and_measure(parts, edit, "rome")[1] for edit in first]
-    measured = [edit_and_measure(parts, edit, "c-rome") for edit in first]
+    measured = [edit_and_measure(more_sentences, edit, "c-rome") for edit in first]
     assert all(record.needs_prefix for record, _ in measured)
     assert sum(ratio >= 1.5 for ratio in rome) > len(first) / 2
     assert max(ratio for _, ratio in measured) <= 1.01
@@ -164,20 +176,21 @@ def test_batches_equal_the_baseline(parts, count):
     assert between <= 3 * errors[1]
 
 
-def test_first_tokens_without_a_prefix(parts, requests):
+def test_first_tokens_without_a_prefix(more_sentences, requests):
     """By dual they answer with and without one, at little cost, and other first tokens in their place do not."""
-    tokenizer, measured = parts[1], []
+    tokenizer, measured = more_sentences[1], []
     for edit in requests[0]:
         others = [Edit(edit.prompt, word, edit.target) for word in OTHERS.split() if word != edit.subject]
         others = [other for other in others if needs_prefix(edit_rows(tokenizer, other, [""], target=False)[0])][:20]
         assert len(others) == 20
-        measured.append(edit_and_measure(parts, edit, "dual", [asked(tokenizer, other) for other in others]))
+        measured.append(edit_and_measure(more_sentences, edit, "dual", [asked(tokenizer, other) for other in others]))
         print(f"  rise of P(target) for 20 other subjects: {measured[-1][2]:.3f}", flush=True)
     records, ratios, rises = zip(*measured, strict=True)
     assert sum(record.probability_after for record in records) / len(records) >= 0.9
     assert sum(record.probability_after_prefixed for record in records) / len(records) >= 0.8
     assert sum(not record.needs_prefix for record in records) >= 9
     assert sum(ratios) / len(ratios) <= 1.02
+    assert max(ratios) <= 1.03
     assert sum(rises) / len(rises) < 0.1
 
 
