@@ -1,6 +1,7 @@
 """Values that are found on the model with all that is in the ledger in it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,19 @@ def test_a_value_stays_when_what_it_was_found_with_goes(make, no_search):
     ledger.add(END)
     assert ledger.entry(id).found_on == "edited"
     assert torch.equal(value_of(ledger, id).value.delta, delta)
+
+
+def test_facts_that_were_never_made_together_before_are_found_on_the_way(make):
+    """What is left of three facts of one subject has a value of its own, which the update to find others on needs."""
+    ledger = make("edited", "spread")
+    ids = ledger.add([replace(END, prompt=f"{word} {END.prompt}") for word in ("Often", "Today", "Then")])
+    ledger.remove(ids[0])
+    (id,) = ledger.add(MIDDLE, on="edited")
+    assert ledger.entry(id).found_on == "edited"
+    before = bytes_of(ledger.close())
+    assert [event.number for event in ledger.log()] == list(range(1, len(ledger.log()) + 1))
+    again = Ledger.open(ledger.folder, copy_of_base(), ledger._model.tokenizer, statistics="identity")
+    assert bytes_of(again.close()) == before
 
 
 def test_what_is_refused(make, no_search, tmp_path, toy_tokenizers, monkeypatch):
