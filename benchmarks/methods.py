@@ -47,7 +47,6 @@ SUBJECTS = RESULTS / "methods_subjects.csv"
 FIGURE = JOINT.with_suffix(".png")
 TOKENS = 60_000  # of the statistics
 FOUND_AT_ONCE = 50
-FEW = 50  # sentences for the perplexity of every single edit
 EVALUATED = 40  # of a joint point's edits, evenly spaced
 
 
@@ -76,7 +75,15 @@ class Variant:
 class Bench:
     """A model, some requests with their values, and what is measured on them."""
 
-    def __init__(self, source: Path, work: Path, file: Path, normal: int, variants: Sequence[str]) -> None:
+    def __init__(
+        self,
+        source: Path,
+        work: Path,
+        file: Path,
+        normal: int,
+        variants: Sequence[str],
+        sentences: Path | None = None,  # a file with one a line
+    ) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
         self.name = source.name
@@ -93,7 +100,8 @@ class Bench:
             collect_statistics(self.model, self.tokenizer, texts, missing, TOKENS, out=folder)
         self.statistics = Statistics.load(folder)
         self.contexts = sample_contexts(self.model, self.tokenizer)
-        self.sentences = held_out_sentences(50)
+        own = None if sentences is None else sentences.read_text(encoding="utf-8").splitlines()
+        self.sentences = held_out_sentences(50) if own is None else [line for line in own if line.strip()]
         self.base = sentence_perplexity(self.runner, self.tokenizer, self.sentences)
         self.nll = self.context_nll()
         edits = one_each(load_edits(file))
@@ -160,6 +168,7 @@ class Bench:
             "device": "cpu",
             "threads": torch.get_num_threads(),
             "statistics": f"{self.statistics.layers[variant.layers[-1]].tokens} tokens",
+            "sentences": len(self.sentences),
             "torch": torch.__version__,
         }
 
@@ -177,9 +186,7 @@ def single(bench: Bench) -> None:
         asked: dict[str, Any] = {"unseen_contexts": UNSEEN, "answer_tokens": 0, "essence_tokens": 0}
         figures = evaluate(bench.model, bench.tokenizer, bench.edits, deltas=deltas, **asked)
         updates = RowUpdates.of(bench.runner, deltas)
-        few = bench.sentences[:FEW]
-        base = sentence_perplexity(bench.runner, bench.tokenizer, few)
-        ratios = [p / base for p in edited_perplexities(bench.runner, bench.tokenizer, few, updates)]
+        ratios = [p / bench.base for p in edited_perplexities(bench.runner, bench.tokenizer, bench.sentences, updates)]
         for name, some in (("first token", range(bench.first)), ("other", range(bench.first, len(bench.edits)))):
             if not some:
                 continue
@@ -358,6 +365,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["c-rome", "dual@9", "dual"])
     parser.add_argument("--joint", type=int, nargs="+", help="numbers of edits made jointly (default: each alone)")
     parser.add_argument("--subjects", action="store_true", help="edits of subjects that have several")
+    parser.add_argument("--sentences", type=Path, help="for perplexity, one a line (default: 50 of Wikipedia)")
     parser.add_argument("--normal", type=int, help="requests, evenly spaced, that are no first-token cases")
     parser.add_argument("--work", type=Path, required=True, help="folder for values and statistics")
     parser.add_argument("--model", type=Path, help="folder of a model (default: the demo's)")
@@ -366,7 +374,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     normal = arguments.normal or max(arguments.joint or [100])
     folder = arguments.work / f"{arguments.edits.stem}-{normal}"
-    bench = Bench(arguments.model or model_dir(print), folder, arguments.edits, normal, arguments.variants)
+    source = arguments.model or model_dir(print)
+    bench = Bench(source, folder, arguments.edits, normal, arguments.variants, arguments.sentences)
     if arguments.subjects:
         subjects(bench, one_each(load_edits(arguments.edits)))
     elif arguments.joint:
