@@ -5,6 +5,7 @@ averages, what is still missing at each layer, the closed form, and what the edi
 """
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -184,7 +185,7 @@ def test_encore_is_that_of_the_textbook(statistics, edit_toy, found, toy_tokeniz
 
 
 def test_a_norm_penalty_is_beside_a_penalty():
-    for wrong in ({"penalty": 0.0}, {"norm_penalty": -1.0}, {"null_space": 0.1}):
+    for wrong in ({"penalty": 0.0}, {"norm_penalty": -1.0}, {"norm_penalty": float("nan")}, {"null_space": 0.1}):
         with pytest.raises(ArgumentError, match="norm_penalty"):
             replace(ENCORE, **wrong)
 
@@ -457,3 +458,31 @@ def test_one_that_no_edit_could_be_made_by_is_refused():
         )
     with pytest.raises(ArgumentError, match="method: got 'memmit', wanted one of rome, "):
         edited(toy_model("llama"), None, MIDDLE, method="memmit")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name in ("ridge", "ridge_per_edit", "penalty", "sharing") for value in (-1, "1", math.nan)),
+        *({name: math.inf} for name in ("ridge", "penalty", "null_space", "sharing")),
+        {"largest_ridge": -1.0},
+        {"penalty": True},
+        {"rows": "prefixd"},
+        {"arrival": "ahed"},
+        {"columns": ("mean",)},
+        {"columns": [Column()]},
+    ],
+    ids=str,
+)
+def test_a_description_that_says_nothing_is_refused_when_it_is_made(changes):
+    """A word that is misspelt would be taken for one of the others, and a number below 0 for what it is."""
+    (name,) = changes
+    with pytest.raises(ArgumentError, match=f"^{name}: got "):
+        replace(METHODS["memit"], **changes)
+
+
+def test_a_column_of_no_known_keys_is_refused():
+    for name in ("left", "at", "residual"):
+        with pytest.raises(ArgumentError, match=f"^{name}: got 'means', wanted one of "):
+            Column(**{name: "means"})
+    assert replace(METHODS["memit"], largest_ridge=math.inf, penalty=0) != METHODS["memit"]

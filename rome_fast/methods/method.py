@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import ArgumentError
 
@@ -12,6 +12,21 @@ Keys = Literal["mean", "contexts", "unprefixed", "halves"]
 "halves" is the mean of the last two: MEMIT averages over the contexts of each length, the empty one being a length."""
 
 Residual = Literal["delta", "to_unprefixed_value"]
+Rows = Literal["prefixed", "all"]
+Arrival = Literal["prompt", "here", "ahead"]
+
+_NUMBERS = ("ridge", "ridge_per_edit", "largest_ridge", "penalty", "norm_penalty", "null_space", "sharing")
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, known))}")
+
+
+def _check_number(name: str, value: object, *, finite: bool) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    if not number or (finite and value == math.inf):
+        raise ArgumentError(f"{name}: got {value!r}, wanted a {'finite ' if finite else ''}number, not below 0")
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,10 @@ class Column:
     # "delta": δ itself; "to_unprefixed_value": what leads from W k̄ to W k_u + δ, as in the code released with ROME.
     residual: Residual = "delta"
 
+    def __post_init__(self) -> None:
+        for name, known in (("left", Keys), ("at", Keys), ("residual", Residual)):
+            _check_choice(name, getattr(self, name), get_args(known))
+
 
 @dataclass(frozen=True)
 class Method:
@@ -31,13 +50,14 @@ class Method:
     Its update is Δ = R (Uᵀ K + S)⁻¹ Uᵀ, with the columns' residuals R, their keys K and U = C⁻¹ K_left, or P K_left for
     the projection P on the null space of C.
 
-    Raises ArgumentError for one that no edit, or none of a first-token subject, could be made by.
+    Raises ArgumentError for one that no edit, or none of a first-token subject, could be made by, for words that are
+    none of those listed here, and for numbers that are below 0 or, but for `largest_ridge`, infinite.
     """
 
     name: str
     # Rows δ is optimised on. "prefixed": those with anything before the subject's last token, be it a context, the
     # prompt, the rest of the subject or BOS; "all": the row without a context in any case.
-    rows: Literal["prefixed", "all"]
+    rows: Rows
     columns: tuple[Column, ...] = (Column(),)
     # Whether the unprefixed key of a first-token subject has a value of its own, which columns there then add.
     bare: bool = False
@@ -60,9 +80,17 @@ class Method:
     # Where it is measured how much of δ has arrived so far. "prompt": at the last layer, behind the prompt alone, as in
     # MEMIT; "here": at the layer whose turn it is, at each column's own key; "ahead": at the last layer behind the
     # prompt alone, for all columns, but at the last layer itself at each column's own key.
-    arrival: Literal["prompt", "here", "ahead"] = "here"
+    arrival: Arrival = "here"
 
     def __post_init__(self) -> None:
+        _check_choice("rows", self.rows, get_args(Rows))
+        _check_choice("arrival", self.arrival, get_args(Arrival))
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if name != "null_space" or value is not None:
+                _check_number(name, value, finite=name != "largest_ridge")
+        if not isinstance(self.columns, tuple) or not all(isinstance(column, Column) for column in self.columns):
+            raise ArgumentError(f"columns: got {self.columns!r}, wanted a tuple of rome_fast.methods.Column")
         if not self.columns:
             raise ArgumentError(f"columns: got none for method {self.name!r}, wanted at least one")
         unprefixed = any("unprefixed" in (column.left, column.at) for column in self.columns)
@@ -71,10 +99,10 @@ class Method:
                 f"columns: got an unprefixed key for method {self.name!r} of prefixed rows, wanted rows='all' or "
                 "bare=True, as first tokens have no unprefixed row otherwise"
             )
-        if self.norm_penalty and (self.penalty <= 0 or self.norm_penalty < 0 or self.null_space is not None):
+        if self.norm_penalty and (not self.penalty or self.null_space is not None):
             raise ArgumentError(
-                f"norm_penalty: got {self.norm_penalty:g} for method {self.name!r}, wanted a number from 0 on beside a "
-                "penalty above 0, and no null space"
+                f"norm_penalty: got {self.norm_penalty:g} with a penalty of {self.penalty:g} and null_space "
+                f"{self.null_space} for method {self.name!r}, wanted a penalty above 0 and no null space beside it"
             )
 
     def ridge_of(self, edits: int) -> float:
