@@ -137,11 +137,11 @@ class State(Mapping[str, Entry]):
     ) -> list[Entry]:
         """Those that meet every condition given: a part of prompt or target, the whole subject, one of the tags.
 
-        Raises ArgumentError for a tag that no entry has, and for what is no text.
+        Raises ArgumentError for a tag that no entry has, and for what is no text, or a blank one, which all would meet.
         """
         for name, value in (("text", text), ("subject", subject)):
-            if not isinstance(value, str | None):
-                raise ArgumentError(f"{name}: got {reprlib.repr(value)}, wanted a text")
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise ArgumentError(f"{name}: got {reprlib.repr(value)}, wanted a text that is not blank")
         wanted = None if tags is None else self._known(tags)
         return [
             entry

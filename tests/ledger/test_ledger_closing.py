@@ -146,7 +146,7 @@ def test_it_is_closed_with_its_own_statistics(make, model, tokenizer, toy_statis
 
 def test_subsets_by_tags(make, pool):
     ledger = pool
-    ledger.remove(text="")  # which is in every text
+    ledger.remove([entry.id for entry in ledger.entries()])
     assert len(ledger) == 0
     ledger.add(SEVERAL[:3], tags=["b", "a"])
     ledger.add(SEVERAL[2:], tags="c")

@@ -80,7 +80,8 @@ def test_what_is_there_already_and_what_is_not(pool):
         pool.remove(text="Berlin", subject="Rome")
     with pytest.raises(ArgumentError, match="ids: got none, wanted at least one"):
         pool.remove([])
-    for what in ({"text": 5}, {"subject": ["Apple"]}):
+    # Every text has an empty one in it: `--text "$UNSET"` would take out all that is in.
+    for what in ({"text": 5}, {"subject": ["Apple"]}, {"text": ""}, {"text": " "}, {"subject": ""}):
         (name,) = what
         for act in (pool.remove, pool.entries):
             with pytest.raises(ArgumentError, match=f"{name}: got .*, wanted a text"):

@@ -104,7 +104,7 @@ def test_a_checkpoint_with_all_of_it(make, tmp_path, tokenizer, no_search):
     kept = shutil.copytree(source, tmp_path / "kept")
     chains.revert(source)
     assert digests(source) == original
-    reopened.remove(text="")
+    reopened.remove([entry.id for entry in reopened.entries()])
     reopened.write(kept, in_place=True)
     assert digests(kept) == original
     with pytest.raises(ArgumentError, match="out: got none or in_place as well"):
