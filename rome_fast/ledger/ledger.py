@@ -303,8 +303,9 @@ class Ledger:
     ) -> list[str]:
         """Put edits in the place of those with the same prompt and subject; returns the ids of all, in their order.
 
-        Tags are those of what is replaced unless given. Raises EditError where there is nothing to replace; else as
-        `add`.
+        Tags are those of what is replaced unless given. With the same target, the value stays, and what an edit says
+        beside its request (paraphrases, aliases, …) is new. Raises EditError where there is nothing to replace; else
+        as `add`.
         """
         edits = asked_edits(edits)
         given = None if tags is None else checked_tags(tags)
@@ -315,7 +316,7 @@ class Ledger:
             if absent := [f"{edit.text!r} → {edit.target!r}" for e, edit in pairs if e is None]:
                 raise EditError(f"edits: got {len(absent)} that replace nothing; add them:\n{listed(absent)}")
             found = [(e, edit) for e, edit in pairs if e is not None]
-            same = [e for e, edit in found if e.id == request_id(edit) and (given is None or given == e.tags)]
+            same = [e for e, edit in found if e.edit == edit and (given is None or given == e.tags)]
             if same:
                 _warn(f"{len(same)} of {len(edits)} edits are in the ledger as they are:\n{listed(same)}")
             wanted = {

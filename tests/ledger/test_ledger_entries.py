@@ -52,6 +52,20 @@ def test_a_request_is_kept_as_it_was_made(make, no_search):
     assert ledger.entry(id).edit.case_id == 7
 
 
+def test_what_is_said_beside_a_request_is_replaced_without_a_search(pool):
+    """It was left as it was, with a warning that it was so already."""
+    (before,) = pool.entries(subject=START.subject)
+    edit = replace(before.edit, aliases=("Bärlin",), paraphrase_prompts=("Where is it?",), case_id=9)
+    bytes_before = bytes_of(pool.close())
+    assert pool.replace(edit, why="an alias") == [before.id]
+    assert pool.entry(before.id).edit == edit
+    assert [(event.kind, event.file) for event in pool.log()[-1:]] == [("replace", None)]
+    assert Ledger.open(pool.folder).entry(before.id).edit == edit
+    assert bytes_of(pool.close()) == bytes_before
+    with pytest.warns(LedgerWarning, match="1 of 1 edits are in the ledger as they are"):
+        pool.replace(edit)
+
+
 def test_what_is_there_already_and_what_is_not(pool):
     """Nothing is written for it."""
     events = pool.log()
