@@ -6,7 +6,7 @@ open → choose → rows → keys, values → closed form → guard → Delta �
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -342,12 +342,16 @@ def check_kind_of_statistics(statistics: object, layers: Sequence[int]) -> None:
 def contexts_for(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Sequence[str] | None, seed: int
 ) -> tuple[str, ...]:
-    """The prefix contexts given, checked, or else sampled ones."""
+    """The prefix contexts given, checked, or else sampled ones; ArgumentError for a seed that is no whole number."""
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"seed: got {seed!r}, wanted a whole number of 64 bits")
     return checked_contexts(sample_contexts(model, tokenizer, seed=seed) if given is None else given)
 
 
 def checked_contexts(given: Sequence[str]) -> tuple[str, ...]:
-    """ArgumentError for none, and for one that does not end in a space."""
+    """ArgumentError for none, for one that does not end in a space, and for one text in place of several."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ArgumentError(f"contexts: got {given!r}, wanted texts that end in a space, as ['It rained. ']")
     contexts = tuple(given)
     bad = [c for c in contexts if not isinstance(c, str) or not c.strip() or not c[-1].isspace()]
     if not contexts or bad:

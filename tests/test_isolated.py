@@ -225,6 +225,8 @@ def test_bad_deltas(toy_tokenizers):
     narrow = Delta({runner.weight_name(LAYER): LowRank(update.left, update.right[:, 1:].contiguous())})
     with pytest.raises(ArgumentError, match="got 1 for 3 edits"):
         evaluate(model, tokenizer, REQUESTS, deltas=[delta])
+    with pytest.raises(ArgumentError, match=r"deltas: got NoneType, wanted result\.delta"):
+        evaluate(model, tokenizer, REQUESTS, deltas=[delta, None, delta])
     for wrong, message in (
         ([delta, elsewhere], "those of the same layers in each"),
         ([delta, both], "those of the same layers in each"),

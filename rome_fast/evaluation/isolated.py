@@ -36,6 +36,8 @@ class RowUpdates:
         """Raises ArgumentError unless every Delta updates the same layers, and fits this model."""
         sites = [i for i in range(len(runner.layers)) if runner.decoder.has_site(i)]
         layers = {runner.weight_name(i): i for i in sites}
+        if strangers := sorted({type(each).__name__ for each in deltas if not isinstance(each, Delta)}):
+            raise ArgumentError(f"deltas: got {', '.join(strangers)}, wanted result.delta of each request's own edit")
         wanted = {frozenset(delta.updates) for delta in deltas}
         if len(wanted) != 1 or not (names := next(iter(wanted))) or not names <= set(layers):
             got = sorted({name for found in wanted for name in found})
