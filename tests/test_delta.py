@@ -27,7 +27,7 @@ from helpers import (
 from rome_fast import Delta
 from rome_fast.errors import ArgumentError, CheckpointError
 from rome_fast.evaluation import evaluate
-from rome_fast.updates.delta import LowRank
+from rome_fast.updates.delta import AdapterWarning, LowRank
 from rome_fast.updates.truncation import truncated
 from toys import D_FF, HIDDEN, SENTENCES, toy_model
 
@@ -460,6 +460,18 @@ def test_peft_reads_the_adapter_and_gives_the_logits_of_the_edited_model(kind, b
     # A low-rank product is added behind the weight's, and not to the weight.
     assert float((got - wanted).abs().max()) < rounding(torch.float32, FORWARD) * float(wanted.abs().max())
     assert relative_error(logits(lora.merge_and_unload(), tokenizer), wanted) < rounding(torch.float32, FORWARD)
+
+
+def test_an_adapter_of_a_second_edit_says_that_the_first_is_not_in_it(tmp_path, toy_tokenizers):
+    """Put on the base that it names, it gives the second edit alone, which nothing said."""
+    model, tokenizer = toy_model("llama"), toy_tokenizers[False]
+    first, second = (edited(model, tokenizer, each) for each in (END, START))
+    first.delta.to_lora(tmp_path / "first", model)
+    with pytest.warns(AdapterWarning, match="second belongs to a model with 1 earlier edit"):
+        second.delta.to_lora(tmp_path / "second", model)
+    second.revert()
+    first.revert()
+    second.delta.to_lora(tmp_path / "reverted", model)
 
 
 def test_an_adapter_for_several_layers_of_different_ranks(tmp_path, toy_tokenizers):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -50,6 +51,10 @@ class LowRank:
     def dense(self) -> Tensor:
         """(d, d_ff)"""
         return self.left @ self.right
+
+
+class AdapterWarning(UserWarning):
+    """An adapter is not all that was edited."""
 
 
 @dataclass
@@ -229,7 +234,9 @@ class Delta:
         distributed as C of `statistics`, or without those of the nearest matrix. Returns how far it is off by parameter
         name, which the file's metadata say as well; nothing without a rank.
 
-        Raises ArgumentError when the directory exists, when the Delta changes nothing, does not fit the model, for a
+        Warns where the model had other edits in it when this one was made: they are no part of the adapter, nor of the
+        checkpoint that it names as its base. Raises ArgumentError when the directory exists, when the Delta changes
+        nothing, does not fit the model, for a
         rank below 1, and for statistics with a model that was read in parts, StatisticsError for those of other layers
         or of another model, and CheckpointError where it cannot be written.
         """
@@ -259,6 +266,14 @@ class Delta:
             raise ArgumentError("delta: it is empty, so there is no adapter to write")
         # Not whether these are the weights it was made for: an adapter is put on those by whoever loads it.
         self.check(model, force=True)
+        base = str(model.config._name_or_path)
+        if earlier := self._earlier(model):
+            warnings.warn(
+                f"adapter: {directory} belongs to a model with {earlier} earlier edit(s) in memory, which neither it "
+                f"has nor {base or 'a checkpoint of the model'}; save the edited model, or make all edits in one call",
+                AdapterWarning,
+                stacklevel=3,
+            )
         tensors, ranks, found = {}, {}, {}
         for name, update in self.updates.items():
             left, right = update.left, update.right
@@ -269,7 +284,7 @@ class Delta:
             tensors[f"{module}.lora_A.weight"] = right.float().contiguous().cpu()
             tensors[f"{module}.lora_B.weight"] = left.float().contiguous().cpu()
         transposed = any(is_transposed(model, name) for name in self.updates)
-        config = _adapter_config(ranks, transposed, str(model.config._name_or_path))
+        config = _adapter_config(ranks, transposed, base)
         metadata = {"format": "pt"}
         if found:
             metadata["truncation"] = json.dumps({name: asdict(about) for name, about in found.items()})
@@ -278,6 +293,10 @@ class Delta:
         save_tensors(directory / "adapter_model.safetensors", tensors, metadata)
         atomic_write(directory / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
         return found
+
+    def _earlier(self, model: PreTrainedModel) -> int:
+        """How many Deltas were in the model when this one was put in; 0 where it is not in it."""
+        return next((place for place, entry in enumerate(applied_to(model)) if entry.live() is self), 0)
 
 
 _SIDES = ("left", "right")
