@@ -89,7 +89,8 @@ def apply_edits(
         edits: one or more requests. With `schedule="joint"` one closed-form update satisfies all of them; with
             "sequential" `batch_size` of them at a time, each batch on the model as edited so far. Either way one
             Delta comes out.
-        tokenizer: the model's fast tokenizer; not needed for a checkpoint, which has its own.
+        tokenizer: the model's fast tokenizer; not needed for a checkpoint, which has its own. Another one is written
+            to `out` with the model.
         statistics: second moments of this model's keys, "identity" for C = I, or None to look in the cache.
         method: one of `rome_fast.methods.METHODS`, by name, or such a description, as with another ridge by
             `dataclasses.replace`. "dual", the default, holds every edit with and without text before its prompt. For
@@ -169,6 +170,7 @@ def apply_edits(
             )
         else:
             opened = open_model(model, tokenizer, destination, memory=memory, device=device, dtype=wanted_dtype)
+        given_tokenizer = tokenizer
         runner, tokenizer = opened.runner, opened.tokenizer
         admit_tokenizer(tokenizer, runner.model, [f"{edit.text} {edit.target}" for edit in edits])
         chosen = chosen_for(runner, how, given, settings, statistics)
@@ -236,7 +238,7 @@ def apply_edits(
                 None if runner.stream is None else runner.stream.rates,
             )
             if processes.rank == 0:
-                _write(result, opened, destination, link)
+                _write(result, opened, destination, link, given_tokenizer)
         return result
 
 
@@ -406,7 +408,13 @@ def _apply_in_turn(flow: Flow, groups: Sequence[Sequence[Request]], applied: _Ap
     return records
 
 
-def _write(result: EditResult, opened: Opened, destination: Destination, link: Link) -> None:
+def _write(
+    result: EditResult,
+    opened: Opened,
+    destination: Destination,
+    link: Link,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
     lora, out = destination.lora, destination.out
     if lora is not None:
         result.check_applied("lora")
@@ -418,7 +426,7 @@ def _write(result: EditResult, opened: Opened, destination: Destination, link: L
             result.save(out, opened.source, link)
         elif opened.source is not None:
             result.check_applied()
-            saving.save_edited(result.model, result.delta, opened.source, out, link=link)
+            saving.save_edited(result.model, result.delta, opened.source, out, tokenizer=tokenizer, link=link)
     except BaseException:
         # The adapter that was written before it goes as well.
         if lora is not None:

@@ -67,7 +67,8 @@ class EditResult:
 
         That is with all the edits that are in it, before and after this one, each of which `rome-fast revert` undoes,
         the last one first. What the edits did not touch is copied from `source`, the checkpoint that the model was
-        loaded from, by default the one it says itself, once every weight was found to be the same there. Where one is
+        loaded from, by default the one it says itself, once every weight was found to be the same there; but for the
+        tokenizer, where the edit was made by another one than is there. Where a weight is
         not (an adapter was merged, the dtype, the vocabulary or the config is another, the model was trained, or there
         is no such checkpoint), the model is written as by `save_pretrained`, with its tokenizer; `link` is then of no
         use, and the record in `out/rome_fast` says what differs.

@@ -261,6 +261,26 @@ def test_an_unchanged_model_is_copied_and_its_shards_linked(tmp_path, source, to
     assert contents(tmp_path / "out") == contents(source)
 
 
+@pytest.mark.parametrize("change", ["bos", "template", "none"])
+def test_the_tokenizer_that_the_edit_was_made_by_is_saved(change, tmp_path, source, toy_tokenizers):
+    """The copy had that of the source, by which a fresh process asked for other tokens than were edited."""
+    tokenizer = copy.deepcopy(toy_tokenizers[change != "bos"])
+    if change == "template":
+        tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    if change == "none":
+        for file in source.glob("tokenizer*"):
+            file.unlink()
+    # What a batch leaves behind is none.
+    tokenizer(["Rome", "Rome and Berlin"], padding=True)
+    edit(loaded(source), tokenizer).save(tmp_path / "memory")
+    edit(source, tokenizer, out=tmp_path / "path")
+    for name in ("memory", "path"):
+        again = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert again(SENTENCES[0])["input_ids"] == tokenizer(SENTENCES[0])["input_ids"]
+        assert again.chat_template == tokenizer.chat_template
+        assert record_of(tmp_path / name)["weights"] == "source"
+
+
 def test_masks_of_old_checkpoints_are_no_difference(tmp_path, tokenizer):
     """As GPT-2 was published: no prefix, buffers that nothing reads, and no head."""
     source = save_toy(tmp_path / "source", toy_model("gpt2", tie=True), tokenizer)

@@ -1,11 +1,13 @@
 """Write an edited model as it is in memory: as a copy of its checkpoint where the two agree, else all of it anew."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,9 +49,10 @@ def save(
     """Write the model in memory, which `delta` is applied to, and the way back from all of its edits to `out`.
 
     Where its weights and config are those of `source`, its checkpoint, but for the edits, that is copied, and the edits
-    are added to the chain of those recorded there. Else the model is written as `save_pretrained` writes it, with
-    `tokenizer`; the weights before the edits are then those that were in memory, and the records say why. A streamed
-    model has only its edited weights, and the others are those of its checkpoint.
+    are added to the chain of those recorded there; `tokenizer` goes with it where it is another one. Else the model is
+    written as `save_pretrained` writes it, with `tokenizer`; the weights before the edits are then those that were in
+    memory, and the records say why. A streamed model has only its edited weights, and the others are those of its
+    checkpoint.
 
     Raises ArgumentError where `out` cannot be made or the edits are no longer in the weights, ModelError for a model
     that cannot be stored as it is, CheckpointError for a `source` that was given and is none, and a full disk.
@@ -64,7 +67,8 @@ def save(
     if directory is not None and Path(out).absolute().parent.resolve().is_relative_to(directory.resolve()):
         raise ArgumentError(f"out: {out} lies inside the source, which is only read; choose another place")
     if directory is not None and reason is None:
-        _save_copy(model, history, directory, out, link, begin, _generation_file(model, directory))
+        beside = _generation_file(model, directory) | _tokenizer_files(tokenizer, directory)
+        _save_copy(model, history, directory, out, link, begin, beside)
         return
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError("model: it has adapters, which save_pretrained would write alone; merge or unload them first")
@@ -77,13 +81,21 @@ def save(
 
 
 def save_edited(
-    model: PreTrainedModel, delta: Delta, source: Path, out: str | Path | None, *, link: Link = "copy"
+    model: PreTrainedModel,
+    delta: Delta,
+    source: Path,
+    out: str | Path | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    link: Link = "copy",
 ) -> None:
     """The same for a model that was just read from `source`, with nothing but `delta` done to it since.
 
-    With `out` None, inside `chains.changing_in_place(source)`, the source itself is changed, all of it or nothing.
+    `tokenizer` is one that is perhaps not its own. With `out` None, inside `chains.changing_in_place(source)`, the
+    source itself is changed, all of it or nothing.
     """
-    _save_copy(model, _history(model, delta), source, out, link)
+    files = {} if out is None else _tokenizer_files(tokenizer, source)
+    _save_copy(model, _history(model, delta), source, out, link, extra_files=files)
 
 
 def save_in_place(model: PreTrainedModel, delta: Delta, source: Path, *, replaces: bool) -> None:
@@ -253,6 +265,31 @@ def _generation_file(model: PreTrainedModel, directory: Path) -> dict[str, Conte
     if not _different_keys(model.generation_config.to_dict(), stored.to_dict(), _NOT_OF_GENERATION):
         return {}
     return {_GENERATION: _generation_json(model)}
+
+
+def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> dict[str, Content]:
+    """Those of the tokenizer by which the edits were made, where the checkpoint has another one, or none."""
+    if tokenizer is None:
+        return {}
+    with TemporaryDirectory() as folder, quiet_transformers():
+        if any(directory.glob("tokenizer*")):
+            try:
+                stored = checkpoints.load_tokenizer(directory)
+            except CheckpointError:
+                return {}  # it takes code of its own, as the one in memory then did
+            if _texts_to_tokens(stored) == _texts_to_tokens(tokenizer):
+                return {}
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def _texts_to_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    """What decides which tokens a text, or a chat, becomes."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left there by the last call.
+    backend.update(padding=None, truncation=None)
+    special = {name: text for name, text in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    return backend, tokenizer.chat_template, special
 
 
 def _generation_json(model: PreTrainedModel) -> bytes:
