@@ -130,7 +130,7 @@ class Statistics:
             f"statistics: none for layer{'' if len(missing) == 1 else 's'} {', '.join(missing)} of {name} in "
             f"{statistics_cache()}; make them (once, in one pass) with: "
             f"rome-fast statistics {name} --corpus FILE --layers {' '.join(missing)}\n"
-            f"or edit without them, at some loss of specificity, by statistics='identity'{faults}"
+            f"or edit without them, at some loss of specificity, by statistics='identity' (--identity){faults}"
         )
 
     @classmethod
