@@ -171,6 +171,8 @@ def apply_edits(
         else:
             opened = open_model(model, tokenizer, destination, memory=memory, device=device, dtype=wanted_dtype)
         given_tokenizer = tokenizer
+        if in_place and opened.source is not None and tokenizer is not None:
+            _check_own(tokenizer, opened.source)
         runner, tokenizer = opened.runner, opened.tokenizer
         admit_tokenizer(tokenizer, runner.model, [f"{edit.text} {edit.target}" for edit in edits])
         chosen = chosen_for(runner, how, given, settings, statistics)
@@ -406,6 +408,14 @@ def _apply_in_turn(flow: Flow, groups: Sequence[Sequence[Request]], applied: _Ap
     if not any(math.isfinite(record.loss) for record in records):
         raise unconverged_error(records)
     return records
+
+
+def _check_own(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
+    if saving.is_another_tokenizer(tokenizer, source):
+        raise ArgumentError(
+            f"tokenizer: got another one than {source} has, which in_place=True leaves there; save it there first, by "
+            "tokenizer.save_pretrained, or give out="
+        )
 
 
 def _write(

@@ -281,6 +281,17 @@ def test_the_tokenizer_that_the_edit_was_made_by_is_saved(change, tmp_path, sour
         assert record_of(tmp_path / name)["weights"] == "source"
 
 
+def test_another_tokenizer_is_not_left_out_in_place(tmp_path, source, toy_tokenizers):
+    """What is there stays there: the edit would be of other tokens than a fresh process asks for."""
+    before, own = contents(source), AutoTokenizer.from_pretrained(source)
+    other = next(t for t in toy_tokenizers.values() if t("Rome")["input_ids"] != own("Rome")["input_ids"])
+    with pytest.raises(ArgumentError, match="which in_place=True leaves there"):
+        edit(source, other, in_place=True)
+    assert contents(source) == before
+    edit(source, own, in_place=True)
+    assert contents(source) != before
+
+
 def test_masks_of_old_checkpoints_are_no_difference(tmp_path, tokenizer):
     """As GPT-2 was published: no prefix, buffers that nothing reads, and no head."""
     source = save_toy(tmp_path / "source", toy_model("gpt2", tie=True), tokenizer)

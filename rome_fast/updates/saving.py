@@ -269,18 +269,23 @@ def _generation_file(model: PreTrainedModel, directory: Path) -> dict[str, Conte
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> dict[str, Content]:
     """Those of the tokenizer by which the edits were made, where the checkpoint has another one, or none."""
-    if tokenizer is None:
+    if tokenizer is None or not is_another_tokenizer(tokenizer, directory):
         return {}
     with TemporaryDirectory() as folder, quiet_transformers():
-        if any(directory.glob("tokenizer*")):
-            try:
-                stored = checkpoints.load_tokenizer(directory)
-            except CheckpointError:
-                return {}  # it takes code of its own, as the one in memory then did
-            if _texts_to_tokens(stored) == _texts_to_tokens(tokenizer):
-                return {}
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def is_another_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> bool:
+    """Whether texts or chats are other tokens by it than by that of a checkpoint, which perhaps has none."""
+    if not any(directory.glob("tokenizer*")):
+        return True
+    try:
+        with quiet_transformers():
+            stored = checkpoints.load_tokenizer(directory)
+    except CheckpointError:
+        return False  # it takes code of its own, as the one in memory then did
+    return _texts_to_tokens(stored) != _texts_to_tokens(tokenizer)
 
 
 def _texts_to_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
