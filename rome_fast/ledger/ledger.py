@@ -1,7 +1,7 @@
 """Ledger: edits as data. A folder that keeps requests and the values found for them, and closes them ever anew."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,14 +15,13 @@ from ..closing.history import History
 from ..closing.judging import Unconverged, check_unconverged
 from ..editor import checked_statistics, chosen_for, contexts_for
 from ..edits import Edit, asked_edits
-from ..errors import ArgumentError, CheckpointError, ConvergenceError, EditError
+from ..errors import ArgumentError, ConvergenceError, EditError
 from ..methods import DEFAULT_METHOD, Method, method_named
 from ..models.runner import evaluating
 from ..opening.admission import admit_tokenizer, checked_dtype, plain_modes
 from ..opening.opening import Destination, given_layers, open_checkpoint, open_model
 from ..result import EditResult
 from ..runs.processes import ALONE
-from ..search.requests import by_subject
 from ..search.search import Progress, Solved
 from ..search.values import ValueSettings
 from ..statistics import Statistics
@@ -40,8 +39,8 @@ from .entries import (
     checked_tags,
     listed,
     request_id,
-    value_names,
 )
+from .finding import FoundValues
 from .store import Store, check_absent
 from .working import Working, check_base, last_written, open_base
 
@@ -75,7 +74,7 @@ class Ledger:
     def __init__(self, store: Store, base: Base, working: Working | None) -> None:
         self.base = base
         self._store, self._working = store, working
-        self._kept: dict[str, Solved] = {}  # values of entries made together that were searched here
+        self._values = FoundValues(store, merges=base.method.merges)
 
     @classmethod
     def create(
@@ -406,7 +405,7 @@ class Ledger:
             ]
             if taken or tagged:
                 after = {entry.id: entry for entry in [*State(events).values(), *taken] if entry.id not in removed}
-                wanted = {e.id for e in taken} | set(self._names(list(after.values())).values())
+                wanted = {e.id for e in taken} | set(self._values.names(list(after.values())).values())
                 there_too = other._store.files(theirs).keys()
                 values = other._store.values(theirs, sorted((wanted & there_too) - self._store.files(events).keys()))
                 self._store.append("merge", events, who, why, added=[*taken, *tagged], removed=removed, values=values)
@@ -439,7 +438,8 @@ class Ledger:
                 why,
                 added=list(state.values()),
                 values=self._store.values(
-                    events, {*state, *self._names(list(state.values())).values()} & self._store.files(events).keys()
+                    events,
+                    {*state, *self._values.names(list(state.values())).values()} & self._store.files(events).keys(),
                 ),
             )
 
@@ -594,7 +594,7 @@ class Ledger:
         entries = State(events).matching(tags=tags)
         if not entries:
             return None
-        found = self._found_for(events, entries)
+        found = self._values.of(self._model, events, entries)
         result = self._model.close([entry.request for entry in entries], found, history=history)
         result.delta.report["ledger"] = {
             "id": self.base.id,
@@ -617,38 +617,8 @@ class Ledger:
         stay = [entry for id, entry in State(events).items() if id not in removed]
         if not stay:
             return None
-        delta = self._model.close([entry.request for entry in stay], self._found_for(events, stay)).delta
+        delta = self._model.close([entry.request for entry in stay], self._values.of(self._model, events, stay)).delta
         return delta if delta.updates else None
-
-    def _names(self, entries: Sequence[Entry]) -> dict[str, str]:
-        return value_names(entries, merges=self.base.method.merges)
-
-    def _found_for(self, events: Sequence[Event], entries: Sequence[Entry]) -> list[Solved]:
-        """The values of entries that are made together; those that have never been are searched, and kept."""
-        names = self._names(entries)
-        missing = self._merged(entries, self._store.files(events).keys() | self._kept.keys())
-        if missing:
-            self._kept |= missing
-            try:
-                with self._store.writing(None, None) as by_now:
-                    if left := {name: v for name, v in missing.items() if name not in self._store.files(by_now)}:
-                        self._store.append("find", by_now, None, None, values=left)
-            except CheckpointError:
-                pass  # somebody writes, or nobody may: they are searched again the next time
-        values = {**self._store.values(events, [n for n in names.values() if n not in self._kept]), **self._kept}
-        return [values[names[entry.id]] for entry in entries]
-
-    def _merged(self, entries: Sequence[Entry], known: Collection[str]) -> dict[str, Solved]:
-        """By name, the values of those entries that are made together with others for the first time."""
-        names = self._names(entries)
-        groups = [[entries[i] for i in places] for places in by_subject([entry.edit for entry in entries])]
-        groups = [group for group in groups if any(names[entry.id] not in known for entry in group)]
-        found = self._model.find_merged([[entry.edit for entry in group] for group in groups]) if groups else []
-        return {
-            names[entry.id]: solved
-            for group, solved_of_group in zip(groups, found, strict=True)
-            for entry, solved in zip(group, solved_of_group, strict=True)
-        }
 
     def _put(
         self,
@@ -692,10 +662,10 @@ class Ledger:
         if missed and self.base.unconverged == "raise":
             raise ConvergenceError(f"{what}:\n{listed(missed)}\nnothing was put in")
         after = {entry.id: entry for entry in [*State(events).values(), *added] if entry.id not in removed}
-        together = self._names(list(after.values()))
+        together = self._values.names(list(after.values()))
         if any(together[id] not in {*files, *found} for id in after):
             with self._model.unedited():
-                found |= self._merged([after[id] for id in sorted(after)], {*files, *found})
+                found |= self._values.searched(self._model, [after[id] for id in sorted(after)], {*files, *found})
         self._store.append(kind, events, who, why, added=added, removed=removed, values=found)
         if missed:
             _warn(f"{what}; they are in the ledger, but are left out of its update:\n{listed(missed)}", 4)
