@@ -178,9 +178,10 @@ def single(bench: Bench) -> None:
     bench.find(len(bench.edits))
     places = range(len(bench.edits))
     for variant in bench.variants:
+        solved = bench.solved_for(variant, places, jointly=False)
         start = time.process_time()
         flow = bench.flow(variant)
-        made = flow.close_each(bench.requests, bench.solved_for(variant, places, jointly=False))
+        made = flow.close_each(bench.requests, solved)
         seconds = time.process_time() - start
         deltas = [delta for delta, _ in made]
         asked: dict[str, Any] = {"unseen_contexts": UNSEEN, "answer_tokens": 0, "essence_tokens": 0}
@@ -225,9 +226,10 @@ def joint(bench: Bench, counts: Sequence[int]) -> None:
             done = [(r["model"], r["variant"], int(r["edits"])) for r in rows(JOINT)]
             if (bench.name, variant.text, count) in done:
                 continue
+            solved = bench.solved_for(variant, places)
             start = time.process_time()
             flow = bench.flow(variant)
-            closed = flow.closing.close(bench.solved_for(variant, places), flow.search)
+            closed = flow.closing.close(solved, flow.search)
             delta = flow.closing.delta(closed)
             seconds = time.process_time() - start
             sample = edits[:: max(1, len(edits) // EVALUATED)][:EVALUATED]
