@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ..models.runner import Runner
 from ..search.search import Search, Solved
-from ..updates.delta import Delta
+from ..updates.delta import Delta, LowRank
 from .walk import Walk
 
 
 def rebased(runner: Runner, search: Search, solved: Sequence[Solved], update: Delta) -> list[Solved]:
     """What a search found with `update` in the model, for the model without it, as the runner has it by now."""
     name = runner.weight_name(search.layer)
-    added = update.updates[name].dense() if name in update.updates else None
+    added = update.updates.get(name)
     if solved and solved[0].trail is None:
         return [_shifted(each, added) for each in solved]
     moved = list(solved)
@@ -36,12 +36,11 @@ def rebased(runner: Runner, search: Search, solved: Sequence[Solved], update: De
     return moved
 
 
-def _shifted(solved: Solved, added: Tensor | None) -> Solved:
+def _shifted(solved: Solved, added: LowRank | None) -> Solved:
     """Of a single layer, which is entered by the same rows with its update and without."""
     if added is None:
         return solved
-    keys = solved.keys.to(added.dtype)
-    rows = keys @ added.to(keys.device).T
+    rows = _added_at(solved.keys, added)
     return replace(
         solved,
         unprefixed_value=_plus(solved.unprefixed_value, -rows[0]),
@@ -52,7 +51,7 @@ def _shifted(solved: Solved, added: Tensor | None) -> Solved:
 
 
 def _walked(
-    runner: Runner, search: Search, head: str | None, solved: Sequence[Solved], weight: Tensor, added: Tensor | None
+    runner: Runner, search: Search, head: str | None, solved: Sequence[Solved], weight: Tensor, added: LowRank | None
 ) -> list[Solved]:
     """Of several layers, whose rows enter the first of them as before."""
     trails = [each.trail for each in solved if each.trail is not None]
@@ -69,7 +68,7 @@ def _walked(
         was, now = each.keys.to(wide), keys.to(wide)
         rows = (now - was) @ weight.to(wide).T
         if added is not None:
-            rows -= was @ added.to(was.device, wide).T
+            rows -= _added_at(was, added)
         shift = (trail.put_out[search.layer].to(wide) - own[search.layer].to(wide)).mean(0)
         found.append(
             replace(
@@ -82,6 +81,12 @@ def _walked(
             )
         )
     return found
+
+
+def _added_at(keys: Tensor, update: LowRank) -> Tensor:
+    """(rows, d) what an update adds to the values at keys (rows, d_ff)."""
+    left, right = update.left.to(keys.device), update.right.to(keys.device)
+    return keys.to(left.dtype) @ right.T @ left.T
 
 
 def _plus(tensor: Tensor, added: Tensor) -> Tensor:
