@@ -259,12 +259,11 @@ class Ledger:
         """Find the values of new edits and put them in; returns the ids of all, in their order.
 
         They are found on the base model or, with on="edited", on the base with the update of all that is in by then,
-        which suits those that come to many, and makes a value depend on what was there. Values that facts of one subject
-        share are found on the base in any case.
-        What is in already gets the tags only, with a LedgerWarning where it has them. One whose value was not found is
-        put in with a LedgerWarning, or as `unconverged` of `create` says. Raises EditError where the same prompt and
-        subject is there with another target, ArgumentError, ModelError, ConvergenceError and CheckpointError; the
-        ledger is then as it was.
+        which suits those that come to many, and makes a value depend on what was there; values that facts of one
+        subject share are found on the base in any case. What is in already gets the tags only, with a LedgerWarning
+        where it has them. One whose value was not found is put in with a LedgerWarning, or as `unconverged` of `create`
+        says. Raises EditError where the same prompt and subject is there with another target, ArgumentError,
+        ModelError, ConvergenceError and CheckpointError; the ledger is then as it was.
         """
         edits, tags = asked_edits(edits), checked_tags(tags)
         self._check_on(on)
