@@ -4,6 +4,16 @@ A message names the argument, what came, what was wanted and the remedy. Each cl
 a caller would expect, so `except ValueError` keeps working for code that does not know this package.
 """
 
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = 200
+
+
+def quoted(text: object) -> str:
+    """As a message quotes what a user wrote: of a text that is very long, both ends."""
+    return _REPR.repr(text)
+
 
 class RomeFastError(Exception):
     """Base of the family: catch this one to catch everything rome_fast raises on purpose."""

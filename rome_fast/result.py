@@ -18,7 +18,7 @@ from .updates.delta import Delta
 from .weights import Link
 
 
-@dataclass
+@dataclass(repr=False)
 class EditResult:
     """What an edit did, and the way back."""
 
@@ -31,10 +31,10 @@ class EditResult:
     condition: float  # of the joint closed form; 1 for a single key
     layer_source: LayerSource = "given"  # who says which layer
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
-    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+    tokenizer: PreTrainedTokenizerBase | None = None
     context_nll: ContextNLL | None = None  # None where it was not measured, or no context has two tokens
     # Of the model as it is now, for the next call's `history`; None where this one was called without.
-    history: History | None = field(default=None, repr=False)
+    history: History | None = None
     streaming: dict[str, Any] | None = None  # of weights read while they are needed: bytes and rates, see `Stream`
 
     def __post_init__(self) -> None:
@@ -56,6 +56,10 @@ class EditResult:
             seconds=self.seconds,
             **({} if self.streaming is None else {"streaming": self.streaming}),
         )
+
+    def __repr__(self) -> str:
+        applied = sum(record.applied for record in self.records)
+        return f"EditResult({applied} of {len(self.records)} edits applied, {self.delta!r})"
 
     def revert(self) -> None:
         """Restore the model's weights bit for bit; where every edit was left out they never changed."""

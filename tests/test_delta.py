@@ -120,6 +120,15 @@ def test_a_delta_is_applied_once():
     assert changed(model, before) == []
 
 
+def test_a_delta_is_printed_in_a_line():
+    """As a notebook shows it: no weights."""
+    delta = random_delta("llama", layers=(0, 2))
+    names = [NAMES["llama"].format(layer) for layer in (0, 2)]
+    assert repr(delta) == f"Delta({names[0]}: rank 2, {names[1]}: rank 2, not applied)"
+    delta.apply(toy_model("llama"))
+    assert repr(delta).endswith(", applied)")
+
+
 def test_a_delta_that_is_not_applied_cannot_be_reverted():
     model, delta = toy_model("llama"), random_delta("llama")
     with pytest.raises(ArgumentError, match="delta: it is not applied to any model"):

@@ -689,3 +689,9 @@ def test_one_edit_or_a_list_of_one_is_the_same(toy_tokenizers):
 def test_batch_size_below_one(toy_tokenizers):
     with pytest.raises(ArgumentError, match="batch_size: got 0, wanted at least 1"):
         edited(toy_model("gpt2"), toy_tokenizers[False], END, schedule="sequential", batch_size=0)
+
+
+def test_a_result_is_printed_in_a_line(toy_tokenizers):
+    """As a notebook shows it: no weights, no records."""
+    result = edited(toy_model("llama"), toy_tokenizers[True], SEVERAL[:2])
+    assert repr(result) == f"EditResult(2 of 2 edits applied, {result.delta!r})"

@@ -390,3 +390,15 @@ def test_conflicting_requests_are_named():
         "edits[0] and edits[2] (case_id 4) ask for 'Chicago is a twin city of' -> 'Istanbul' and -> 'Rome'; keep one"
     )
     assert second.startswith("edits[0] and edits[3] both ask for 'Chicago is a twin city of' -> 'Istanbul'; drop")
+
+
+def test_long_texts_are_quoted_by_their_ends():
+    """A document taken for a subject must not fill the terminal."""
+    long = "A" * 3000 + " end"
+    with pytest.raises(EditError) as told:
+        Edit("Paris is in", long, "Rome")
+    assert len(str(told.value)) < 400
+    assert "AAA end' is not in the prompt 'Paris is in'" in str(told.value)
+    with pytest.raises(EditError, match="more than once") as told:
+        Edit(f"Paris {long} Paris", "Paris", "Rome")
+    assert len(str(told.value)) < 400

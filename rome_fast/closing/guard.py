@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from ..errors import ArgumentError, CollapseError
+from ..errors import ArgumentError, CollapseError, quoted
 from ..records import Record
 
 Guard = Literal["raise", "warn", "skip", "off"]
@@ -45,7 +45,7 @@ def judge(records: Sequence[Record], guard: Guard) -> list[bool]:
     bad = [record for record in records if record.collapsed]
     if bad and guard in ("raise", "warn"):
         lines = [
-            f"  {r.subject!r} → {r.target!r}: ‖Δ‖ = {r.update_norm:.3g} against ‖W‖ = {r.weight_norm:.3g}, "
+            f"  {quoted(r.subject)} → {quoted(r.target)}: ‖Δ‖ = {r.update_norm:.3g} against ‖W‖ = {r.weight_norm:.3g}, "
             f"denominator {r.denominator:.3g}"
             for r in bad
         ]

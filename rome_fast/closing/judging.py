@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from ..errors import ArgumentError, ConvergenceError
+from ..errors import ArgumentError, ConvergenceError, quoted
 from ..records import MUCH_MISSED, MUCH_MISSED_BY_RIDGE, Record
 
 Unconverged = Literal["skip", "write", "raise"]
@@ -55,7 +55,9 @@ def tell_missed(records: Sequence[Record], *, ridge: bool, earlier: int = 0) -> 
     missed = sorted((r for r in records if r.missed > most), key=lambda r: -r.missed)
     if len(records) + earlier < 2 or not missed:
         return
-    named = [f"  {r.prompt!r} of {r.subject!r} → {r.target!r}: {r.missed:.0%} off" for r in missed[:_TOLD]]
+    named = [
+        f"  {quoted(r.prompt)} of {quoted(r.subject)} → {quoted(r.target)}: {r.missed:.0%} off" for r in missed[:_TOLD]
+    ]
     if len(missed) > _TOLD:
         named.append(f"  and {len(missed) - _TOLD} more, see missed in their records")
     reason, remedy = (
@@ -92,6 +94,7 @@ def unconverged_error(broken: Sequence[Record], missed: Sequence[Record] = ()) -
 
 
 def _listing(broken: Sequence[Record], missed: Sequence[Record]) -> str:
-    lines = [f"  {r.subject!r} → {r.target!r}: the loss became {r.loss} at step {r.steps}" for r in broken]
-    lines += [f"  {r.subject!r} → {r.target!r}: the target leads in too few rows, loss {r.loss:.3g}" for r in missed]
+    reasons = [(r, f"the loss became {r.loss} at step {r.steps}") for r in broken]
+    reasons += [(r, f"the target leads in too few rows, loss {r.loss:.3g}") for r in missed]
+    lines = [f"  {quoted(r.subject)} → {quoted(r.target)}: {why}" for r, why in reasons]
     return f"{len(lines)} edit(s) did not converge:\n" + "\n".join(lines)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import EditError
+from ..errors import EditError, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,9 @@ class Template:
         """What the model reads before its answer to a message. Raises EditError where the beginning depends on it."""
         text = self._rendered(content)
         if not text.startswith(self._head):
-            raise EditError(f"prompt: the chat template changes what it puts before {content!r}; write the prompt out")
+            raise EditError(
+                f"prompt: the chat template changes what it puts before {quoted(content)}; write the prompt out"
+            )
         return text
 
     def with_slot(self, before: str, subject: str, after: str) -> Placed:
@@ -70,8 +72,8 @@ class Template:
             if prompt.count(_SUBJECT) == 1 and filled == self._rendered(before + subject + after):
                 return Placed(prompt.replace(_SUBJECT, "{}"), spelled, len(self._head), slot)
         raise EditError(
-            f"subject {subject!r}: the chat template changes it, or repeats the message; wanted one that writes the "
-            "user's message as it is, so write the prompt out as the model is to read it"
+            f"subject {quoted(subject)}: the chat template changes it, or repeats the message; wanted one that writes "
+            "the user's message as it is, so write the prompt out as the model is to read it"
         )
 
     @property

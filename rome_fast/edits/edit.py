@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, EditError
+from ..errors import ArgumentError, EditError, quoted
 from . import chat
 from .boundary import boundary
 
@@ -117,7 +117,7 @@ class Edit:
             for name, text in zip(("prompt", "subject"), _template(self.prompt, self.subject), strict=True):
                 object.__setattr__(self, name, text)
         elif self.prompt[self.slot : self.slot + 2] != "{}":
-            raise EditError(f"slot: got {self.slot}, where there is no '{{}}' in {self.prompt!r}; leave it out")
+            raise EditError(f"slot: got {self.slot}, where there is no '{{}}' in {quoted(self.prompt)}; leave it out")
         for name in _PROMPTS:
             # A template has filled in what it made.
             subject = None if self.slot is not None else self.subject
@@ -270,9 +270,10 @@ def find_conflicts(edits: Sequence[Edit]) -> None:
             continue
         pair = f"{_name(j, edits[j])} and {_name(i, edit)}"
         if edits[j].target == edit.target:
-            faults.append(f"{pair} both ask for {edit.text!r} -> {edit.target!r}; drop one of them")
+            faults.append(f"{pair} both ask for {quoted(edit.text)} -> {quoted(edit.target)}; drop one of them")
         else:
-            faults.append(f"{pair} ask for {edit.text!r} -> {edits[j].target!r} and -> {edit.target!r}; keep one")
+            targets = f"{quoted(edits[j].target)} and -> {quoted(edit.target)}"
+            faults.append(f"{pair} ask for {quoted(edit.text)} -> {targets}; keep one")
     if faults:
         raise EditError(listing(faults))
 
@@ -289,10 +290,10 @@ def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise EditError(f"{name}: got {type(value).__name__}, wanted a string")
     if not value.strip():
-        raise EditError(f"{name}: got {value!r}, wanted a text that is not blank")
+        raise EditError(f"{name}: got {quoted(value)}, wanted a text that is not blank")
     # JSON can spell half of a surrogate pair; a tokenizer would fail on it much later.
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise EditError(f"{name}: got {value!r} with half of a surrogate pair, wanted text that UTF-8 can encode")
+        raise EditError(f"{name}: got {quoted(value)} with half of a surrogate pair, wanted text that UTF-8 can encode")
 
 
 def _checked_texts(name: str, values: object, subject: str | None) -> tuple[str, ...]:
@@ -306,7 +307,8 @@ def _checked_texts(name: str, values: object, subject: str | None) -> tuple[str,
         if subject is not None and "{}" in value and not ("{}" in subject and subject in value):
             if name == "neighborhood_prompts":
                 raise EditError(
-                    f"{name}[{i}]: got '{{}}' in {value!r}, wanted a full text about another subject; write its name"
+                    f"{name}[{i}]: got '{{}}' in {quoted(value)}, wanted a full text about another subject; "
+                    "write its name"
                 )
             value = value.replace("{}", subject)
         texts.append(value)
@@ -331,7 +333,7 @@ def _template(prompt: str, subject: str) -> tuple[str, str]:
     slots = prompt.count("{}")
     if slots and not ("{}" in subject and subject in prompt):
         if slots > 1:
-            raise EditError(f"prompt: got {slots} '{{}}' in {prompt!r}, wanted exactly one; keep the subject's")
+            raise EditError(f"prompt: got {slots} '{{}}' in {quoted(prompt)}, wanted exactly one; keep the subject's")
         return prompt, subject
     starts = [i for i in range(len(prompt)) if prompt.startswith(subject, i)]
     spans = [(i, i + len(subject)) for i in starts] or _spelled(prompt, subject) or _spelled(prompt, subject.strip())
@@ -339,10 +341,13 @@ def _template(prompt: str, subject: str) -> tuple[str, str]:
         alike = _loosely(subject) in _loosely(prompt)
         how = ", only with other capitals or invisible characters" if alike else ""
         raise EditError(
-            f"subject {subject!r} is not in the prompt {prompt!r}{how}; write '{{}}' where the subject stands"
+            f"subject {quoted(subject)} is not in the prompt {quoted(prompt)}{how}; "
+            "write '{}' where the subject stands"
         )
     if len(spans) > 1:
-        raise EditError(f"subject {subject!r} is in the prompt {prompt!r} more than once; write '{{}}' for one of them")
+        raise EditError(
+            f"subject {quoted(subject)} is in the prompt {quoted(prompt)} more than once; write '{{}}' for one of them"
+        )
     ((start, stop),) = spans
     return prompt[:start] + "{}" + prompt[stop:], prompt[start:stop]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ArgumentError, EditError
+from ..errors import ArgumentError, EditError, quoted
 from .edit import Edit, listing
 from .fields import Fields
 from .files import Broken, read_records
@@ -113,8 +113,8 @@ def _without_duplicates(name: str, edits: Sequence[tuple[str, Edit]], keep: str 
             kept[key] = place, edit
             continue
         first, other = kept[key]
-        same = "both" if other.target == edit.target else f"{other.target!r} and"
-        doubled.append(f"{first} and {place} ask for {edit.text!r} -> {same} {edit.target!r}")
+        same = "both" if other.target == edit.target else f"{quoted(other.target)} and"
+        doubled.append(f"{first} and {place} ask for {quoted(edit.text)} -> {same} {quoted(edit.target)}")
         if keep == "last":
             kept[key] = place, edit
     if doubled and keep == "error":

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from ..edits import Edit, Probe
-from ..errors import ArgumentError, CheckpointError, EditError
+from ..errors import ArgumentError, CheckpointError, EditError, quoted
 from ..search.requests import Request, by_subject
 
 FoundOn = Literal["base", "edited"]
@@ -60,7 +60,7 @@ class Entry:
         return Request(self.edit, [], self.needs_prefix, 0, self.target_tokens)
 
     def __str__(self) -> str:
-        return f"{self.id}: {self.edit.text!r} → {self.edit.target!r}"
+        return f"{self.id}: {quoted(self.edit.text)} → {quoted(self.edit.target)}"
 
 
 _OF_EVENT = ("time", "who", "why")

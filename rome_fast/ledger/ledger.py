@@ -15,7 +15,7 @@ from ..closing.history import History
 from ..closing.judging import Unconverged, check_unconverged
 from ..editor import checked_statistics, chosen_for, contexts_for
 from ..edits import Edit, asked_edits
-from ..errors import ArgumentError, ConvergenceError, EditError
+from ..errors import ArgumentError, ConvergenceError, EditError, quoted
 from ..methods import DEFAULT_METHOD, Method, method_named
 from ..models.runner import evaluating
 from ..opening.admission import admit_tokenizer, checked_dtype, plain_modes
@@ -272,14 +272,17 @@ class Ledger:
             pairs = [(state.asking(edit), edit) for edit in edits]
             others = [(e, edit) for e, edit in pairs if e is not None and e.id != request_id(edit)]
             if others:
-                told = listed([f"{e}, wanted {edit.target!r}" for e, edit in others])
+                told = listed([f"{e}, wanted {quoted(edit.target)}" for e, edit in others])
                 raise EditError(
                     f"edits: got {len(others)} that are there with another target (or separator, or end); replace "
                     f"them:\n{told}"
                 )
             kept = [e for e, _ in pairs if e is not None and set(tags) <= set(e.tags)]
             if kept:
-                _warn(f"{len(kept)} of {len(edits)} edits are in the ledger already:\n{listed(kept)}")
+                told = listed(kept)
+                if any(e in kept and e.edit != edit for e, edit in pairs):
+                    told += "\nreplace() takes what they say beside their requests (paraphrases, aliases, …)"
+                _warn(f"{len(kept)} of {len(edits)} edits are in the ledger already:\n{told}")
             wanted = {
                 request_id(edit): (edit, tags if e is None else checked_tags([*e.tags, *tags]))
                 for e, edit in pairs
@@ -311,7 +314,7 @@ class Ledger:
         with self._store.writing(who, why) as events:
             state = State(events)
             pairs = [(state.asking(edit), edit) for edit in edits]
-            if absent := [f"{edit.text!r} → {edit.target!r}" for e, edit in pairs if e is None]:
+            if absent := [f"{quoted(edit.text)} → {quoted(edit.target)}" for e, edit in pairs if e is None]:
                 raise EditError(f"edits: got {len(absent)} that replace nothing; add them:\n{listed(absent)}")
             found = [(e, edit) for e, edit in pairs if e is not None]
             same = [e for e, edit in found if e.edit == edit and (given is None or given == e.tags)]
@@ -390,7 +393,9 @@ class Ledger:
         with self._store.writing(who, why) as events:
             diff = _compared(State(events), there := State(theirs))
             if diff.differing and prefer is None:
-                told = listed([f"{a} ({_told(a)}) and → {b.edit.target!r} ({_told(b)})" for a, b in diff.differing])
+                told = listed(
+                    [f"{a} ({_told(a)}) and → {quoted(b.edit.target)} ({_told(b)})" for a, b in diff.differing]
+                )
                 raise EditError(
                     f"other: both ledgers ask {len(diff.differing)} time(s) the same with other targets; replace one "
                     f"of each, or say prefer='mine' or 'theirs':\n{told}"

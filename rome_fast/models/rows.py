@@ -12,7 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ..edits import Edit
-from ..errors import EditError, ModelError
+from ..errors import EditError, ModelError, quoted
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ def check_known(tokenizer: PreTrainedTokenizerBase, name: str, text: str, ids: S
     unknown = tokenizer.unk_token_id
     if unknown is not None and list(ids).count(unknown) > text.count(str(tokenizer.unk_token)):
         raise EditError(
-            f"{name} {text!r}: got {str(tokenizer.unk_token)!r}, by which the tokenizer writes whatever it does not "
-            "know, wanted tokens of its own; spell it in characters that the model was trained with"
+            f"{name} {quoted(text)}: got {str(tokenizer.unk_token)!r}, by which the tokenizer writes whatever it does "
+            "not know, wanted tokens of its own; spell it in characters that the model was trained with"
         )
 
 
@@ -232,14 +232,14 @@ def edit_rows(
         start = len(context) + edit.subject_at
         subject = _last_token_of(tokens, question.text, start, start + len(edit.subject.rstrip()))
         if subject is None:
-            raise EditError(f"subject {edit.subject!r}: got no token from the tokenizer, wanted at least one")
+            raise EditError(f"subject {quoted(edit.subject)}: got no token from the tokenizer, wanted at least one")
         check_known(tokenizer, "subject", edit.subject, [tokens.ids[subject]])
         check_known(tokenizer, "target", question.answer, answer)
         row = Row((*tokens.ids, *answer), subject, len(tokens.ids))
         if max_length is not None and len(row.inputs) > max_length:
             raise EditError(
-                f"prompt of subject {edit.subject!r}: got {len(row.inputs)} tokens with its context, wanted at most "
-                f"the {max_length} the model attends to; shorten the prompt"
+                f"prompt of subject {quoted(edit.subject)}: got {len(row.inputs)} tokens with its context, wanted at "
+                f"most the {max_length} the model attends to; shorten the prompt"
             )
         rows.append(row)
     return rows
@@ -293,6 +293,6 @@ def _check_boundary(tokens: Encoded, at: int, context: str, edit: Edit) -> None:
     for start, stop in tokens.spans:
         if at <= start < end and stop > prompt:
             raise EditError(
-                f"context {context!r}: its last token merges with the prompt of subject {edit.subject!r}; "
+                f"context {quoted(context)}: its last token merges with the prompt of subject {quoted(edit.subject)}; "
                 "end the context with punctuation and a space"
             )

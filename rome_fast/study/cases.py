@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ..edits import Edit
-from ..errors import ArgumentError
+from ..errors import ArgumentError, quoted
 from ..models.rows import edit_rows, encode
 from ..models.runner import Runner
 
@@ -43,7 +43,7 @@ def cases_of(
         key = (edit.prompt, edit.subject, edit.target)
         if key in seen:
             raise ArgumentError(
-                f"edits: requests {seen[key]} and {number} are the same, {edit.text!r} → {edit.target!r}; "
+                f"edits: requests {seen[key]} and {number} are the same, {quoted(edit.text)} → {quoted(edit.target)}; "
                 "leave one of them out"
             )
         seen[key] = number

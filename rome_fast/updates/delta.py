@@ -63,7 +63,7 @@ class _Overwritten:
     bits_after: Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Delta:
     """Updates by parameter name.
 
@@ -77,9 +77,13 @@ class Delta:
 
     updates: dict[str, LowRank]
     metadata: dict[str, str] = field(default_factory=dict)
-    samples: dict[str, Sample] = field(default_factory=dict, repr=False)
-    report: dict[str, Any] = field(default_factory=dict, repr=False)  # what the edit says of itself, see EditResult
-    _overwritten: dict[str, _Overwritten] = field(default_factory=dict, repr=False)
+    samples: dict[str, Sample] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)  # what the edit says of itself, see EditResult
+    _overwritten: dict[str, _Overwritten] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        ranks = [f"{name}: rank {update.left.shape[1]}" for name, update in self.updates.items()]
+        return f"Delta({', '.join([*ranks, 'applied' if self.is_applied else 'not applied'])})"
 
     @property
     def is_applied(self) -> bool:

@@ -69,8 +69,11 @@ def test_what_is_said_beside_a_request_is_replaced_without_a_search(pool):
 def test_what_is_there_already_and_what_is_not(pool):
     """Nothing is written for it."""
     events = pool.log()
-    with pytest.warns(LedgerWarning, match="1 of 1 edits are in the ledger already"):
+    with pytest.warns(LedgerWarning, match="1 of 1 edits are in the ledger already") as told:
         pool.add(OTHERS[0])
+    assert "replace()" not in str(told[0].message)
+    with pytest.warns(LedgerWarning, match=r"already:\n.*\nreplace\(\) takes what they say beside their requests"):
+        pool.add(replace(OTHERS[0], aliases=("Roma",)))
     with pytest.warns(LedgerWarning, match="1 of 1 edits are in the ledger as they are"):
         pool.replace(OTHERS[0])
     with pytest.raises(
