@@ -311,14 +311,17 @@ def check_schedule(schedule: str, batch_size: int) -> None:
 
 def _checked_history(given: History | bool, runner: Runner, chosen: Selection, how: Method) -> History | None:
     """The one that this call goes on from; None where nobody asks for any."""
-    if given is False:
-        return None
-    if given is True:
-        return History.none(runner, chosen.layers, len(how.columns))
-    if not isinstance(given, History):
-        raise ArgumentError(f"history: got {type(given).__name__}, wanted result.history of an earlier edit, or True")
+    check_kind_of_history(given)
+    if isinstance(given, bool):
+        return History.none(runner, chosen.layers, len(how.columns)) if given else None
     given.check(runner, chosen.layers, len(how.columns))
     return given
+
+
+def check_kind_of_history(given: object) -> None:
+    """ArgumentError for what is neither a history nor whether there is to be one."""
+    if not isinstance(given, History | bool):
+        raise ArgumentError(f"history: got {type(given).__name__}, wanted result.history of an earlier edit, or True")
 
 
 def checked_statistics(

@@ -5,12 +5,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .editor import check_kind_of_statistics, check_schedule, checked_contexts
+from .closing.history import History
+from .editor import check_kind_of_history, check_kind_of_statistics, check_schedule, checked_contexts
 from .edits import Edit, asked_edits
 from .errors import ModelError
 from .methods import DEFAULT_METHOD, Method, cost_of, method_named
@@ -54,7 +56,9 @@ class Plan:
     bytes_per_second: float  # of plain sequential reading, measured on a part of the checkpoint
     seconds_reading: float  # computing comes on top, as far as it does not happen meanwhile
     rows_bytes: int  # of the largest group's rows on their way through several edit layers, on top of the budget
-    closing_columns: int  # of the largest group of edits that are made together, in the closed form of every edit layer
+    # Of the largest group of edits that are made together, in the closed form of every edit layer; with those of
+    # earlier edits, where they are remembered.
+    closing_columns: int
     closing_bytes: int  # of one of them, on top of the model
     closing_seconds: (
         float  # of all layers and groups, at the measured rate; what the rows take on their way comes on top
@@ -105,6 +109,7 @@ def plan(
     contexts: Sequence[str] | None = None,
     settings: ValueSettings | Mapping[str, Any] | None = None,
     batch_size: int = 1,
+    history: History | bool = False,
     measure: bool = True,
     memory: int | str | None = None,
     device: str | torch.device | None = None,
@@ -118,6 +123,7 @@ def plan(
     edits = asked_edits(edits)
     how = method_named(method)
     check_schedule(schedule, batch_size)
+    check_kind_of_history(history)
     given = given_layers(layer, layers)
     if not isinstance(model, str | Path):
         raise ModelError(f"model: got {type(model).__name__}, wanted the path of a checkpoint, since a plan is for one")
@@ -131,6 +137,9 @@ def plan(
         trust_remote_code=trust_remote_code,
     )
     check_kind_of_statistics(statistics, outline.layers)
+    earlier = None if isinstance(history, bool) else history
+    if earlier is not None:
+        earlier.check_keys(outline.layers, len(how.columns))
     tokenizer = checkpoints.load_tokenizer(outline.directory, trust_remote_code=trust_remote_code)
     admit_tokenizer(tokenizer, outline.skeleton, [f"{edit.text} {edit.target}" for edit in edits])
     config = outline.skeleton.config
@@ -142,7 +151,10 @@ def plan(
     group = len(edits) if schedule == "joint" else batch_size
     groups = [requests[start : start + group] for start in range(0, len(requests), group)]
     width, key_size = runner.weight(last).shape
-    costs = [cost_of(len(how.columns) * len(each), key_size, width) for each in groups]
+    columns = [len(how.columns) * len(each) for each in groups]
+    if how.remembers or history is not False:
+        columns = list(accumulate(columns, initial=0 if earlier is None else len(earlier.first_tokens)))[1:]
+    costs = [cost_of(count, key_size, width) for count in columns]
     # Of every position up to the subject: what enters the first of the layers, where it is now, and its key there.
     positions = max(sum(len(request.rows) * (request.middle + 1) for request in each) for each in groups)
     rows_bytes = positions * (2 * width + key_size) * (runner.dtype.itemsize)
@@ -172,7 +184,7 @@ def plan(
         if contexts is None:
             # If enough of the texts that are sampled at a time are usable.
             stages["contexts"] = (SAMPLED_TOKENS, SAMPLED_TOKENS * whole)
-        if any(request.bare for request in requests):
+        if any(request.bare for request in requests) or (earlier is not None and bool(earlier.first_tokens.any())):
             passes = first_token_passes(runner, last)
             stages["first tokens"] = (passes, passes * sum(sizes[: last + 1]))
         if measure:
@@ -206,7 +218,7 @@ def plan(
         bytes_per_second=rate,
         seconds_reading=sum(size for _, size in stages.values()) / rate,
         rows_bytes=rows_bytes if first < last else 0,
-        closing_columns=len(how.columns) * min(group, len(edits)),
+        closing_columns=max(columns),
         closing_bytes=max(cost.bytes for cost in costs),
         closing_seconds=len(outline.layers) * sum(cost.flops for cost in costs) / _product_rate(outline.device),
     )

@@ -10,13 +10,24 @@ from helpers import CONTEXTS, END, LAYER, MIDDLE, SETTINGS, START
 from rome_fast import Edit, apply_edits, plan
 from rome_fast.bench.flops import FlopCounter
 from rome_fast.closing.closing import Closing
+from rome_fast.closing.history import History
 from rome_fast.errors import ArgumentError, EditError, StatisticsError
 from rome_fast.methods import close, cost_of
+from rome_fast.models.fingerprint import Fingerprint
+from rome_fast.models.runner import Runner
 from rome_fast.opening import checkpoints
 from rome_fast.weights import Stream
 from toys import D_FF, HIDDEN, LAYERS, save_toy, toy_model
 
 EDITS = [START, MIDDLE, END]
+
+
+def history_of(layers, edits):
+    """Of the toy that is planned for, with two keys an edit."""
+    keys = {layer: torch.randn(2 * edits, D_FF) for layer in layers}
+    none = torch.zeros(2 * edits, dtype=torch.bool)
+    return History(Fingerprint.of(Runner(toy_model("llama")), layers[0]), keys, none, 2)
+
 
 # The keys of toys have much in common, so that a method with a ridge meets them in part.
 pytestmark = pytest.mark.filterwarnings("ignore::rome_fast.closing.judging.SharedKeyWarning")
@@ -108,6 +119,15 @@ def test_what_is_closed_together_is_said(source):
     assert 5 / 2 * 0.9 < joint.rows_bytes / turns.rows_bytes < 5 / 2 * 1.1  # their subjects differ in tokens
     assert "rows on their way through the edit layers: about " in str(joint)
     assert "closed form: 10 columns for each edit layer, " in str(joint)
+    # Those of earlier groups and calls are columns, too.
+    for changes, columns in (
+        ({"method": "memit-history"}, 5),
+        ({"history": True}, 10),
+        ({"history": history_of((0, 1), edits=3)}, 16),
+    ):
+        turns = plan(source, edits, schedule="sequential", batch_size=2, **usual | changes)
+        assert turns.closing_columns == columns
+        assert turns.closing_bytes == cost_of(columns, D_FF, HIDDEN).bytes
     one = plan(source, START, method="c-rome", **usual | {"layers": (LAYER,)})
     assert (one.closing_columns, one.rows_bytes) == (1, 0)
 
@@ -199,6 +219,8 @@ def test_a_plan_refuses_what_the_edit_would(source):
         (END, {"statistics": 3}),
         (END, {"contexts": ["It rained."]}),
         (END, {"contexts": []}),
+        (END, {"history": "yes"}),
+        (END, {"history": history_of((0, 1), edits=1)}),
     ],
 )
 def test_a_plan_refuses_arguments_in_the_words_of_the_edit(edits, changes, source, tmp_path):

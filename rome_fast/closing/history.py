@@ -63,13 +63,17 @@ class History:
 
     def check(self, runner: Runner, layers: Sequence[int], columns: int) -> None:
         """Raise ArgumentError unless it is of this model at these layers, with as many keys an edit."""
+        self.check_keys(layers, columns)
+        if not self.fingerprint.matches(own := Fingerprint.of(runner, layers[0])):
+            raise ArgumentError(f"history: got that of {self.fingerprint}, wanted that of this model, {own}")
+
+    def check_keys(self, layers: Sequence[int], columns: int) -> None:
+        """Raise ArgumentError unless it is of these layers, with as many keys an edit."""
         if list(self.keys) != list(layers):
             raise ArgumentError(
                 f"history: got keys at layers {', '.join(map(str, self.keys))}, wanted {', '.join(map(str, layers))}, "
                 "which are edited now; give layers= as before"
             )
-        if not self.fingerprint.matches(own := Fingerprint.of(runner, layers[0])):
-            raise ArgumentError(f"history: got that of {self.fingerprint}, wanted that of this model, {own}")
         if self.columns != columns:
             raise ArgumentError(f"history: got {self.columns} key(s) an edit, wanted {columns}; give method= as before")
 
