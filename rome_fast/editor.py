@@ -63,6 +63,7 @@ def apply_edits(
     contexts: Sequence[str] | None = None,
     settings: ValueSettings | Mapping[str, Any] | None = None,
     batch_size: int = 1,
+    rounds: int = 1,
     guard: Guard = "raise",
     unconverged: Unconverged = "skip",
     seed: int = 0,
@@ -105,6 +106,9 @@ def apply_edits(
             in a chat before what the user says last.
         settings: how δ is optimised; default as for the layer, those of `rome-fast tune` at the layer it chose. A
             mapping changes some fields of that default.
+        rounds: how often values are searched. From the second time on they are found with the update of the time before
+            in the model, on top of what has arrived of the edits: these answer more surely and in more wordings, for
+            half as much time again (docs/methods.md). Not of a model whose weights are read while it runs.
         guard: what to do with an edit predicted to collapse the model, before anything is written: "raise",
             "warn", "skip" (leave that edit out) or "off". Unless it is "off", edits made together whose keys are too
             near to be told apart without harm are met in part (`Record.missed`), with a SharedKeyWarning.
@@ -134,7 +138,7 @@ def apply_edits(
         distributed: whether the processes of torch.distributed share the search of values. All of them give the same
             model, edits and options; all get the result, equal to that of one process to rounding, but only the first
             one measures and writes.
-        progress: called with (edits done, edits in all).
+        progress: called with (edits done, edits in all), each counted as often as there are rounds.
         on_read: called with (bytes read, bytes per second) while weights are read.
 
     Raises EditError, ArgumentError, ModelError, StatisticsError, CheckpointError, ConvergenceError, CollapseError or
@@ -144,6 +148,7 @@ def apply_edits(
     how = method_named(method)
     check_guard(guard)
     check_schedule(schedule, batch_size)
+    check_rounds(rounds)
     check_unconverged(unconverged)
     check_link(link)
     given = given_layers(layer, layers)
@@ -174,6 +179,8 @@ def apply_edits(
         if in_place and opened.source is not None and tokenizer is not None:
             _check_own(tokenizer, opened.source)
         runner, tokenizer = opened.runner, opened.tokenizer
+        if runner.stream is not None:
+            check_rounds(rounds, streamed=True)
         admit_tokenizer(tokenizer, runner.model, [f"{edit.text} {edit.target}" for edit in edits])
         chosen = chosen_for(runner, how, given, settings, statistics)
         before = _checked_history(history, runner, chosen, how)
@@ -197,12 +204,12 @@ def apply_edits(
             with clock("measure"):
                 effect.before()
 
-        total = len(edits)
+        total = rounds * len(edits)
         search = Search(
             runner, tokenizer, chosen.layers, how, texts, chosen.settings, clock, progress, total, processes
         )
         closing = Closing(runner, how, geometries, guard, before)
-        flow = Flow(search, closing, guard, unconverged, total)
+        flow = Flow(search, closing, guard, unconverged, len(edits), rounds)
         groups = [requests] if schedule == "joint" else _batches(requests, batch_size)
         with _undone_on_failure(runner.model) as applied:
             records = _apply_in_turn(flow, groups, applied)
@@ -238,6 +245,7 @@ def apply_edits(
                 nll,
                 None if before is None else closing.history_by_now(),
                 None if runner.stream is None else runner.stream.rates,
+                rounds,
             )
             if processes.rank == 0:
                 _write(result, opened, destination, link, given_tokenizer)
@@ -307,6 +315,16 @@ def check_schedule(schedule: str, batch_size: int) -> None:
         raise ArgumentError(f"schedule: got {schedule!r}, wanted 'joint' or 'sequential'")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size!r}, wanted at least 1, a whole number")
+
+
+def check_rounds(rounds: object, *, streamed: bool = False) -> None:
+    """ArgumentError for no number of rounds, and of a model that is read while it runs for more than one."""
+    if type(rounds) is not int or rounds < 1:
+        raise ArgumentError(f"rounds: got {rounds!r}, wanted at least 1, a whole number")
+    if streamed and rounds > 1:
+        raise ArgumentError(
+            f"rounds: got {rounds} for a model whose weights are read while it runs, wanted 1, or memory for all of it"
+        )
 
 
 def _checked_history(given: History | bool, runner: Runner, chosen: Selection, how: Method) -> History | None:

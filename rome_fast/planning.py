@@ -12,7 +12,13 @@ from typing import Any, Literal
 import torch
 
 from .closing.history import History
-from .editor import check_kind_of_history, check_kind_of_statistics, check_schedule, checked_contexts
+from .editor import (
+    check_kind_of_history,
+    check_kind_of_statistics,
+    check_rounds,
+    check_schedule,
+    checked_contexts,
+)
 from .edits import Edit, asked_edits
 from .errors import ModelError
 from .methods import DEFAULT_METHOD, Method, cost_of, method_named
@@ -109,6 +115,7 @@ def plan(
     contexts: Sequence[str] | None = None,
     settings: ValueSettings | Mapping[str, Any] | None = None,
     batch_size: int = 1,
+    rounds: int = 1,
     history: History | bool = False,
     measure: bool = True,
     memory: int | str | None = None,
@@ -123,6 +130,7 @@ def plan(
     edits = asked_edits(edits)
     how = method_named(method)
     check_schedule(schedule, batch_size)
+    check_rounds(rounds)
     check_kind_of_history(history)
     given = given_layers(layer, layers)
     if not isinstance(model, str | Path):
@@ -136,6 +144,7 @@ def plan(
         dtype=checked_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )
+    check_rounds(rounds, streamed=outline.placement is not None)
     check_kind_of_statistics(statistics, outline.layers)
     earlier = None if isinstance(history, bool) else history
     if earlier is not None:
@@ -220,7 +229,10 @@ def plan(
         rows_bytes=rows_bytes if first < last else 0,
         closing_columns=max(columns),
         closing_bytes=max(cost.bytes for cost in costs),
-        closing_seconds=len(outline.layers) * sum(cost.flops for cost in costs) / _product_rate(outline.device),
+        closing_seconds=rounds
+        * len(outline.layers)
+        * sum(cost.flops for cost in costs)
+        / _product_rate(outline.device),
     )
 
 

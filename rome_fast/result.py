@@ -36,6 +36,7 @@ class EditResult:
     # Of the model as it is now, for the next call's `history`; None where this one was called without.
     history: History | None = None
     streaming: dict[str, Any] | None = None  # of weights read while they are needed: bytes and rates, see `Stream`
+    rounds: int = 1  # of searches for values
 
     def __post_init__(self) -> None:
         # Kept with the Delta, for as long as the edit is in the model; it must not hold the model itself.
@@ -46,6 +47,7 @@ class EditResult:
             layers=self.records[0].layers,
             layer_source=self.layer_source,
             schedule=self.schedule,
+            rounds=self.rounds,
             dtype=str(self.model.dtype).removeprefix("torch."),
             compute_dtype=str(compute_dtype(Runner(self.model), self.settings)).removeprefix("torch."),
             edits=self.records,

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, help="a single one")
     parser.add_argument("--schedule", choices=("joint", "sequential"), default="joint")
     parser.add_argument("--batch-size", type=int, default=1, help="edits at a time when sequential (default: 1)")
+    parser.add_argument("--rounds", type=int, default=1, help="searches of values, all but one on the edited model")
     parser.add_argument("--guard", choices=("raise", "warn", "skip", "off"), default="raise")
     parser.add_argument("--unconverged", choices=("skip", "write", "raise"), default="skip")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prefix contexts")
@@ -91,6 +92,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "contexts": contexts,
         "settings": changes,
         "batch_size": arguments.batch_size,
+        "rounds": arguments.rounds,
         "measure": not arguments.no_measure,
         "memory": arguments.memory,
         "device": own_device(arguments.device),

@@ -1,4 +1,8 @@
-"""The part of an edit between tokens and weights, for edits made together: search, close, judge."""
+"""The part of an edit between tokens and weights, for edits made together: search, close, judge.
+
+A value leads the model to its target where it is added as it is, but what arrives of it is what a closed form makes of
+many of them. A further round finds values with the update in the model, on top of what has arrived, and closes those.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..methods import Method
 from ..models.runner import Runner
 from ..records import Record
-from ..search.requests import Request
+from ..search.requests import Request, by_subject
 from ..search.search import Clock, Search, Solved
 from ..search.values import ValueSettings
 from ..updates.delta import Delta
@@ -18,6 +22,7 @@ from .closing import Closed, Closing
 from .geometry import Geometry
 from .guard import Guard, judge, predicts_collapse
 from .judging import Unconverged, judge_convergence, tell_missed
+from .rebasing import rebased
 
 ENOUGH_BARE = 0.4
 """Share of an edit that has to arrive without a context; with less, one in twelve answered there (docs/collapse.md)."""
@@ -32,6 +37,7 @@ class Flow:
     guard: Guard
     unconverged: Unconverged
     total: int  # edits of all groups
+    rounds: int = 1  # of searches; all but the first are with the update of the one before in the model
     condition: float = 1.0  # worst of the closed forms so far
     # (d_ff,) on the CPU, of every edit solved so far: the mean of its rows' keys.
     keys: list[Tensor] = field(default_factory=list)
@@ -68,7 +74,40 @@ class Flow:
 
         Raises CollapseError or ConvergenceError where the guard or `unconverged` says so.
         """
-        return self.close(group, self.find(group))
+        solved = self.find(group)
+        for _ in range(self.rounds - 1):
+            solved = self.find_again(group, solved)
+        return self.close(group, solved)
+
+    def find_again(self, group: Sequence[Request], solved: Sequence[Solved]) -> list[Solved]:
+        """Keys and values of one more round; the model is left as it was, and nothing is remembered.
+
+        A value stays as it is where none is found on top of it, and where edits of one subject share it; all of them do
+        where their update would collapse the model.
+        """
+        anyway = self.unconverged == "write"
+        found = [i for i, each in enumerate(solved) if each.found or (anyway and each.finite)]
+        shared = by_subject([request.edit for request in group]) if self.method.merges else []
+        apart = {i for places in shared if len(places) > 1 for i in places}
+        again = [i for i in range(len(group)) if i not in apart]
+        with self.search.clock("update"):
+            closed = self.closing.close([solved[i] for i in found], self.search) if found and again else None
+        if closed is None or _collapses(closed):
+            self.search.done += len(group)
+            return list(solved)
+        self.search.done += len(apart)
+        update, best = self.closing.delta(closed), list(solved)
+        update.apply(self.runner.model)
+        try:
+            more = self.search.find([group[i] for i in again], merge=False)
+        finally:
+            update.revert(self.runner.model)
+        with self.search.clock("update"):
+            more = rebased(self.runner, self.search, more, update)
+        for i, each in zip(again, more, strict=True):
+            if each.found or (each.finite and not solved[i].found):
+                best[i] = each
+        return best
 
     def close(self, group: Sequence[Request], solved: Sequence[Solved]) -> tuple[Delta | None, list[Record]]:
         """The same for keys and values that are found already; of the requests, their rows are not looked at."""
@@ -140,8 +179,7 @@ class Flow:
             answers_bare = solved.bare is not None and solved.bare.found
             share = closed.arrived_bare[index]
             needs_prefix = not answers_bare if needs_prefix else share is not None and share < ENOUGH_BARE
-            limits = closed.limits.values()
-            collapsed = any(predicts_collapse(r, 1.0, limit) for r, limit in zip(ratios, limits, strict=True))
+            collapsed = _collapses(closed, index)
         return Record(
             prompt=request.edit.prompt,
             subject=request.edit.subject,
@@ -168,3 +206,12 @@ class Flow:
             target_tokens=list(request.target_tokens),
             left_out=None if solved.finite else "loss not finite",
         )
+
+
+def _collapses(closed: Closed, index: int | None = None) -> bool:
+    """Whether an edit, or any of all, is predicted to collapse the model."""
+    for layer, factors in closed.factors.items():
+        norms = factors.update_norms.tolist() if index is None else [float(factors.update_norms[index])]
+        if any(predicts_collapse(n / closed.weight_norms[layer], 1.0, closed.limits[layer]) for n in norms):
+            return True
+    return False
