@@ -5,10 +5,11 @@
     python benchmarks/methods.py --edits edits.jsonl --subjects           # those of subjects with several, jointly
     python benchmarks/methods.py --edits edits.jsonl --normal 20 --model ./model --variants c-rome dual dual@2-4
 
-A variant is a method, perhaps with layers, ridge or penalty of its own: `dual`, `dual@9`, `dual@5-9`, `dual:ridge=0.1`,
-`memit:penalty=1500`. Values are found once, on the rows of `dual`, for all of them (of those requests that are no
-first-token cases, other methods have the same rows), and kept in --work, as is every result: a run that was interrupted
-goes on. Where a method merges, edits of one subject that are made jointly have one value, found beside those.
+A variant is a method, perhaps with layers, ridge, penalty or rounds of its own: `dual`, `dual@9`, `dual@5-9`,
+`dual:ridge=0.1`, `memit:penalty=1500`, `dual:rounds=2`. Values are found once, on the rows of `dual`, for all of them (of
+those requests that are no first-token cases, other methods have the same rows), and kept in --work, as is every result:
+a run that was interrupted goes on. Where a method merges, edits of one subject that are made jointly have one value,
+found beside those. Further rounds start from them, and are a variant's own.
 """
 
 import argparse
@@ -57,6 +58,7 @@ class Variant:
     text: str
     method: Method
     layers: tuple[int, ...]
+    rounds: int = 1
 
     @classmethod
     def parse(cls, text: str, config: Any) -> "Variant":
@@ -69,7 +71,8 @@ class Variant:
             layers = tuple(range(int(first), int(last or first) + 1))
         pairs = (option.partition("=") for option in options.split(",") if option)
         changes: dict[str, Any] = {key: value if key == "arrival" else float(value) for key, _, value in pairs}
-        return cls(text, replace(method, **changes), layers)
+        rounds = int(changes.pop("rounds", 1))
+        return cls(text, replace(method, **changes), layers, rounds)
 
 
 class Bench:
@@ -155,6 +158,17 @@ class Bench:
             torch.save(self.flow(variant).find([self.requests[i] for i in places]), file)
         return dict(zip(places, torch.load(file, weights_only=False), strict=True))
 
+    def found_again(self, flow: Flow, variant: Variant, places: range, solved: Sequence[Solved]) -> list[Solved]:
+        """Values of edits that are made together after the variant's further rounds."""
+        found = list(solved)
+        for number in range(2, variant.rounds + 1):
+            name = f"{variant.text.replace(':', '-')}-{number}-{places.start}-{places.stop}"
+            file = self.work / f"round-{name}.pt"
+            if not file.exists():
+                torch.save(flow.find_again([self.requests[i] for i in places], found), file)
+            found = torch.load(file, weights_only=False)
+        return found
+
     def conditions(self, variant: Variant, edits: int) -> dict[str, Any]:
         method = variant.method
         return {
@@ -179,8 +193,10 @@ def single(bench: Bench) -> None:
     places = range(len(bench.edits))
     for variant in bench.variants:
         solved = bench.solved_for(variant, places, jointly=False)
-        start = time.process_time()
         flow = bench.flow(variant)
+        if variant.rounds > 1:
+            solved = [each for i in places for each in bench.found_again(flow, variant, range(i, i + 1), [solved[i]])]
+        start = time.process_time()
         made = flow.close_each(bench.requests, solved)
         seconds = time.process_time() - start
         deltas = [delta for delta, _ in made]
@@ -226,9 +242,9 @@ def joint(bench: Bench, counts: Sequence[int]) -> None:
             done = [(r["model"], r["variant"], int(r["edits"])) for r in rows(JOINT)]
             if (bench.name, variant.text, count) in done:
                 continue
-            solved = bench.solved_for(variant, places)
-            start = time.process_time()
             flow = bench.flow(variant)
+            solved = bench.found_again(flow, variant, places, bench.solved_for(variant, places))
+            start = time.process_time()
             closed = flow.closing.close(solved, flow.search)
             delta = flow.closing.delta(closed)
             seconds = time.process_time() - start
