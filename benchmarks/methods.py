@@ -6,10 +6,10 @@
     python benchmarks/methods.py --edits edits.jsonl --normal 20 --model ./model --variants c-rome dual dual@2-4
 
 A variant is a method, perhaps with layers, ridge, penalty or rounds of its own: `dual`, `dual@9`, `dual@5-9`,
-`dual:ridge=0.1`, `memit:penalty=1500`, `dual:rounds=2`. Values are found once, on the rows of `dual`, for all of them (of
-those requests that are no first-token cases, other methods have the same rows), and kept in --work, as is every result:
-a run that was interrupted goes on. Where a method merges, edits of one subject that are made jointly have one value,
-found beside those. Further rounds start from them, and are a variant's own.
+`dual:ridge=0.1`, `memit:penalty=1500`, `dual:rounds=2`. Values are found once, on the rows of `dual`, for all of them
+(of those requests that are no first-token cases, other methods have the same rows), and kept in --work, as is every
+result: a run that was interrupted goes on. Where a method merges, edits of one subject that are made jointly have one
+value, found beside those. Further rounds start from them, and are a variant's own.
 """
 
 import argparse
