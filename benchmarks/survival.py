@@ -126,6 +126,7 @@ def plot() -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     points = rows(TABLE)
     panels = (
@@ -135,11 +136,14 @@ def plot() -> None:
         ("paraphrase", "paraphrase"),
         ("neighborhood", "neighbourhood"),
         ("perplexity_ratio", "perplexity, of that before"),
+        ("update_ratios", "‖ΔW‖ / ‖W‖, the layer with the largest"),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(18, 3.6))
-    for panel, (field, title) in zip(axes, panels, strict=True):
+    figure, axes = plt.subplots(2, 4, figsize=(15, 7))
+    *places, last = axes.flat
+    for panel, (field, title) in zip(places, panels, strict=True):
         for way, values in dict.fromkeys((point["way"], point["values"]) for point in points):
-            own = sorted((int(p["edits"]), float(p[field])) for p in points if (p["way"], p["values"]) == (way, values))
+            of_way = [p for p in points if (p["way"], p["values"]) == (way, values)]
+            own = sorted((int(p["edits"]), max(map(float, p[field].split()))) for p in of_way)
             style = "-" if values == "unedited model" else "--"
             label = way if style == "-" else f"{way}, values {values}"
             panel.plot(*zip(*own, strict=True), style, marker="o", markersize=4, label=label)
@@ -148,9 +152,13 @@ def plot() -> None:
         panel.spines[["top", "right"]].set_visible(False)
         if field == "perplexity_ratio":
             panel.set_yscale("log")
-        else:
+            panel.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100]))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(NullLocator())
+        elif field != "update_ratios":
             panel.set_ylim(0, 1.03)
-    axes[0].legend(frameon=False, fontsize=8)
+    last.axis("off")
+    last.legend(*places[0].get_legend_handles_labels(), frameon=False, loc="center")
     one = points[0]
     conditions = (
         f"{one['model']}, {one['dtype']}, {one['device']}, C of {one['statistics']}, layers {one['layers']}, "
