@@ -192,7 +192,8 @@ def apply_edits(
         with clock("contexts"):
             texts = contexts_for(runner.model, tokenizer, contexts, seed)
         if distributed:
-            mine = (Fingerprint.of(runner, chosen.layer).to_json(), edits, method, schedule, chosen, texts)
+            made = (method, schedule, batch_size, rounds, guard, unconverged, before, chosen, texts)
+            mine = (Fingerprint.of(runner, chosen.layer).to_json(), edits, *made)
             processes.agree("model, edits, options", repr(mine))
         with clock("rows"):
             requests = [tokenise(runner, tokenizer, edit, texts, how) for edit in edits]

@@ -95,11 +95,12 @@ def test_as_many_processes_as_you_like_make_the_same_edit(count, own, together, 
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_an_edit_of_several_layers_is_that_of_one_process(together, tmp_path, empty_cache):
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_an_edit_of_several_layers_is_that_of_one_process(rounds, together, tmp_path, empty_cache):
     """The values are dealt out, and what comes after is the same in all; one of the subjects is the first token."""
-    spread = {"method": "dual", "layer": None, "layers": [0, 1, 2]}
+    spread = {"method": "dual", "layer": None, "layers": [0, 1, 2], "rounds": rounds}
     said = together(2, **spread)
-    assert all(one["found"] >= len(EDITS) // 2 for one in said)
+    assert all(one["found"] >= rounds * (len(EDITS) // 2) for one in said)
     wanted = together.alone(weight=None, **spread)
     for rank in range(2):
         delta = Delta.load(tmp_path / f"delta-{rank}.safetensors")
@@ -129,8 +130,11 @@ def test_a_process_that_dies_ends_the_run_and_nothing_is_changed(dies, together)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_processes_with_different_options_are_told(together):
-    said = together(2, differing={1: {"contexts": CONTEXTS[:-1]}})
+@pytest.mark.parametrize(
+    "other", [{"contexts": CONTEXTS[:-1]}, {"rounds": 2}, {"batch_size": 2}], ids=lambda o: next(iter(o))
+)
+def test_processes_with_different_options_are_told(other, together):
+    said = together(2, differing={1: other})
     wanted = "model, edits, options: process(es) 1 of 2 got others than process 0; give all of them the same"
     assert [one["error"] for one in said] == [wanted] * 2
     assert [one["changed"] for one in said] == [[], []]
