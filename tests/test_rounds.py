@@ -35,10 +35,7 @@ from toys import save_toy, toy_model
 
 FP64 = torch.float64
 SPREAD = {"method": "dual", "layer": None, "layers": (0, 1, 2)}
-TWICE = (
-    Edit("The museum of {}", "Vienna", "Paris"),
-    Edit("{} lies on the river", "Vienna", "Rome"),
-)
+FACTS = (START, Edit("The museum of {}", START.subject, "Paris"), Edit("{} lies on", START.subject, "Rome"))
 
 pytestmark = [
     pytest.mark.usefixtures("empty_cache"),
@@ -132,20 +129,36 @@ def test_a_second_round_of_several_layers(schedule, toy_tokenizers, monkeypatch)
     assert not changed(model, all_bits(other))
 
 
-def test_a_value_that_facts_share_stays(toy_tokenizers):
-    tokenizer = toy_tokenizers[True]
-    flow, requests = parts_of(toy_model("llama"), tokenizer, (MIDDLE, *TWICE), (0, 1, 2))
-    flow.unconverged = "write"
+@pytest.mark.parametrize("bos", [True, False])
+def test_facts_of_one_subject_still_share_a_value(bos, toy_tokenizers, monkeypatch):
+    """The mean of what a value of the second round becomes for each; where position 0 has one, of that as well."""
+    flow, requests = parts_of(toy_model("llama"), toy_tokenizers[bos], (MIDDLE, *FACTS), (0, 1, 2))
+    find = flow.search._find_all
+
+    def led(each):
+        # In toys no target ever leads, and what is not found together is searched apart.
+        return replace(each, value=replace(each.value, led=1.0), bare=each.bare and led(each.bare))
+
+    monkeypatch.setattr(flow.search, "_find_all", lambda group: [[led(one) for one in found] for found in find(group)])
     solved = flow.find(requests)
-    before = all_bits(flow.runner.model)
-    again = flow.find_again(requests, solved)
+    before, parts = all_bits(flow.runner.model), []
+
+    def kept(*given):
+        parts.append(rebased(*given))
+        return list(parts[-1])
+
+    monkeypatch.setattr("rome_fast.closing.flow.rebased", kept)
+    (other, *shared), ((alone, *moved),) = flow.find_again(requests, solved), parts
     assert not changed(flow.runner.model, before)
-    assert [torch.equal(a.value.delta, b.value.delta) for a, b in zip(solved, again, strict=True)] == [
-        False,
-        True,
-        True,
-    ]
-    assert flow.search.done == 6
+    assert torch.equal(other.value.delta, alone.value.delta)
+    assert not torch.equal(moved[0].value.delta, moved[1].value.delta)
+    mean = torch.stack([each.value.delta for each in moved]).mean(0)
+    assert all(torch.equal(each.value.delta, mean) for each in shared)
+    assert [each.bare is None for each in shared] == [bos, True, bos]
+    if not bos:
+        own = torch.stack([each.bare.value.delta for each in moved if each.bare is not None]).mean(0)
+        assert all(torch.equal(each.bare.value.delta, own) for each in shared if each.bare is not None)
+    assert flow.search.done == 8
 
 
 @pytest.mark.parametrize("what", ["nothing is found", "found before", "not a number"])

@@ -6,8 +6,9 @@ many of them. A further round finds values with the update in the model, on top 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -82,32 +83,31 @@ class Flow:
     def find_again(self, group: Sequence[Request], solved: Sequence[Solved]) -> list[Solved]:
         """Keys and values of one more round; the model is left as it was, and nothing is remembered.
 
-        A value stays as it is where none is found on top of it, and where edits of one subject share it; all of them do
-        where their update would collapse the model.
+        A value stays as it is where none is found on top of it, and all of them do where their update would collapse
+        the model.
         """
         anyway = self.unconverged == "write"
         found = [i for i, each in enumerate(solved) if each.found or (anyway and each.finite)]
-        shared = by_subject([request.edit for request in group]) if self.method.merges else []
-        apart = {i for places in shared if len(places) > 1 for i in places}
-        again = [i for i in range(len(group)) if i not in apart]
         with self.search.clock("update"):
-            closed = self.closing.close([solved[i] for i in found], self.search) if found and again else None
+            closed = self.closing.close([solved[i] for i in found], self.search) if found else None
         if closed is None or _collapses(closed):
             self.search.done += len(group)
             return list(solved)
-        self.search.done += len(apart)
-        update, best = self.closing.delta(closed), list(solved)
+        update = self.closing.delta(closed)
         update.apply(self.runner.model)
         try:
-            more = self.search.find([group[i] for i in again], merge=False)
+            more = self.search.find(group)
         finally:
             update.revert(self.runner.model)
         with self.search.clock("update"):
-            more = rebased(self.runner, self.search, more, update)
-        for i, each in zip(again, more, strict=True):
-            if each.found or (each.finite and not solved[i].found):
-                best[i] = each
-        return best
+            moved = rebased(self.runner, self.search, more, update)
+            for places in by_subject([request.edit for request in group]) if self.method.merges else []:
+                some = _sharing([more[i] for i in places], [moved[i] for i in places])
+                for i, each in zip(places, some, strict=True):
+                    moved[i] = each
+        return [
+            new if new.found or (new.finite and not old.found) else old for old, new in zip(solved, moved, strict=True)
+        ]
 
     def close(self, group: Sequence[Request], solved: Sequence[Solved]) -> tuple[Delta | None, list[Record]]:
         """The same for keys and values that are found already; of the requests, their rows are not looked at."""
@@ -206,6 +206,21 @@ class Flow:
             target_tokens=list(request.target_tokens),
             left_out=None if solved.finite else "loss not finite",
         )
+
+
+def _sharing(found: Sequence[Solved], moved: Sequence[Solved]) -> list[Solved]:
+    """Of one subject: what was one value when it was found is one again, the mean of what became of it."""
+    shared = list(moved)
+    for i, each in enumerate(found):
+        same = [m for f, m in zip(found, moved, strict=True) if torch.equal(f.value.delta, each.value.delta)]
+        mean = torch.stack([m.value.delta for m in same]).mean(0)
+        shared[i] = replace(shared[i], value=replace(shared[i].value, delta=mean))
+    bare = [i for i, each in enumerate(found) if each.bare is not None]
+    if bare:
+        own = [[one for i in bare if (one := each[i].bare) is not None] for each in (found, moved)]
+        for i, one in zip(bare, _sharing(*own), strict=True):
+            shared[i] = replace(shared[i], bare=one)
+    return shared
 
 
 def _collapses(closed: Closed, index: int | None = None) -> bool:
