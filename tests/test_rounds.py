@@ -131,7 +131,7 @@ def test_a_second_round_of_several_layers(schedule, toy_tokenizers, monkeypatch)
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_facts_of_one_subject_still_share_a_value(bos, toy_tokenizers, monkeypatch):
-    """The mean of what a value of the second round becomes for each; where position 0 has one, of that as well."""
+    """The mean of what a value of the second round becomes for each of them."""
     flow, requests = parts_of(toy_model("llama"), toy_tokenizers[bos], (MIDDLE, *FACTS), (0, 1, 2))
     find = flow.search._find_all
 
@@ -154,10 +154,9 @@ def test_facts_of_one_subject_still_share_a_value(bos, toy_tokenizers, monkeypat
     assert not torch.equal(moved[0].value.delta, moved[1].value.delta)
     mean = torch.stack([each.value.delta for each in moved]).mean(0)
     assert all(torch.equal(each.value.delta, mean) for each in shared)
+    # A first token's own value is that of the first round.
     assert [each.bare is None for each in shared] == [bos, True, bos]
-    if not bos:
-        own = torch.stack([each.bare.value.delta for each in moved if each.bare is not None]).mean(0)
-        assert all(torch.equal(each.bare.value.delta, own) for each in shared if each.bare is not None)
+    assert all(new.bare is old.bare for new, old in zip(shared, solved[1:], strict=True))
     assert flow.search.done == 8
 
 

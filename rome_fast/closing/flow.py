@@ -84,7 +84,7 @@ class Flow:
         """Keys and values of one more round; the model is left as it was, and nothing is remembered.
 
         A value stays as it is where none is found on top of it, and all of them do where their update would collapse
-        the model.
+        the model. So does a first token's own one, which costs the model most and comes of more steps (docs/dual.md).
         """
         anyway = self.unconverged == "write"
         found = [i for i, each in enumerate(solved) if each.found or (anyway and each.finite)]
@@ -94,9 +94,10 @@ class Flow:
             self.search.done += len(group)
             return list(solved)
         update = self.closing.delta(closed)
+        own = {i: each.bare for i, each in enumerate(solved) if each.bare is not None and each.bare.found}
         update.apply(self.runner.model)
         try:
-            more = self.search.find(group)
+            more = self.search.find([replace(r, bare=None) if i in own else r for i, r in enumerate(group)])
         finally:
             update.revert(self.runner.model)
         with self.search.clock("update"):
@@ -105,9 +106,11 @@ class Flow:
                 some = _sharing([more[i] for i in places], [moved[i] for i in places])
                 for i, each in zip(places, some, strict=True):
                     moved[i] = each
-        return [
-            new if new.found or (new.finite and not old.found) else old for old, new in zip(solved, moved, strict=True)
-        ]
+        best = list(solved)
+        for i, each in enumerate(moved):
+            if each.found or (each.finite and not solved[i].found):
+                best[i] = replace(each, bare=own.get(i, each.bare))
+        return best
 
     def close(self, group: Sequence[Request], solved: Sequence[Solved]) -> tuple[Delta | None, list[Record]]:
         """The same for keys and values that are found already; of the requests, their rows are not looked at."""
@@ -215,11 +218,6 @@ def _sharing(found: Sequence[Solved], moved: Sequence[Solved]) -> list[Solved]:
         same = [m for f, m in zip(found, moved, strict=True) if torch.equal(f.value.delta, each.value.delta)]
         mean = torch.stack([m.value.delta for m in same]).mean(0)
         shared[i] = replace(shared[i], value=replace(shared[i].value, delta=mean))
-    bare = [i for i, each in enumerate(found) if each.bare is not None]
-    if bare:
-        own = [[one for i in bare if (one := each[i].bare) is not None] for each in (found, moved)]
-        for i, one in zip(bare, _sharing(*own), strict=True):
-            shared[i] = replace(shared[i], bare=one)
     return shared
 
 
