@@ -108,7 +108,7 @@ def apply_edits(
             mapping changes some fields of that default.
         rounds: how often values are searched. From the second time on they are found with the update of the time before
             in the model, on top of what has arrived of the edits: these answer more surely and in more wordings, for
-            half as much time again (docs/methods.md). Not of a model whose weights are read while it runs.
+            two thirds as much time again (docs/methods.md). Not of a model whose weights are read while it runs.
         guard: what to do with an edit predicted to collapse the model, before anything is written: "raise",
             "warn", "skip" (leave that edit out) or "off". Unless it is "off", edits made together whose keys are too
             near to be told apart without harm are met in part (`Record.missed`), with a SharedKeyWarning.
