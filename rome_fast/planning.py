@@ -164,6 +164,7 @@ def plan(
     if how.remembers or history is not False:
         columns = list(accumulate(columns, initial=0 if earlier is None else len(earlier.first_tokens)))[1:]
     costs = [cost_of(count, key_size, width) for count in columns]
+    closing_flops = rounds * len(outline.layers) * sum(cost.flops for cost in costs)
     # Of every position up to the subject: what enters the first of the layers, where it is now, and its key there.
     positions = max(sum(len(request.rows) * (request.middle + 1) for request in each) for each in groups)
     rows_bytes = positions * (2 * width + key_size) * (runner.dtype.itemsize)
@@ -229,10 +230,7 @@ def plan(
         rows_bytes=rows_bytes if first < last else 0,
         closing_columns=max(columns),
         closing_bytes=max(cost.bytes for cost in costs),
-        closing_seconds=rounds
-        * len(outline.layers)
-        * sum(cost.flops for cost in costs)
-        / _product_rate(outline.device),
+        closing_seconds=closing_flops / _product_rate(outline.device),
     )
 
 
