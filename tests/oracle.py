@@ -182,11 +182,12 @@ def dual(
     weight: float,
     ridge: float,
     scale: float = 1.0,
+    reach: float = 1.0,
     **settings: float,
 ) -> DualResult:
     """An edit that holds both keys; where the subject's last token is the first of all, the second with its own value.
 
-    `scale` shortens the delta of that value.
+    `scale` shortens the delta of that value, `reach` lengthens the other one.
     """
 
     def value(method: str, contexts: Sequence[str], v0_norm: float | None = None) -> OracleResult:
@@ -209,7 +210,8 @@ def dual(
     if first:
         # A first token's own value is of another size altogether.
         unprefixed = value("p-rome", [], one.v0.norm().item())
-        prefixed, unprefixed = one, replace(unprefixed, residual=scale * unprefixed.delta)
+        prefixed = replace(one, residual=reach * one.delta, numerator_norm=reach * one.numerator_norm)
+        unprefixed = replace(unprefixed, residual=scale * unprefixed.delta)
     else:
         behind = ((len(contexts) + 1) * one.k_mean - one.k_unprefixed) / len(contexts)
         u = torch.linalg.solve(moment_or_identity(second_moment, len(behind)), behind)
@@ -218,9 +220,10 @@ def dual(
             k_left=behind,
             k_den=behind,
             denominator=(u @ behind).item(),
-            numerator_norm=(one.delta.norm() * u.norm()).item(),
+            residual=reach * one.delta,
+            numerator_norm=(reach * one.delta.norm() * u.norm()).item(),
         )
-        unprefixed = replace(one, k_left=one.k_unprefixed, k_den=one.k_unprefixed)
+        unprefixed = replace(prefixed, k_left=one.k_unprefixed, k_den=one.k_unprefixed)
     result = DualResult(prefixed, unprefixed, first, torch.empty(0))
     return replace(result, delta_w=dual_joint([result], second_moment, first_tokens, weight, ridge))
 
@@ -343,11 +346,14 @@ def spread_dual(
     weight: float,
     ridge: float,
     sharing: float,
+    reach: float = 1.0,
 ) -> tuple[Updates, dict[int, Tensor]]:
     """R (U^T K + S)^-1 U^T layer by layer, with two columns for every edit; the updates, and K.
 
-    U = C^-1 K, but (C + weight C1)^-1 K for the bare keys of first tokens; S as in `shared_ridge`.
+    U = C^-1 K, but (C + weight C1)^-1 K for the bare keys of first tokens; S as in `shared_ridge`. `reach` times delta
+    is to arrive, but of a bare delta what it is.
     """
+    edits = [replace(edit, delta=reach * edit.delta) for edit in edits]
     first = [False] * len(edits) + [edit.bare_delta is not None for edit in edits]
 
     def update(layer: int, k: Tensor, r: Tensor) -> Tensor:

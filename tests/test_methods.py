@@ -233,18 +233,22 @@ def test_dual_is_that_of_the_textbook(kind, layers, edit_toy, found, toy_tokeniz
     assert [edit.bare_delta is None for edit in group] == [False, True, False, True]
     first = first_tokens(toy_model(kind, dtype=FP64), layers)
     usual = (toy_model(kind), group, layers, moments(kind), first, FIRST_TOKEN_WEIGHT)
-    wanted, _ = oracle.spread_dual(*usual, DUAL.ridge, DUAL.sharing)
+    wanted, _ = oracle.spread_dual(*usual, DUAL.ridge, DUAL.sharing, DUAL.reach)
     matrices = [moments(kind)[layer] + FIRST_TOKEN_WEIGHT * first[layer] for layer in layers]
     assert worst_error(updates_of(model, result), wanted) < allowed([*moments(kind).values(), *matrices])
-    assert worst_error(oracle.spread_dual(*usual, 0.0, DUAL.sharing)[0], wanted) > 0.01
-    even = oracle.spread_dual(*usual, DUAL.ridge, 1.0)[0]
+    assert worst_error(oracle.spread_dual(*usual, 0.0, DUAL.sharing, DUAL.reach)[0], wanted) > 0.01
+    assert worst_error(oracle.spread_dual(*usual, DUAL.ridge, DUAL.sharing)[0], wanted) > 0.01
+    even = oracle.spread_dual(*usual, DUAL.ridge, 1.0, DUAL.reach)[0]
     assert (worst_error(even, wanted) > 0.01) == (len(layers) > 1)
 
 
-def test_a_ridge_grows_with_the_edits_up_to_its_largest():
+def test_a_ridge_grows_with_the_edits_up_to_its_largest_and_the_reach_shrinks_with_it():
     dual = METHODS["dual"]
     assert [dual.ridge_of(n) for n in (1, 100, 300, 1000)] == pytest.approx([0.003, 0.1161786, 0.6036814, 0.75])
     assert METHODS["rome"].ridge_of(1000) == 0.0
+    assert [dual.reach_of(n) for n in (1, 8, 30, 1000)] == pytest.approx([1.15, 1.15, 1.0235722, 1.0006])
+    assert replace(dual, ridge=0.0, ridge_per_edit=0.0).reach_of(1000) == dual.reach
+    assert {method.reach_of(n) for name, method in METHODS.items() if name != "dual" for n in (1, 1000)} == {1.0}
 
 
 # What the edited model makes of it
@@ -263,11 +267,12 @@ def test_what_arrives_is_what_the_record_says(name, kind, edit_toy, found, toy_t
     for edit, record in zip(all_placed(toy_tokenizers[False], EDITS, found[0]), result.records, strict=True):
         behind = oracle.arrived(before, model, GAP[-1], edit.behind)
         bare = oracle.arrived(before, model, GAP[-1], [edit.bare])
-        own = edit.delta if edit.bare_delta is None else edit.bare_delta
+        delta = method.reach * edit.delta
+        own = delta if edit.bare_delta is None else edit.bare_delta
         if method is MEMIT:
-            got, wanted = (behind + bare) / 2, edit.delta
+            got, wanted = (behind + bare) / 2, delta
         else:
-            got, wanted = torch.cat([behind, bare]), torch.cat([edit.delta, own])
+            got, wanted = torch.cat([behind, bare]), torch.cat([delta, own])
         assert record.missed == pytest.approx(relative_error(got, wanted), abs=EDITED)
         assert record.share_bare == pytest.approx(float(bare @ own / (own @ own)), abs=EDITED)
         # Each subject's own: the ridge is 0.03, and MEMIT's λ as large as the Gram matrix of the keys.
@@ -363,7 +368,8 @@ def check_without_statistics(before, after, result, group):
         assert worst_error(updates_of(after, result), wanted) < EDITED
         return
     first = first_tokens(before, GAP)
-    wanted, _ = oracle.spread_dual(before, group, GAP, None, first, FIRST_TOKEN_WEIGHT, DUAL.ridge, DUAL.sharing)
+    usual = (before, group, GAP, None, first, FIRST_TOKEN_WEIGHT)
+    wanted, _ = oracle.spread_dual(*usual, DUAL.ridge, DUAL.sharing, DUAL.reach)
     held = [torch.eye(len(c), dtype=FP64) + FIRST_TOKEN_WEIGHT * c for c in first.values()]
     assert worst_error(updates_of(after, result), wanted) < allowed(held)
 
@@ -463,10 +469,11 @@ def test_one_that_no_edit_could_be_made_by_is_refused():
 @pytest.mark.parametrize(
     "changes",
     [
-        *({name: value} for name in ("ridge", "ridge_per_edit", "penalty", "sharing") for value in (-1, "1", math.nan)),
+        *({name: value} for name in ("ridge", "ridge_per_edit", "penalty", "sharing", "reach") for value in (-1, "1", math.nan)),
         *({name: math.inf} for name in ("ridge", "penalty", "null_space", "sharing")),
         {"largest_ridge": -1.0},
         {"penalty": True},
+        {"reach": 0},
         {"rows": "prefixd"},
         {"arrival": "ahed"},
         {"columns": ("mean",)},

@@ -6,7 +6,7 @@ all of it, and the last one all of a first token's own value.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Closing:
 
     def close(self, solved: Sequence[Solved], search: Search) -> Closed:
         """The closed form for these edits together, held where that would be too large, unless the guard is off."""
+        solved = self._asked_for(solved, self.reach(len(solved)))
         if len(self.layers) > 1:
             return self._close_on_the_way(solved, search, held=True)
         (layer,) = self.layers
@@ -79,6 +80,7 @@ class Closing:
 
     def close_each(self, solved: Sequence[Solved], search: Search) -> list[Closed]:
         """The same for every edit alone, and never held."""
+        solved = self._asked_for(solved, self.reach(1))
         if len(self.layers) > 1:
             return [self._close_on_the_way([each], search, held=False) for each in solved]
         (layer,) = self.layers
@@ -91,6 +93,10 @@ class Closing:
             factors = self._solve(layer, [each], u, keys, residuals, None)
             found.append(self._closed_here(layer, [each], (u, keys), factors, norm))
         return found
+
+    def reach(self, edits: int) -> float:
+        """How many times the δ of edits made together is asked for."""
+        return self.method.reach_of(edits + self.earlier_edits)
 
     def remember(self, closed: Closed) -> None:
         """Keep the columns of updates that are about to be applied, where the method or a history asks for it."""
@@ -129,6 +135,13 @@ class Closing:
     def delta(self, closed: Closed) -> Delta:
         """The Delta of updates, in fp32 (fp64 for an fp64 model)."""
         return Delta({self.runner.weight_name(layer): self._update(f) for layer, f in closed.factors.items()})
+
+    @staticmethod
+    def _asked_for(solved: Sequence[Solved], reach: float) -> Sequence[Solved]:
+        """With `reach` times their δ; a first token's own one, which is shortened already, stays as it is."""
+        if reach == 1:
+            return solved
+        return [replace(each, value=replace(each.value, delta=reach * each.value.delta)) for each in solved]
 
     def _closed_here(
         self, layer: int, solved: Sequence[Solved], columns: Sequence[Tensor], factors: Factors, norm: float

@@ -101,7 +101,12 @@ class Flow:
         finally:
             update.revert(self.runner.model)
         with self.search.clock("update"):
-            moved = rebased(self.runner, self.search, more, update)
+            # What has arrived holds that already.
+            reach = self.closing.reach(len(found))
+            moved = [
+                replace(each, value=replace(each.value, delta=each.value.delta / reach))
+                for each in rebased(self.runner, self.search, more, update)
+            ]
             for places in by_subject([request.edit for request in group]) if self.method.merges else []:
                 some = _sharing([more[i] for i in places], [moved[i] for i in places])
                 for i, each in zip(places, some, strict=True):

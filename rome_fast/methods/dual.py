@@ -31,4 +31,5 @@ METHOD = Method(
     spread=True,
     sharing=0.75,
     arrival="ahead",
+    reach=1.15,
 )

@@ -15,7 +15,7 @@ Residual = Literal["delta", "to_unprefixed_value"]
 Rows = Literal["prefixed", "all"]
 Arrival = Literal["prompt", "here", "ahead"]
 
-_NUMBERS = ("ridge", "ridge_per_edit", "largest_ridge", "penalty", "norm_penalty", "null_space", "sharing")
+_NUMBERS = ("ridge", "ridge_per_edit", "largest_ridge", "penalty", "norm_penalty", "null_space", "sharing", "reach")
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
@@ -81,6 +81,9 @@ class Method:
     # MEMIT; "here": at the layer whose turn it is, at each column's own key; "ahead": at the last layer behind the
     # prompt alone, for all columns, but at the last layer itself at each column's own key.
     arrival: Arrival = "here"
+    # How many times δ is asked for, by one edit: text that no row has gets less of it. By several together it is less,
+    # as is what their ridge leaves of it.
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
         _check_choice("rows", self.rows, get_args(Rows))
@@ -89,6 +92,8 @@ class Method:
             value = getattr(self, name)
             if name != "null_space" or value is not None:
                 _check_number(name, value, finite=name != "largest_ridge")
+        if not self.reach:
+            raise ArgumentError(f"reach: got 0 for method {self.name!r}, wanted more: nothing would be edited")
         if not isinstance(self.columns, tuple) or not all(isinstance(column, Column) for column in self.columns):
             raise ArgumentError(f"columns: got {self.columns!r}, wanted a tuple of rome_fast.methods.Column")
         if not self.columns:
@@ -108,6 +113,11 @@ class Method:
     def ridge_of(self, edits: int) -> float:
         """Of so many edits made together."""
         return max(self.ridge, min((edits * self.ridge_per_edit) ** 1.5, self.largest_ridge))
+
+    def reach_of(self, edits: int) -> float:
+        """Of so many edits made together: what is more than 1 shrinks as their ridge grows."""
+        ridge = self.ridge_of(edits)
+        return 1 + (self.reach - 1) * (self.ridge_of(1) / ridge if ridge else 1)
 
     @property
     def added_to_moment(self) -> float:
