@@ -42,8 +42,8 @@ class Record:
     collapsed: bool  # predicted from the norms; replaced by the measured verdict where perplexity is measured
     layers: list[int] = field(default_factory=list)  # that the edit is spread over
     update_ratios: list[float] = field(default_factory=list)  # ‖Δ‖ / ‖W‖ of this edit alone in each of them
-    # Share of what is asked for (δ, `Method.reach` times) that is added behind the prompt alone, of its own δ where there
-    # are two; None for a δ of zero, and for first-token subjects whose rows are all prefixed.
+    # Share of what is asked for (`Method.reach` times δ) that is added behind the prompt alone, of its own δ where
+    # there are two; None for a δ of zero, and for first-token subjects whose rows are all prefixed.
     share_bare: float | None = None
     applied: bool = True  # false where it was left out
     left_out: LeftOut | None = None  # why; None where it was applied
