@@ -16,8 +16,8 @@ that ends, were found by trying (see docs/methods.md): fewer edits are better of
 Damage grows with the square of what one layer has to carry, hence several of them (as MEMIT does, Meng et al. 2023).
 What the ridge leaves off would add up at the last of them, so that those before it are asked for more than even shares.
 
-Text that no edit was made with gets less of δ than the rows that it was found on, so that a little more is asked for, as
-long as edits are few (docs/methods.md, "More than δ").
+Text that no edit was made with gets less of δ than the rows that it was found on, so that a little more is asked for,
+as long as edits are few (docs/methods.md, "More than the value").
 """
 
 from .method import Column, Method
