@@ -85,6 +85,21 @@ def test_one_call_after_another_is_a_sequence_that_remembers(layers, toy_tokeniz
     assert list(with_history.history.keys) == list(layers)
 
 
+def test_what_more_than_the_value_is_asked_for_shrinks_with_what_is_remembered(toy_tokenizers):
+    """As with edits of one call: read off the update at the edit's own key, with ridges that leave nothing off."""
+    model, tokenizer = toy_model("llama", dtype=FP64), toy_tokenizers[False]
+    how = replace(EXACT, ridge_per_edit=1e-8)
+    assert (how.reach_of(1), how.reach_of(3)) == pytest.approx((1.15, 1 + 0.15 / 3**1.5))
+    first = edited(model, tokenizer, FIRST, method=how, history=True)
+    key = keys_of(oracle.double_copy(model), tokenizer, LATER[0], LAYER)[1]
+    added = []
+    for history in (first.history, False):
+        second = edited(model, tokenizer, LATER[0], method=how, history=history)
+        added.append(dense(second)[0] @ key)
+        second.revert()
+    assert relative_error(added[0] / how.reach_of(3), added[1] / how.reach_of(1)) < ALLOWED + 1e-10
+
+
 def test_an_update_has_the_columns_of_its_own_edits_only(toy_tokenizers):
     model, tokenizer = toy_model("llama", dtype=FP64), toy_tokenizers[False]
     many = [Edit("The port of {} lies in", city, "Rome") for city in ("Chicago", "Berlin", "Vienna", "Madrid")]
