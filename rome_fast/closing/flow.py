@@ -101,7 +101,7 @@ class Flow:
         finally:
             update.revert(self.runner.model)
         with self.search.clock("update"):
-            # What has arrived holds that already.
+            # They are all that is wanted, which closing asks for `reach` times.
             reach = self.closing.reach(len(found))
             moved = [
                 replace(each, value=replace(each.value, delta=each.value.delta / reach))
