@@ -32,6 +32,7 @@ from rome_fast.demo import held_out_sentences
 from rome_fast.evaluation import UNSEEN, RowUpdates, edited_perplexities, evaluate, sentence_perplexity
 from rome_fast.methods import Method, method_named
 from rome_fast.models.runner import Runner
+from rome_fast.models.verification import check_shared_out, shared_out
 from rome_fast.opening import checkpoints
 from rome_fast.opening.defaults import default_layers, default_settings
 from rome_fast.search.contexts import sample_contexts
@@ -61,14 +62,16 @@ class Variant:
     rounds: int = 1
 
     @classmethod
-    def parse(cls, text: str, config: Any) -> "Variant":
+    def parse(cls, text: str, runner: Runner) -> "Variant":
+        """Raises ModelError for layers that an edit of this model cannot be shared out among."""
         name, _, options = text.partition(":")
         name, _, where = name.partition("@")
         method = method_named(name)
-        layers = default_layers(config, method.spread)
+        layers = shared_out(runner, runner.decoder.sites_of(default_layers(runner.model.config, method.spread)))
         if where:
             first, _, last = where.partition("-")
             layers = tuple(range(int(first), int(last or first) + 1))
+            check_shared_out(runner, layers)
         pairs = (option.partition("=") for option in options.split(",") if option)
         changes: dict[str, Any] = {key: value if key == "arrival" else float(value) for key, _, value in pairs}
         rounds = int(changes.pop("rounds", 1))
@@ -93,8 +96,8 @@ class Bench:
         self.model, self.tokenizer, _ = checkpoints.load(source)
         self.runner = Runner(self.model)
         self.settings = default_settings(self.model.config)
-        self.variants = [Variant.parse(text, self.model.config) for text in variants]
-        self.layers = default_layers(self.model.config, True)
+        self.variants = [Variant.parse(text, self.runner) for text in variants]
+        self.layers = shared_out(self.runner, self.runner.decoder.sites_of(default_layers(self.model.config, True)))
         wanted = sorted({*self.layers, *(layer for variant in self.variants for layer in variant.layers)})
         folder = work.parent / "statistics"
         missing = [layer for layer in wanted if not (folder / f"layer-{layer}.safetensors").exists()]

@@ -48,7 +48,7 @@ def states(bench: Bench, way: str, counts: Sequence[int], batch: int, anew: bool
     """The model with so many edits, one count after the other, and ‖ΔW‖ / ‖W‖ of its layers."""
     name, _, option = way.partition("+")
     ledger, on_edited = name == "ledger", option == "edited"
-    variant = Variant.parse("dual" if ledger else name, bench.model.config)
+    variant = Variant.parse("dual" if ledger else name, bench.runner)
     if option == "history":
         variant = replace(variant, method=replace(variant.method, remembers=True))
     names = [bench.runner.weight_name(layer) for layer in variant.layers]
@@ -115,7 +115,7 @@ def run(bench: Bench, ways: Sequence[str], counts: Sequence[int], batch: int, an
             row: dict[str, Any] = {"way": way, "edits": count, "batch": batch, "values": values}
             row |= measured(bench, edits)
             row |= {"update_ratios": " ".join(f"{norm:.2f}" for norm in norms), "seconds": round(seconds, 1)}
-            conditions = bench.conditions(Variant.parse("dual", bench.model.config), count)
+            conditions = bench.conditions(Variant.parse("dual", bench.runner), count)
             row |= {k: v for k, v in conditions.items() if k not in ("variant", "ridge", "penalty")}
             write(TABLE, row)
             start = time.process_time() - seconds

@@ -24,11 +24,11 @@ from .closing.history import History
 from .closing.judging import Unconverged, check_unconverged, unconverged_error
 from .closing.neighbours import tell_nearest
 from .edits import Edit, asked_edits
-from .errors import ArgumentError, ModelError, StatisticsError
+from .errors import ArgumentError, StatisticsError
 from .methods import DEFAULT_METHOD, Method, method_named
 from .models.fingerprint import Fingerprint
 from .models.runner import Runner, evaluating
-from .models.verification import Verified, shared_out, verified
+from .models.verification import Verified, check_shared_out, shared_out, verified
 from .opening.admission import admit_tokenizer, checked_dtype, plain_modes
 from .opening.checkpoints import checked_layers
 from .opening.defaults import Selection, default_layer, select
@@ -301,13 +301,10 @@ def _selected(
 
 def _verified(runner: Runner, chosen: Selection, given: tuple[int, ...] | None) -> Selection:
     """The same, checked; of several layers that nobody asked for the last one alone, where δ cannot be shared out."""
-    layers = shared_out(runner, chosen.layers)
-    if given is None or layers == chosen.layers:
-        return replace(chosen, layers=layers)
-    raise ModelError(
-        f"layers: got {', '.join(map(str, given))}, wanted one: in {runner.decoder.name}, what a layer's MLP adds is "
-        "normalised or scaled before it arrives, so that no share of it can be told beforehand"
-    )
+    if given is None:
+        return replace(chosen, layers=shared_out(runner, chosen.layers))
+    check_shared_out(runner, chosen.layers)
+    return chosen
 
 
 def check_schedule(schedule: str, batch_size: int) -> None:

@@ -27,6 +27,7 @@ from rome_fast.models.runner import Runner
 from rome_fast.report.bench import bench_figure, check_figure
 from rome_fast.search.requests import tokenise
 from toys import SENTENCES, save_toy, toy_model, toy_tokenizer
+from zoo import zoo_model
 
 SUBJECTS = ("Chicago", "Rome", "the old town", "Danielle Darrieux", "Mount Fuji")
 PROMPTS = ("{} is a twin city of", "In the year 1999 the people of {} spoke of", "From Berlin one flies to {}")
@@ -404,6 +405,19 @@ def test_edits_of_several_layers(tmp_path, empty_cache, capsys, known_roofline):
     capsys.readouterr()
     assert main([*arguments, "--identity", "--layers", "0", "1", "--baseline"]) == 2
     assert "baseline: got layers 0, 1, wanted one" in capsys.readouterr().err
+
+
+def test_where_an_edit_takes_one_layer_so_does_the_benchmark(tmp_path, empty_cache, capsys, known_roofline):
+    """Gemma 2 has a norm behind each MLP; several layers that are asked for are refused, as by an edit."""
+    directory = save_toy(tmp_path / "toy", zoo_model("gemma2"), toy_tokenizer(False))
+    edits, report = tmp_path / "edits.jsonl", tmp_path / "bench.json"
+    edits.write_text(json.dumps({"prompt": MIDDLE.prompt, "subject": MIDDLE.subject, "target_new": MIDDLE.target}))
+    arguments = ["bench", str(directory), "--edits", str(edits), "--no-quality", "--identity", "--json", str(report)]
+    assert main(arguments) == 0
+    assert json.loads(report.read_text())["layers"] == [1]
+    capsys.readouterr()
+    assert main([*arguments, "--layers", "0", "1"]) != 0
+    assert "layers: got 0, 1, wanted one: in" in capsys.readouterr().err
 
 
 def test_several_batch_sizes_and_dtypes(tmp_path, capsys, known_roofline):

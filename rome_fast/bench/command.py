@@ -18,6 +18,7 @@ from ..edits import Edit, load_edits
 from ..errors import ArgumentError
 from ..methods import method_named
 from ..models.runner import Runner
+from ..models.verification import check_shared_out, shared_out
 from ..opening import checkpoints
 from ..opening.checkpoints import checked_layers
 from ..opening.defaults import default_layers, default_settings
@@ -167,9 +168,11 @@ def _layers(arguments: argparse.Namespace, runner: Runner) -> tuple[int, ...]:
     """Those that are given, else those that an edit by this method takes by default."""
     given = given_layers(arguments.layer, arguments.layers)
     if given is not None:
-        return checked_layers(given, len(runner.layers))
+        layers = checked_layers(given, len(runner.layers))
+        check_shared_out(runner, layers)
+        return layers
     spread = method_named(arguments.method).spread
-    return runner.decoder.sites_of(default_layers(runner.model.config, spread))
+    return shared_out(runner, runner.decoder.sites_of(default_layers(runner.model.config, spread)))
 
 
 def processor(device: torch.device | None = None) -> str:

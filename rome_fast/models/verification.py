@@ -149,6 +149,15 @@ def shared_out(runner: Runner, layers: tuple[int, ...]) -> tuple[int, ...]:
     return layers if len(found) == 1 or all(each.adds_unchanged for each in found) else layers[-1:]
 
 
+def check_shared_out(runner: Runner, layers: tuple[int, ...]) -> None:
+    """ModelError for several layers that what an edit adds cannot be shared out among."""
+    if shared_out(runner, layers) != layers:
+        raise ModelError(
+            f"layers: got {', '.join(map(str, layers))}, wanted one: in {runner.decoder.name}, what a layer's MLP adds "
+            "is normalised or scaled before it arrives, so that no share of it can be told beforehand"
+        )
+
+
 def take_for_verified(runner: Runner, found: Verified) -> None:
     """Take a model without data, on the meta device, for what was found of another one of its architecture."""
     like_llama = _heard(runner) if found.runs_fused else {}
