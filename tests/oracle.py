@@ -182,12 +182,11 @@ def dual(
     weight: float,
     ridge: float,
     scale: float = 1.0,
-    reach: float = 1.0,
     **settings: float,
 ) -> DualResult:
     """An edit that holds both keys; where the subject's last token is the first of all, the second with its own value.
 
-    `scale` shortens the delta of that value, `reach` lengthens the other one.
+    `scale` shortens the delta of that value.
     """
 
     def value(method: str, contexts: Sequence[str], v0_norm: float | None = None) -> OracleResult:
@@ -210,8 +209,7 @@ def dual(
     if first:
         # A first token's own value is of another size altogether.
         unprefixed = value("p-rome", [], one.v0.norm().item())
-        prefixed = replace(one, residual=reach * one.delta, numerator_norm=reach * one.numerator_norm)
-        unprefixed = replace(unprefixed, residual=scale * unprefixed.delta)
+        prefixed, unprefixed = one, replace(unprefixed, residual=scale * unprefixed.delta)
     else:
         behind = ((len(contexts) + 1) * one.k_mean - one.k_unprefixed) / len(contexts)
         u = torch.linalg.solve(moment_or_identity(second_moment, len(behind)), behind)
@@ -220,10 +218,9 @@ def dual(
             k_left=behind,
             k_den=behind,
             denominator=(u @ behind).item(),
-            residual=reach * one.delta,
-            numerator_norm=(reach * one.delta.norm() * u.norm()).item(),
+            numerator_norm=(one.delta.norm() * u.norm()).item(),
         )
-        unprefixed = replace(prefixed, k_left=one.k_unprefixed, k_den=one.k_unprefixed)
+        unprefixed = replace(one, k_left=one.k_unprefixed, k_den=one.k_unprefixed)
     result = DualResult(prefixed, unprefixed, first, torch.empty(0))
     return replace(result, delta_w=dual_joint([result], second_moment, first_tokens, weight, ridge))
 

@@ -73,7 +73,6 @@ def textbook(toy_tokenizers, toy_moment, vocabulary_moment):
             weight=FIRST_TOKEN_WEIGHT,
             ridge=METHODS["dual"].ridge,
             scale=search.BARE_SCALE,
-            reach=METHODS["dual"].reach,
             steps=SETTINGS.steps,
             stop_loss=SETTINGS.stop_loss,
         )
@@ -119,7 +118,7 @@ def test_both_keys_get_their_values(toy_tokenizers, toy_statistics, textbook):
     change = oracle.weight_and_bias(model, LAYER)[0] - before
     bare = key_of(model, tokenizer, START.text)
     assert relative_error(change @ bare, wanted.unprefixed.residual) < ALLOWED[torch.float64]
-    assert relative_error(change @ wanted.prefixed.k_mean, wanted.prefixed.residual) < ALLOWED[torch.float64]
+    assert relative_error(change @ wanted.prefixed.k_mean, wanted.prefixed.delta) < ALLOWED[torch.float64]
     # Not so by c-rome: what it does there is another thing.
     model = toy_model("llama", dtype=torch.float64)
     edited(model, tokenizer, START, statistics=toy_statistics(model, False))
@@ -149,8 +148,7 @@ def test_any_other_edit_holds_both_keys_with_one_value(dtype, toy_tokenizers, to
     assert record.loss == pytest.approx(wanted.prefixed.losses[-1], rel=ALLOWED[dtype])
     assert record.denominator == pytest.approx(wanted.prefixed.denominator, rel=ALLOWED[dtype])
     added = wanted.delta_w @ wanted.unprefixed.k_den
-    asked = wanted.prefixed.residual
-    share = float(added @ asked / asked.square().sum())
+    share = float(added @ wanted.prefixed.delta / wanted.prefixed.delta.square().sum())
     assert record.share_bare == pytest.approx(share, rel=ALLOWED[dtype])
     assert "first tokens" not in result.seconds
     assert list_cache() == []

@@ -95,8 +95,8 @@ class Closing:
         return found
 
     def reach(self, edits: int) -> float:
-        """How many times the δ of edits made together is asked for."""
-        return self.method.reach_of(edits + self.earlier_edits)
+        """How many times the δ of edits made together is asked for: of one layer once, which has all of it to carry."""
+        return self.method.reach_of(edits + self.earlier_edits) if len(self.layers) > 1 else 1.0
 
     def remember(self, closed: Closed) -> None:
         """Keep the columns of updates that are about to be applied, where the method or a history asks for it."""

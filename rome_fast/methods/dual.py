@@ -17,7 +17,7 @@ Damage grows with the square of what one layer has to carry, hence several of th
 What the ridge leaves off would add up at the last of them, so that those before it are asked for more than even shares.
 
 Text that no edit was made with gets less of δ than the rows that it was found on, so that a little more is asked for,
-as long as edits are few (docs/methods.md, "More than the value").
+as long as edits are few and no layer carries all of it (docs/methods.md, "More than the value").
 """
 
 from .method import Column, Method

@@ -81,8 +81,8 @@ class Method:
     # MEMIT; "here": at the layer whose turn it is, at each column's own key; "ahead": at the last layer behind the
     # prompt alone, for all columns, but at the last layer itself at each column's own key.
     arrival: Arrival = "here"
-    # How many times δ is asked for by one edit, as text that no row has gets less of it; by several made together fewer
-    # times, see `reach_of`.
+    # How many times δ is asked for by one edit that is spread, as text that no row has gets less of it; by several made
+    # together fewer times, see `reach_of`.
     reach: float = 1.0
 
     def __post_init__(self) -> None:
