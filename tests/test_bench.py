@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from argparse import Namespace
 from dataclasses import replace
 from math import prod
 
@@ -14,13 +15,14 @@ import oracle
 from helpers import CONTEXTS, END, LAYER, MIDDLE, START, relative_error, rounding_of_edit
 from rome_fast import Edit, Statistics, ValueSettings, collect_statistics
 from rome_fast.bench import edit_as_released, throughput
+from rome_fast.bench.command import _layers
 from rome_fast.bench.flops import FlopCounter, ideal_flops
 from rome_fast.bench.roofline import Roofline
 from rome_fast.bench.throughput import Setup, bench
 from rome_fast.cli import main
 from rome_fast.closing.flow import Flow
 from rome_fast.closing.geometry import Geometry
-from rome_fast.errors import ArgumentError
+from rome_fast.errors import ArgumentError, ModelError
 from rome_fast.methods import METHODS
 from rome_fast.models.past import Contexts
 from rome_fast.models.runner import Runner
@@ -407,17 +409,13 @@ def test_edits_of_several_layers(tmp_path, empty_cache, capsys, known_roofline):
     assert "baseline: got layers 0, 1, wanted one" in capsys.readouterr().err
 
 
-def test_where_an_edit_takes_one_layer_so_does_the_benchmark(tmp_path, empty_cache, capsys, known_roofline):
+def test_where_an_edit_takes_one_layer_so_does_the_benchmark():
     """Gemma 2 has a norm behind each MLP; several layers that are asked for are refused, as by an edit."""
-    directory = save_toy(tmp_path / "toy", zoo_model("gemma2"), toy_tokenizer(False))
-    edits, report = tmp_path / "edits.jsonl", tmp_path / "bench.json"
-    edits.write_text(json.dumps({"prompt": MIDDLE.prompt, "subject": MIDDLE.subject, "target_new": MIDDLE.target}))
-    arguments = ["bench", str(directory), "--edits", str(edits), "--no-quality", "--identity", "--json", str(report)]
-    assert main(arguments) == 0
-    assert json.loads(report.read_text())["layers"] == [1]
-    capsys.readouterr()
-    assert main([*arguments, "--layers", "0", "1"]) != 0
-    assert "layers: got 0, 1, wanted one: in" in capsys.readouterr().err
+    runner, usual = Runner(zoo_model("gemma2")), {"layer": None, "layers": None, "method": "dual"}
+    assert _layers(Namespace(**usual), runner) == (1,)
+    assert _layers(Namespace(**usual), Runner(toy_model("llama"))) == (0, 1)
+    with pytest.raises(ModelError, match="layers: got 0, 1, wanted one: in"):
+        _layers(Namespace(**usual | {"layers": [0, 1]}), runner)
 
 
 def test_several_batch_sizes_and_dtypes(tmp_path, capsys, known_roofline):
