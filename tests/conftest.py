@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -26,6 +27,18 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--native"):
         native.select(config.getoption("--native"))
+
+
+def pytest_collection_finish():
+    """What is imported stays: looking for garbage in it, as often, is a fifth of the time, and forks would copy it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
+def pytest_sessionfinish():
+    """What is frozen at the end of a process counts as lost to those libraries that look."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
