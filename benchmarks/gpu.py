@@ -290,8 +290,9 @@ def compile_kernels(worker: str, device: torch.device, sizes: Sizes) -> None:
 def correctness(device: torch.device, tests: Sequence[str], processes: int = 0) -> int:
     """The tests that are marked gpu, one row each; 1 also where none has passed.
 
-    `tests` are arguments of pytest, files relative to the repository. With fewer than two processes those tests that a
-    file imports, which a CPU runs too, come last; more of them need pytest-xdist, and are one where it is missing.
+    `tests` are arguments of pytest, files relative to the repository. Without processes of their own those tests
+    that a file imports, which a CPU runs too, come last; processes need pytest-xdist, and there are none where it is
+    missing.
     """
     import pytest
 

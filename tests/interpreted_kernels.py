@@ -32,6 +32,8 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run these through test_kernel
 
 NAN = math.nan
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# What takes the way of bfloat16 but for the type itself, and as long as that: `make acceptance` asks for it.
+SELDOM_F16 = pytest.param(F16, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +77,7 @@ def rounding_of_the_oracle(dtype: torch.dtype) -> float:
     return 64 * torch.finfo(F64).eps if dtype == F64 else 0.0
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("dtype", [BF16, SELDOM_F16, F32])
 @pytest.mark.parametrize(
     ("architecture", "n", "d"),
     [
@@ -150,7 +152,7 @@ def test_second_moment_of_strided_views(architecture: int, generator: torch.Gene
         wide.fill_(NAN)
 
 
-@pytest.mark.parametrize("architecture", [configs.OTHER, 80, 90])
+@pytest.mark.parametrize("architecture", [configs.OTHER, pytest.param(80, marks=pytest.mark.slow), 90])
 def test_second_moment_in_partial_sums(
     architecture: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,7 +417,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("dtype", [BF16, SELDOM_F16, F32])
 @pytest.mark.parametrize("name", LAYER_CASES)
 def test_layer_op(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """More blocks than one, and heads of which some are none."""

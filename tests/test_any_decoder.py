@@ -25,7 +25,7 @@ from zoo import KINDS, zoo_model
 
 EDIT = Edit("The city of {}", "Chicago", "Rome")
 CONTEXTS = ("The weather is nice. ", "What is that? ", "I think that he came late. ")
-SETTINGS = ValueSettings(steps=8, stop="loss", weight_decay=1e-3, clamp=3.0)
+SETTINGS = ValueSettings(steps=5, stop="loss", weight_decay=1e-3, clamp=3.0)
 
 # One for each way in which a model can differ from the Llama-like ones.
 QUICK = (

@@ -87,10 +87,10 @@ def test_baseline_equals_oracle(kind, method, toy_tokenizers):
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
 def baseline(request, toy_tokenizers):
-    """A kind of model, and ΔW of the baseline by dtype and edit: the first seven and every fourth of `mixed_edits`."""
+    """A kind of model, and ΔW of the baseline by dtype and edit: the first seven and every sixth of `mixed_edits`."""
     tokenizer, settings = toy_tokenizers[True], ValueSettings(steps=6, stop="loss")
-    edits = mixed_edits(64)
-    compared = sorted({*range(7), *range(0, 64, 4)})
+    edits = mixed_edits(40)
+    compared = sorted({*range(7), *range(0, 40, 6)})
     made = {
         dtype: {
             i: dense(
@@ -112,7 +112,7 @@ def baseline(request, toy_tokenizers):
     return request.param, made
 
 
-@pytest.mark.parametrize("count", [1, 7, 64])
+@pytest.mark.parametrize("count", [1, 7, 40])
 def test_batches_equal_the_baseline(baseline, count, toy_tokenizers):
     """ΔW of every edit of a batch is the baseline's, one edit at a time, but for rounding.
 
@@ -181,12 +181,6 @@ def test_ideal_count_is_what_unpadded_work_costs(stop, method, layers, toy_token
     # The essence row has one position, and is padded to as many as the others.
     suffix = request.suffix
     rows = 2 if stop == "argmax" else 3
-    print(
-        "RATIO",
-        counter.total / ideal,
-        1 + 1.1 * (suffix - 1) / (rows * suffix + 1),
-        ideal_flops(Runner(model), shared, [request], [record], layers[-1:], settings) / ideal,
-    )
     assert 1 <= counter.total / ideal <= 1 + 1.1 * (suffix - 1) / (rows * suffix + 1)
 
 
@@ -206,6 +200,12 @@ def test_spreading_is_counted_by_hand(toy_tokenizers):
         own = item.row.subject + 1 - before
         wanted += own * weights + own * (before + own) * pair
     assert several - one == pytest.approx(3 * wanted)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """What the command does is the same for any number of them."""
+    monkeypatch.setattr("rome_fast.bench.command.default_settings", lambda config: ValueSettings(steps=4))
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def test_kept_batches_are_not_run_again(tmp_path, toy_tokenizers, monkeypatch):
         bench(setup_of(model, tokenizer, steps=5), edits, 1, True, True, lambda line: None, kept)
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, few_steps, known_roofline):
     directory = save_toy(tmp_path / "toy", toy_model("llama"), toy_tokenizer(False))
     edits = tmp_path / "edits.jsonl"
     edits.write_text(json.dumps({"prompt": START.prompt, "subject": START.subject, "target_new": START.target}) + "\n")
@@ -383,7 +383,7 @@ def test_command(tmp_path):
     assert main([*arguments, "--batch", "0"]) == 2
 
 
-def test_edits_of_several_layers(tmp_path, empty_cache, capsys, known_roofline):
+def test_edits_of_several_layers(tmp_path, empty_cache, capsys, few_steps, known_roofline):
     """Those that an edit by the method takes, or that are given; C itself is there for a method that asks for it."""
     model, tokenizer = toy_model("llama"), toy_tokenizer(False)
     directory = save_toy(tmp_path / "toy", model, tokenizer)
@@ -418,7 +418,7 @@ def test_where_an_edit_takes_one_layer_so_does_the_benchmark():
         _layers(Namespace(**usual | {"layers": [0, 1]}), runner)
 
 
-def test_several_batch_sizes_and_dtypes(tmp_path, capsys, known_roofline):
+def test_several_batch_sizes_and_dtypes(tmp_path, capsys, few_steps, known_roofline):
     """One run after the other, with the same requests: a row of the CSV each, and a figure."""
     directory = save_toy(tmp_path / "toy", toy_model("llama"), toy_tokenizer(False))
     edits = tmp_path / "edits.jsonl"

@@ -72,7 +72,14 @@ def least(source):
     return int(re.search(r"at least ([\d,]+)", str(caught.value))[1].replace(",", ""))
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16), ("bloom", None)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("bloom", None),
+        pytest.param("gpt2", torch.float32, marks=pytest.mark.slow),  # as Llama, and seldom asked
+    ],
+)
 def test_streamed_figures_are_those_of_a_resident_model(kind, dtype, place, toy_tokenizers):
     """To the bit, answers included: with a delta, and of an edited checkpoint, whose weights before are in it."""
     model = zoo_model(kind) if dtype is None else toy_model(kind, dtype=dtype)

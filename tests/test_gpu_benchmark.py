@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,10 +45,11 @@ def run(*command, **environment):
     )
 
 
-def test_without_a_gpu_it_says_what_it_leaves_out(tmp_path):
-    done = run(str(ROOT / "benchmarks" / "gpu.py"), OUT=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    first, *rest = done.stdout.splitlines()
+def test_without_a_gpu_it_says_what_it_leaves_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main([]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
     assert first == "no CUDA GPU here; left out:"
     assert [line.split(":")[0].strip() for line in rest] == list(gpu.PARTS)
     assert list(tmp_path.iterdir()) == []
@@ -75,10 +77,10 @@ def test_a_part_that_takes_too_long_may_end_what_it_started_and_the_next_one_run
     monkeypatch.setattr(gpu, "__file__", str(script))
     monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(parts))
     monkeypatch.setattr(gpu, "share_of", lambda part: 0.5)
-    monkeypatch.setattr(gpu, "_GRACE_SECONDS", 2.0)
+    monkeypatch.setattr(gpu, "_GRACE_SECONDS", 1.0)
     monkeypatch.setattr(gpu, "plot", lambda: None)
     start = time.monotonic()
-    assert gpu.run_all(0.08, [str(tmp_path)]) == status
+    assert gpu.run_all(0.05, [str(tmp_path)]) == status
     assert time.monotonic() - start < 30
     assert (tmp_path / "order").read_text().split() == [part for part in parts if part != "fails"]
     assert (tmp_path / "obeys").exists() == ("obeys" in parts)
@@ -115,6 +117,41 @@ def test_a_own(): ...
 """
 
 
+def test_the_correctness_part_writes_a_row_per_outcome(tmp_path, monkeypatch, capsys):
+    """By reports as pytest makes them; `make acceptance` has pytest itself run tests, here and in processes."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    code, asked = [0], []
+
+    def run_tests(options, plugins):
+        asked.append(options)
+        rest = {"duration": 0.5, "longrepr": "E  wrong"}
+        for when, outcome, name in (
+            ("setup", "passed", "test_a"),
+            ("call", "passed", "test_a"),
+            ("setup", "skipped", "test_b[1]"),
+            ("call", "failed", "test_c"),
+        )[: 2 if code[0] == 0 else None]:
+            report = SimpleNamespace(when=when, outcome=outcome, nodeid=f"tests/test_x.py::{name}", **rest)
+            plugins[0].pytest_runtest_logreport(report)
+        return code[0]
+
+    monkeypatch.setattr(pytest, "main", run_tests)
+    assert gpu.correctness(CPU, ("-m", "gpu", "tests/test_x.py"), 1) == 0
+    assert asked[0][-5:] == ["-n", "1", "-m", "gpu", str(ROOT / "tests/test_x.py")]
+    code[0] = 1
+    assert gpu.correctness(CPU, ("tests/test_x.py",)) == 1
+    assert "-n" not in asked[1]
+    rows = measure.read_rows(tmp_path / "gpu_correctness.csv")
+    assert [(row["check"], row["outcome"], row["correct"], row["seconds"], row["detail"]) for row in rows] == [
+        ("test_a", "passed", "yes", "0.5", ""),
+        ("test_b[1]", "skipped", "", "0.5", "E  wrong"),
+        ("test_c", "failed", "no", "0.5", "E  wrong"),
+    ]
+    assert "'passed': 1, 'failed': 1, 'skipped': 1" in capsys.readouterr().out
+    monkeypatch.setattr(pytest, "main", lambda options, plugins: 0)
+    assert gpu.correctness(CPU, ("tests/test_x.py",)) == 1, "nothing has passed"
+
+
 @pytest.mark.slow
 def test_tests_that_only_a_gpu_can_run_come_before_those_of_the_reference(tmp_path):
     (tmp_path / "test_reference_like.py").write_text(REFERENCE)
@@ -143,8 +180,8 @@ def test_a_command_that_takes_too_long_is_killed_with_all_that_it_started(tmp_pa
     assert groups.run_group(["sh", "-c", "echo $WORD; echo error >&2; exit 9"], 60, WORD="said") == (9, "said\nerror\n")
     number = tmp_path / "pid"
     command = ["sh", "-c", f"sleep 300 & echo $! > {number}; wait"]
-    code, text = groups.run_group(command, 2)
-    assert (code, text) == (124, "stopped after 2 s")
+    code, text = groups.run_group(command, 1)
+    assert (code, text) == (124, "stopped after 1 s")
     assert ends(int(number.read_text()))
 
 
@@ -286,6 +323,7 @@ def test_a_worker_that_fails_is_told_and_the_others_run(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_the_correctness_part_runs_tests_in_processes(tmp_path):
     """In a process of its own, as pytest is: the tests of products, none of which needs a GPU."""
     done = run(str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--part", "correctness", OUT=str(tmp_path))
@@ -496,7 +534,9 @@ def test_the_streaming_part_notices_other_bytes(tiny, monkeypatch):
     assert float(rows[-1]["difference"]) > 0
 
 
-def test_the_end_to_end_part_runs_every_command(tiny):
+def test_the_end_to_end_part_runs_every_command(tiny, monkeypatch):
+    for place in ("bench.command", "opening.defaults", "study.command"):
+        monkeypatch.setattr(f"rome_fast.{place}.default_settings", lambda config: ValueSettings(steps=4))
     code, rows = tiny("end-to-end")
     assert code == 0, rows[-1]["detail"]
     commands = ["statistics", "edit", "evaluate", "study", "revert", "profile"]

@@ -30,7 +30,8 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(broken_interpreter() is not None, reason=str(broken_interpreter()))
-def test_the_kernels_agree_with_float64_in_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_agree_with_float64_in_the_interpreter(which: str) -> None:
     here = Path(__file__).parent
     done = run(
         "-m",
@@ -38,6 +39,8 @@ def test_the_kernels_agree_with_float64_in_the_interpreter() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-m",
+        which,
         f"--rootdir={here.parent}",
         str(here / "interpreted_kernels.py"),
         TRITON_INTERPRET="1",

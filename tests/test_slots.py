@@ -106,8 +106,8 @@ def as_captured(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_two_hundred_edits_in_seven_slots_get_what_a_plain_loop_finds(dtype, toy_tokenizers):
-    found = Found(toy_model("llama", dtype=dtype), toy_tokenizers[True], edits_of_mixed_lengths(200))
+def test_sixty_edits_in_seven_slots_get_what_a_plain_loop_finds(dtype, toy_tokenizers):
+    found = Found(toy_model("llama", dtype=dtype), toy_tokenizers[True], edits_of_mixed_lengths(60))
     wanted = found.plainly(SETTINGS)
     # Some end early, and some go on when they are looked at on all rows.
     assert {5, 6, SETTINGS.most} <= {len(value.losses) for value in wanted}
@@ -115,7 +115,7 @@ def test_two_hundred_edits_in_seven_slots_get_what_a_plain_loop_finds(dtype, toy
     told = []
     assert_same(found.by(FIXED, 7, SETTINGS, tell=told.append), wanted)
     assert told == sorted(set(told))
-    assert told[-1] == 200
+    assert told[-1] == 60
 
 
 WITHOUT_DRAFT, RELEASED = replace(SETTINGS, draft_rows=0), replace(SETTINGS, stop="loss", stop_loss=4.0)
@@ -134,15 +134,15 @@ WITHOUT_DRAFT, RELEASED = replace(SETTINGS, draft_rows=0), replace(SETTINGS, sto
     ],
 )
 def test_every_way_of_keeping_slots_gives_the_same(kind, settings, whole, again, as_captured, toy_tokenizers):
-    found = Found(zoo_model(kind, dtype=torch.float64), toy_tokenizers[True], edits_of_mixed_lengths(12))
+    found = Found(zoo_model(kind, dtype=torch.float64), toy_tokenizers[True], edits_of_mixed_lengths(8))
     checked = verified(found.runner, LAYER)
     assert (not checked.shares_past, not checked.adds_unchanged) == (whole, again)
     wanted = found.plainly(settings)
     graphs = Taped()
     # Where transformers makes a mask of a number of the host's, as 5.17 does, capture fails on a GPU and edits go on.
     captures = kind != "bloom" or "torch.tensor(0.0" not in inspect.getsource(masking_utils.eager_mask)
-    captured = [(replace(FIXED, recorder=graphs), 4)] if captures else []
-    for mode, room in ((TIGHT, 12), (FIXED, 4), *captured):
+    captured = [(replace(FIXED, recorder=graphs), 3)] if captures else []
+    for mode, room in ((TIGHT, 8), (FIXED, 3), *captured):
         # Some of these models take norms or softmax in fp32 whatever their dtype.
         assert_same(found.by(mode, room, settings), wanted, ALLOWED[torch.float32])
     assert not captures or graphs.played > graphs.captured > 0

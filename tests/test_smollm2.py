@@ -1,6 +1,7 @@
 """The real model: SmolLM2-135M, from the demo's cache, against the oracle; and the collapse with its cure."""
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ FIRST_TOKEN = Edit("{} is a twin city of", "Chicago", "Istanbul")
 CONTEXTS = ("It rained all day. ", "The first step is to plan. ")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """Gigabytes that are held in cycles go before other tests fork a process of that size."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="module")
 def model():
     return AutoModelForCausalLM.from_pretrained(model_dir())
@@ -34,13 +42,13 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def statistics(model, tokenizer):
-    """Of few tokens, to be quick: 3 per dimension."""
-    return collect_statistics(model, tokenizer, demo_texts()[:20], [LAYER], tokens=4608)
+    """Of few tokens, to be quick: 2 per dimension."""
+    return collect_statistics(model, tokenizer, demo_texts()[:20], [LAYER], tokens=3072)
 
 
 @pytest.fixture(scope="module")
 def truth(model, tokenizer, statistics):
-    """A function: what the oracle says of three steps of a method."""
+    """A function: what the oracle says of two steps of a method."""
     moment = statistics.layers[LAYER].moment.double()
 
     @functools.cache
@@ -55,7 +63,7 @@ def truth(model, tokenizer, statistics):
             method=method,
             contexts=CONTEXTS,
             second_moment=moment,
-            steps=3,
+            steps=2,
         )
 
     return of
@@ -70,7 +78,7 @@ SELDOM = [pytest.param(method, marks=pytest.mark.slow) for method in ("rome", "c
 def test_update_equals_the_oracle(model, tokenizer, statistics, truth, method, dtype):
     """ΔW; an fp64 model, its statistics and δ are fp64 throughout. In fp32 it errs twice as much as the plain loop."""
     wanted, entry = truth(method), statistics.layers[LAYER]
-    settings = ValueSettings(steps=3, stop="loss")
+    settings = ValueSettings(steps=2, stop="loss")
     if dtype == torch.float32:
         conditions = {"layer": LAYER, "settings": settings, "factor": entry.factor(CPU), "method": method}
         plain = edit_as_released(model, tokenizer, FIRST_TOKEN, CONTEXTS, **conditions)
@@ -108,7 +116,7 @@ def test_rome_collapses_the_model_and_c_rome_does_not(model, tokenizer, statisti
             FIRST_TOKEN,
             tokenizer=tokenizer,
             statistics=statistics,
-            contexts=CONTEXTS * 2,
+            contexts=CONTEXTS,
             method=method,
             layer=LAYER,
             guard="off",

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,11 @@ def written(file, edits):
     return file
 
 
+def settings_of(config):
+    """Those of any model, of fewer steps."""
+    return replace(default_settings(config), steps=8)
+
+
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -67,6 +73,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # The same model samples the same contexts in every study here.
         sampled = functools.cache(lambda seed: sample_contexts(model, tokenizer, seed=seed))
+        patch.setattr("rome_fast.study.command.default_settings", settings_of)
         patch.setattr("rome_fast.study.command.sample_contexts", lambda _model, _tokenizer, seed=0: sampled(seed))
         yield folder, [*arguments, "--batch", "2", "--processes", "1", "--threads", "1"]
 
@@ -119,7 +126,7 @@ def test_records_equal_editing_one_at_a_time(method, finished, place):
             method=method,
             statistics=statistics,
             contexts=contexts,
-            settings=default_settings(model.config),
+            settings=settings_of(model.config),
             measure=True,
         )
         perplexity = sentence_perplexity(Runner(model), tokenizer, SENTENCES[:3])
@@ -147,7 +154,7 @@ def test_dual_shares_values_with_c_rome(finished, place, tmp_path):
     c_rome, dual = ([r for r in lines(out / "records.jsonl") if r["method"] == m] for m in ("c-rome", "dual"))
     alone = {r["subject"]: r for r in lines(finished / "records.jsonl") if r["method"] == "c-rome"}
     model, tokenizer = toy_model("llama"), toy_tokenizer(False)
-    usual = {"contexts": sample_contexts(model, tokenizer), "settings": default_settings(model.config)}
+    usual = {"contexts": sample_contexts(model, tokenizer), "settings": settings_of(model.config)}
     requests = {edit.subject: edit for edit in (*FIRST, *OTHERS)}
     assert [two["first_token"] for two in dual] == [True, True, False]
     for one, two in zip(c_rome, dual, strict=True):
@@ -180,7 +187,7 @@ def test_without_a_layer_each_method_edits_where_edits_of_the_model_do(place, tm
     records = lines(tmp_path / "out" / "records.jsonl")
     assert {(r["method"], *r["layers"]) for r in records} == {("c-rome", layers[-1]), ("dual", *layers)}
     assert json.loads((tmp_path / "out" / "conditions.json").read_text())["spread"] == list(layers)
-    usual = {"contexts": sample_contexts(model, tokenizer), "settings": default_settings(model.config)}
+    usual = {"contexts": sample_contexts(model, tokenizer), "settings": settings_of(model.config)}
     requests = {edit.subject: edit for edit in (*FIRST, *OTHERS)}
     condition = max(entry.condition(torch.device("cpu")) for entry in statistics.layers.values())
     for record in records:
@@ -271,7 +278,8 @@ def test_an_interrupted_study_goes_on(finished, place, monkeypatch, tmp_path):
 @pytest.mark.usefixtures("without_report")
 def test_processes_share_a_study(place, monkeypatch, tmp_path):
     """Two processes write what one does; this one waits with its first part until the other has written one."""
-    # The fixture of all tests does not reach the other process: both take what this machine multiplies fast.
+    # Fixtures do not reach the other process: both take as many steps, and what this machine multiplies fast.
+    monkeypatch.setattr("rome_fast.study.command.default_settings", default_settings)
     monkeypatch.setattr("rome_fast.search.values.multiplies_fast", multiplies_fast)
     arguments = [*place[1], "--methods", "c-rome", "--sample", "1", "--batch", "1"]
     assert main([*arguments, "--out", str(tmp_path / "alone")]) == 0

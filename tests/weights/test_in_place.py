@@ -81,9 +81,9 @@ def test_kill_9_at_any_moment_of_a_change(prepared, tmp_path):
     lines = lines_executed(run)
     new = digests(source)
     rng, found = random.Random(0), {"old": 0, "new": 0, "between": 0}
-    moments = [(killed_at_line, n) for n in range(1, lines + 1, max(1, lines // 25))]
+    moments = [(killed_at_line, n) for n in range(1, lines + 1, max(1, lines // 15))]
     # More of them towards the end, where files are moved.
-    moments += [(killed_at_line, n) for n in range(lines - 60, lines + 1, 3)]
+    moments += [(killed_at_line, n) for n in range(lines - 60, lines + 1, 4)]
     moments += [(killed_after, rng.uniform(0, 0.05)) for _ in range(5)]
     for kill, moment in moments:
         shutil.rmtree(source)
@@ -122,7 +122,7 @@ def test_kill_9_at_any_moment_of_a_recovery(prepared, tmp_path, monkeypatch):
     lines = lines_executed(lambda: recover(source))
     new = digests(source)
     assert torch.equal(Checkpoint.open(source).read(NAMES[0]), edits[NAMES[0]])
-    for line in range(1, lines + 1, 2):
+    for line in range(1, lines + 1, 3):
         shutil.rmtree(source)
         shutil.copytree(decided, source)
         assert killed_at_line(lambda: recover(source), line) in (0, -signal.SIGKILL)

@@ -63,15 +63,22 @@ def source(tmp_path, toy_tokenizers):
     return save(tmp_path / "source", "llama", toy_tokenizers[True])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+WAYS = (
+    (torch.float32, False, True, "auto"),
+    (torch.bfloat16, True, False, "auto"),
+    (torch.float16, False, True, "auto"),
+    # Of a resident model weights are converted once, of a streamed one for every product.
+    (torch.float32, True, False, "bfloat16"),
+)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "tie", "shards", "products"),
+    ("kind", "dtype", "tie", "shards", "products"),
+    # Each kind one way, and two of them every way; `make acceptance` asks for all.
     [
-        (torch.float32, False, True, "auto"),
-        (torch.bfloat16, True, False, "auto"),
-        (torch.float16, False, True, "auto"),
-        # Of a resident model weights are converted once, of a streamed one for every product.
-        (torch.float32, True, False, "bfloat16"),
+        pytest.param(kind, *way, marks=[] if kind in ("llama", "gpt2") or i % 4 == j else pytest.mark.slow)
+        for i, kind in enumerate(KINDS)
+        for j, way in enumerate(WAYS)
     ],
 )
 def test_a_streamed_edit_has_the_bytes_of_a_resident_one(kind, dtype, tie, shards, products, tmp_path, toy_tokenizers):
@@ -146,8 +153,8 @@ def test_every_budget_gives_the_same_bytes(schedule, source, tmp_path):
     start = least(source)
     stop = sum(shard.stat().st_size for shard in source.glob("*.safetensors"))
     streamed = 0
-    for i in range(4):
-        memory = start + (stop - start) * i // 3
+    for i in range(3):
+        memory = start + (stop - start) * i // 2
         # As if the process itself took nothing, or nothing would stay resident under so small a budget.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoints, "anonymous_bytes", lambda memory=memory: -memory // 8)
@@ -156,7 +163,7 @@ def test_every_budget_gives_the_same_bytes(schedule, source, tmp_path):
             result = apply_edits(source, [START, END], out=tmp_path / f"out {i}", memory=memory, **usual)
         assert result.contexts == whole.contexts
         assert torch.equal(edited_bits(tmp_path / f"out {i}", result), wanted)
-    assert streamed >= 3
+    assert streamed >= 2
 
 
 def test_weights_read_while_running_are_those_of_the_file(source):
