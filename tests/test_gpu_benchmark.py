@@ -1,9 +1,7 @@
 """The GPU benchmark on a machine without a GPU, from a checkout that is not installed; and its parts on a CPU."""
 
-import csv
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +17,6 @@ import gpu_commands
 import gpu_statistics
 import gpu_streaming
 import gpu_values
-import groups
 import measure
 import op_cases
 import random_checkpoint
@@ -176,60 +173,6 @@ sys.exit(gpu.correctness(torch.device("cpu"), ["-m", "gpu", {str(tmp_path / "tes
     assert done.returncode == 1
 
 
-def test_a_command_that_takes_too_long_is_killed_with_all_that_it_started(tmp_path):
-    assert groups.run_group(["sh", "-c", "echo $WORD; echo error >&2; exit 9"], 60, WORD="said") == (9, "said\nerror\n")
-    number = tmp_path / "pid"
-    command = ["sh", "-c", f"sleep 300 & echo $! > {number}; wait"]
-    code, text = groups.run_group(command, 1)
-    assert (code, text) == (124, "stopped after 1 s")
-    assert ends(int(number.read_text()))
-
-
-ENDED = """
-import sys, threading
-sys.path.insert(0, sys.argv[1])
-from groups import ending_in_order, run_group
-with ending_in_order():
-    command = ["sh", "-c", f"sleep 300 & echo $! > {sys.argv[2]}; wait"]
-    threads = [threading.Thread(target=run_group, args=(command, 250))]
-    threads[0].start()
-    print("started", flush=True)
-    threads[0].join()
-"""
-
-
-def test_what_threads_have_started_ends_with_a_part_that_is_asked_to_end(tmp_path):
-    number = tmp_path / "pid"
-    command = [sys.executable, "-c", ENDED, str(ROOT / "benchmarks"), str(number)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
-        end = time.monotonic() + 20
-        while not (number.exists() and number.read_text().strip()) and time.monotonic() < end:
-            time.sleep(0.02)
-        process.terminate()
-        assert process.wait(20) == 1
-    assert ends(int(number.read_text()))
-
-
-def ends(pid):
-    """Whether a process ends within ten seconds; it is killed if it does not."""
-    end = time.monotonic() + 10
-    while running(pid):
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def running(pid):
-    """Whether a process runs; one that has ended may not have been collected yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.slow
 def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path):
     """`-S` leaves out the editable installation's hook; torch and the like are put back by hand."""
@@ -248,34 +191,6 @@ print(rome_fast.kernels.__file__)
     done = run("-S", "-P", "-c", code, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
-
-
-@pytest.mark.parametrize("number", range(13))
-def test_every_case_is_right_and_notices_what_is_wrong(number):
-    for index, case in enumerate(op_cases.cases(70, CPU, tokens=130, rows=64)):
-        if index != number:
-            continue
-        assert all(case.check().values()), case.errors
-        assert case.flops > 0
-        assert case.moved_bytes > 0
-        ours = case.runs[op_cases.OURS]
-        for wrong in (1.01, float("nan")):
-            case.runs[op_cases.OURS] = lambda wrong=wrong, ours=ours: ours() * wrong
-            assert not case.check()[op_cases.OURS]
-        return
-    pytest.fail(f"there is no case {number}")
-
-
-def test_our_kernel_is_timed_beside_the_library_that_is_faster(monkeypatch):
-    """What the op does by itself, and forced; shown by what is in the environment meanwhile."""
-    seen = []
-    monkeypatch.delenv("ROME_FAST_KERNELS", raising=False)
-    run = op_cases._forced(lambda: seen.append(os.environ.get("ROME_FAST_KERNELS")))
-    run()
-    assert seen == ["triton"]
-    assert "ROME_FAST_KERNELS" not in os.environ
-    for case in op_cases.cases(70, CPU, tokens=130, rows=64):
-        assert op_cases.OWN_KERNEL not in case.runs
 
 
 @pytest.fixture
@@ -633,38 +548,3 @@ def test_texts_are_drawn_of_the_built_in_ones_and_long_enough(empty_cache):
     assert len({len(text) for text in texts}) > len(texts) / 2
     tokenizer, _ = tokenizer_for(1024, random_checkpoint.sentences())
     assert sum(len(row.ids) for row in encode(tokenizer, texts)) >= 3000
-
-
-def test_times_are_taken_in_turns_and_sorted():
-    order = []
-    runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = measure.side_by_side(runs, CPU, budget=0.0, least=3)
-    assert "".join(order) == "ab" + "ab" * 3
-    assert {t.runs for t in times.values()} == {3}
-    spread = measure.Times.of([0.005, 0.001, 0.002, 0.003, 0.004, 0.006])
-    assert (spread.median, spread.low, spread.high) == (3.5, 2.0, 5.0)
-
-
-def test_outside_a_repository_the_commit_is_told_by_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("COMMIT", "0123abc")
-    assert measure.commit() != "0123abc"
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
-    assert measure.commit() == "0123abc"
-    monkeypatch.delenv("COMMIT")
-    assert measure.commit() == ""
-
-
-def test_a_table_is_complete_after_every_row_and_replaces_an_older_one(tmp_path):
-    file = tmp_path / "folder" / "table.csv"
-    for attempt in (1, 2):
-        table = measure.Table(file, {"device": "cpu"})
-        assert file.exists() == (attempt == 2)
-        for number in (1, 2):
-            table.add({"attempt": attempt, "ms": number / 3})
-            with file.open(newline="") as lines:
-                rows = list(csv.DictReader(lines))
-            assert [row["ms"] for row in rows] == ["0.33333", "0.66667"][:number]
-            assert {(row["attempt"], row["device"]) for row in rows} == {(str(attempt), "cpu")}
-    assert measure.read_rows(file) == rows
-    with pytest.raises(ValueError, match="fields not in fieldnames"):
-        table.add({"other": 1})
