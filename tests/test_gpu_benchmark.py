@@ -449,9 +449,7 @@ def test_the_streaming_part_notices_other_bytes(tiny, monkeypatch):
     assert float(rows[-1]["difference"]) > 0
 
 
-def test_the_end_to_end_part_runs_every_command(tiny, monkeypatch):
-    for place in ("bench.command", "opening.defaults", "study.command"):
-        monkeypatch.setattr(f"rome_fast.{place}.default_settings", lambda config: ValueSettings(steps=4))
+def test_the_end_to_end_part_runs_every_command(tiny):
     code, rows = tiny("end-to-end")
     assert code == 0, rows[-1]["detail"]
     commands = ["statistics", "edit", "evaluate", "study", "revert", "profile"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from inspect import signature
 from typing import Any, cast
+from weakref import proxy
 
 import torch
 from torch import Tensor, nn
@@ -228,7 +229,8 @@ class _StandIn(nn.Module):
 
     def __init__(self, decoder: Decoder, index: int) -> None:
         super().__init__()
-        self.__dict__ |= {"_decoder": decoder, "_index": index, "_layer": decoder.layers[index]}  # none a part of it
+        # None a part of it; and without a cycle, in which a model outlives its last user until garbage is looked for.
+        self.__dict__ |= {"_decoder": proxy(decoder), "_index": index, "_layer": decoder.layers[index]}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)

@@ -273,13 +273,16 @@ class _Phase:
         self._done = done = torch.zeros_like(edits, dtype=torch.bool)
         objective = Objective(self.runner, self.layer, slots, shape, self.state.settings.kl_factor)
 
+        # What they work on but not the phase, which holds them: in a cycle a model would outlive its last user.
+        state, most, margin, moves = self.state, self.most, self.margin, self.moves
+
         def evaluate() -> Gradient:
-            loss, led, gradient = objective.evaluate(self.state.delta.index_select(0, edits), gradient=self.moves)
-            self.state.judge(edits, loss, led, self.most, self.margin, done)
+            loss, led, gradient = objective.evaluate(state.delta.index_select(0, edits), gradient=moves)
+            state.judge(edits, loss, led, most, margin, done)
             return gradient
 
         def move(gradient: Tensor) -> None:
-            self.state.move(edits, gradient)
+            state.move(edits, gradient)
 
         recorder = self.mode.recorder if self._captured(sum(shape.rows), shape.width) else None
         self._work = _Work(objective, Step(evaluate, move, objective.renew, recorder))
